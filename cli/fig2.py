@@ -1,0 +1,151 @@
+"""`pscope fig2`: how early the next token can be read."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pscope.cli.common import (
+    DeviceMapOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    LayersOption,
+    MemoryOption,
+    ModelOption,
+    OutOption,
+    RevisionOption,
+    err,
+    load_model,
+    out,
+    parse_layers,
+    parse_memory,
+    run_folder,
+    started,
+)
+from rich.markup import escape
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def fig2(
+    samples: Annotated[int, typer.Option(min=1, help="Positions to read, spread evenly over the texts.")] = 240,
+    texts: Annotated[
+        Path | None,
+        typer.Option(help="A file of texts: .jsonl with a text per line, or plain with one per line."),
+    ] = None,
+    dataset: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ID[:CONFIG][:SPLIT]",
+            help="Texts from a dataset, such as Salesforce/wikitext:wikitext-2-raw-v1.",
+        ),
+    ] = None,
+    layers: LayersOption = None,
+    seed: Annotated[int, typer.Option(min=0, help="Draws the positions and the bands.")] = 0,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in one pass.")] = 2048,
+    memory: MemoryOption = 1.0,
+    model: ModelOption = "smollm2",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    out_folder: OutOption = None,
+) -> None:
+    """Figure 2: how early a model's next token can be read, by logit lens and token identity.
+
+    At a random position of each text, every layer's hidden state is decoded both ways and held against the model's
+    own prediction. Without --texts and --dataset, the passages that come with pscope are read.
+    """
+    chosen, budget = parse_layers(layers), parse_memory(memory)
+    if texts is not None and dataset is not None:
+        raise PscopeError("--texts and --dataset were both given; choose one")
+    folder = run_folder("fig2", out_folder)
+
+    from pscope.texts import read_dataset, read_texts, shipped_texts
+
+    if texts is not None:
+        passages = read_texts(texts)
+    else:
+        passages = shipped_texts() if dataset is None else read_dataset(dataset, most=samples)
+    lm = load_model(model, dtype, device, device_map, revision)
+
+    import pscope
+    from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
+    from pscope.plots import next_token_figure
+    from pscope.residual import check_layer
+
+    chosen = list(range(lm.n_layers + 1)) if chosen is None else chosen
+    for layer in chosen:
+        check_layer(lm, layer)
+    sampled = draw_positions(lm, passages, samples, seed)
+    scope = pscope.Patchscope(lm, lm.prompt(pscope.TOKEN_IDENTITY), memory=budget)
+    settings = {
+        "texts": str(texts or dataset or "shipped with pscope"),
+        "texts_sha256": _digest(passages),
+        "samples": samples,
+        "seed": seed,
+        "layers": chosen,
+        "target": scope.target.text,
+        "batch_tokens": batch_tokens,
+        "memory": budget,
+        "path": str(scope.check),
+    }
+    err.print(str(scope.check), markup=False)
+    with started(folder, "fig2", lm, settings) as run:
+        chunks = []
+        with _progress() as progress:
+            task = progress.add_task("samples", total=samples)
+            for chunk in decode_next_tokens(scope, sampled, chosen, batch_tokens):
+                run.add(chunk)
+                chunks.append(chunk)
+                progress.advance(task, len(chunk) // (2 * len(chosen)))
+        import pandas as pd
+
+        summary = summarise(pd.concat(chunks), seed)
+        figure = run.draw(next_token_figure(summary, f"{lm.name}, {samples} samples"))
+    out.print(_as_table(summary))
+    err.print(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}", soft_wrap=True, markup=False)
+
+
+def _progress() -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err)
+
+
+def _digest(passages: list[str]) -> str:
+    return hashlib.sha256("\0".join(passages).encode()).hexdigest()
+
+
+def _as_table(summary: pd.DataFrame) -> Table:
+    """Layers down, for each measure the two lenses side by side, each with its band."""
+    by_layer = summary.pivot(index="layer", columns="lens")
+    lenses = list(dict.fromkeys(summary["lens"]))
+    measures = {"precision_at_1": "precision@1", "surprisal": "surprisal"}
+    shown = Table(caption="mean [95 % band, resampling texts]; surprisal in nats", caption_justify="left")
+    shown.add_column("layer", justify="right")
+    for label in measures.values():
+        for lens in lenses:
+            shown.add_column(f"{label}\n{lens}", justify="right")
+    for layer, row in by_layer.iterrows():
+        cells = [
+            f"{row[measure, lens]:.2f} [{row[f'{measure}_low', lens]:.2f} {row[f'{measure}_high', lens]:.2f}]"
+            for measure in measures
+            for lens in lenses
+        ]
+        shown.add_row(str(layer), *map(escape, cells))
+    return shown

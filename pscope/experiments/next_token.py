@@ -1,0 +1,166 @@
+"""Figure 2: how early a model's next token can be read, by the logit lens and by the token-identity Patchscope.
+
+The paper's section 4.1. At a random position of each text, the hidden state of every layer is decoded in both ways,
+and the decoded token is held against the model's own prediction there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pscope.errors import PscopeError, TextsError
+from pscope.lens import logit_lens
+from pscope.metrics import surprisal
+from pscope.models import LanguageModel
+from pscope.patchscope import Patchscope
+from pscope.prompts import Prompt
+from pscope.residual import capture, check_layer, length_batches
+
+LOGIT_LENS, TOKEN_IDENTITY = "logit lens", "token identity"
+
+
+@dataclass(frozen=True)
+class Sampled:
+    """A text, cut after the last position drawn in it, and the positions drawn, in ascending order."""
+
+    text: int
+    prompt: Prompt
+    positions: tuple[int, ...]
+
+
+def draw_positions(
+    model: LanguageModel, texts: Sequence[str], samples: int, seed: int, most_tokens: int = 512
+) -> list[Sampled]:
+    """Draw `samples` positions at random from the first `most_tokens` tokens of the texts.
+
+    No text gives a second position before each has given one, and none is drawn twice. The first token of a text is
+    left out: it has no context. Raises TextsError if the texts cannot give that many.
+    """
+    if samples < 1:
+        raise PscopeError(f"{samples} samples were asked for; at least 1 is needed")
+    random = np.random.default_rng(seed)
+    prompts = [model.prompt(text) for text in texts]
+    lengths = [min(len(prompt), most_tokens) for prompt in prompts]
+    available = sum(max(0, length - 1) for length in lengths)
+    if samples > available:
+        raise TextsError(
+            f"{samples} samples were asked for, but the {len(texts)} texts have only {available} positions to give"
+        )
+    drawn: dict[int, list[int]] = {}
+    orders = [1 + random.permutation(max(0, length - 1)) for length in lengths]
+    missing, turn = samples, 0
+    while missing:
+        able = [text for text in random.permutation(len(texts)).tolist() if len(orders[text]) > turn]
+        for text in able[:missing]:
+            drawn.setdefault(text, []).append(int(orders[text][turn]))
+        missing, turn = missing - len(able[:missing]), turn + 1
+    return [_cut(text, prompts[text], sorted(positions)) for text, positions in sorted(drawn.items())]
+
+
+def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
+    # What follows the last position cannot be seen from it, and need not be run.
+    end = positions[-1] + 1
+    cut = replace(prompt, ids=prompt.ids[:end], tokens=prompt.tokens[:end], position=end - 1)
+    return Sampled(text, cut, tuple(positions))
+
+
+def decode_next_tokens(
+    identity: Patchscope, sampled: Sequence[Sampled], layers: Sequence[int], batch_tokens: int = 2048
+) -> Iterator[pd.DataFrame]:
+    """Decode the states of `layers` at every sampled position with both lenses, and score what comes out.
+
+    Yields chunks of the table, each of some samples with all their layers; a row is one sample × layer × lens: `text`,
+    `position`, `token`, `next_token_id` and `next_token` (the model's own prediction), `layer`, `lens`, `decoded_id`,
+    `decoded`, `correct` (for precision@1) and `surprisal` (nats). Raises PscopeError.
+    """
+    model = identity.model
+    for layer in layers:
+        check_layer(model, layer)
+    lens = logit_lens(model, identity.memory)
+    together = max(1, identity.rows_per_pass() // len(layers))
+    for batch in length_batches([len(item.prompt) for item in sampled], batch_tokens):
+        items = [sampled[index] for index in batch]
+        states = capture(
+            model,
+            [item.prompt for item in items],
+            [item.positions for item in items],
+            [*layers, model.n_layers],
+            batch_tokens,
+        )  # (samples, layers + 1, hidden)
+        places = [(item, position) for item in items for position in item.positions]
+        for start in range(0, len(places), together):
+            part = slice(start, start + together)
+            yield _scored(lens, identity, places[part], states[part, :-1], states[part, -1], layers)
+
+
+def _scored(
+    lens: Patchscope,
+    identity: Patchscope,
+    places: list[tuple[Sampled, int]],
+    states: Tensor,
+    last_states: Tensor,
+    layers: Sequence[int],
+) -> pd.DataFrame:
+    model = identity.model
+    samples, n_layers, hidden = states.shape
+    rows = states.reshape(samples * n_layers, hidden)
+    own_logits = torch.cat([part.patched for part in lens.logits(last_states, model.n_layers)])  # (samples, vocab)
+    own = own_logits.argmax(dim=-1)
+    frames = []
+    for name, logits in (
+        (LOGIT_LENS, lens.logits(rows, model.n_layers)),
+        (TOKEN_IDENTITY, identity.logits(rows, list(layers) * samples)),
+    ):
+        decoded = torch.cat([part.patched.argmax(dim=-1) for part in logits]).reshape(samples, n_layers)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "text": np.repeat([item.text for item, _ in places], n_layers),
+                    "position": np.repeat([position for _, position in places], n_layers),
+                    "token": np.repeat([item.prompt.tokens[position] for item, position in places], n_layers),
+                    "next_token_id": np.repeat(own.tolist(), n_layers),
+                    "layer": np.tile(layers, samples),
+                    "lens": name,
+                    "decoded_id": decoded.flatten().tolist(),
+                    "correct": (decoded == own[:, None]).flatten().tolist(),
+                    "surprisal": surprisal(decoded, own_logits).flatten().tolist(),
+                }
+            )
+        )
+    table = pd.concat(frames, ignore_index=True)
+    for column in ("next_token", "decoded"):
+        spelled = {token: model.tokenizer.decode([token]) for token in table[f"{column}_id"].unique().tolist()}
+        table.insert(table.columns.get_loc(f"{column}_id") + 1, column, table[f"{column}_id"].map(spelled))
+    return table
+
+
+def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
+    """Precision@1 and surprisal per lens and layer, with 95 % bands.
+
+    One row per lens × layer: the means `precision_at_1` and `surprisal`, and for each its band, `…_low` and `…_high`.
+    The bands come from resampling whole texts, since positions of one text are not independent of each other.
+    """
+    measures = table.assign(precision_at_1=table["correct"].astype(float))
+    measures = measures.groupby(["text", "lens", "layer"])[["precision_at_1", "surprisal"]]
+    sums = measures.sum().unstack(["lens", "layer"])  # (texts, measure × lens × layer)
+    counts = table.groupby("text").size() / table.groupby(["lens", "layer"]).ngroups
+    random = np.random.default_rng(seed)
+    texts = len(sums)
+    picked = random.multinomial(texts, np.full(texts, 1 / texts), size=resamples)  # (resamples, texts)
+    means = (picked @ sums.to_numpy()) / (picked @ counts.loc[sums.index].to_numpy())[:, None]
+    result = pd.DataFrame(
+        {
+            "": sums.sum() / counts.sum(),
+            "_low": pd.Series(np.quantile(means, 0.025, axis=0), sums.columns),
+            "_high": pd.Series(np.quantile(means, 0.975, axis=0), sums.columns),
+        }
+    ).unstack(0)
+    result.columns = [f"{measure}{bound}" for bound, measure in result.columns]
+    columns = [f"{m}{b}" for m in ("precision_at_1", "surprisal") for b in ("", "_low", "_high")]
+    return result[columns].reset_index()

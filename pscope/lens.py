@@ -1,0 +1,18 @@
+"""The logit lens: what a hidden state says when the model's own tail (final norm and unembedding) reads it at once."""
+
+from __future__ import annotations
+
+from pscope.models import LanguageModel
+from pscope.patchscope import MEMORY, Patchscope
+from pscope.prompts import Prompt
+
+
+def logit_lens(model: LanguageModel, memory: int = MEMORY) -> Patchscope:
+    """The logit lens as the Patchscope it is: target layer L, identity mapping.
+
+    Call `.logits(states, model.n_layers)` on it. At layer L and the last position the target prompt plays no part any
+    more, so it is a single token, and whatever the model does after its last layer is done by the model itself.
+    """
+    token = min(model.end_tokens, default=0)
+    piece = model.tokenizer.convert_ids_to_tokens(token)
+    return Patchscope(model, Prompt(piece, (token,), (piece,), 0), memory=memory)

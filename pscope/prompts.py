@@ -1,0 +1,126 @@
+"""Prompts, tokenised once, and the position in each that is read or overwritten.
+
+A prompt and its position are half of a Patchscope in the paper's notation: (S, i) for the source, (T, i*) for the
+target. A position is an index into the tokens (negative ones count from the end), `"last"`, or a piece of the text:
+it must stand in the prompt as whole tokens, exactly once, and its last token is meant.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PreTrainedTokenizerBase
+
+from pscope.errors import PromptError
+
+TOKEN_IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+"""The paper's few-shot prompt (section 4.1) that makes a model repeat the token whose state it reads at `?`."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A tokenised text with one position marked.
+
+    `ids` and `tokens` have the same length; `tokens` are what a person sees, cut from the text itself where the
+    tokenizer tells offsets. `position` is never negative.
+    """
+
+    text: str
+    ids: tuple[int, ...]
+    tokens: tuple[str, ...]
+    position: int
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def token(self) -> str:
+        """The token at the marked position."""
+        return self.tokens[self.position]
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: str | int = "last") -> Prompt:
+    """Tokenise `text` as the tokenizer does by itself and mark the position `at`.
+
+    A beginning-of-sequence token is added where the tokenizer adds one, and not again when the text already starts
+    with it; what a tokenizer appends after the text is left off, since the model is to go on from there.
+
+    Raises PromptError for an empty text, and for a position that is not there, not unique, or cannot be resolved.
+    """
+    if not text.strip():
+        raise PromptError("the prompt is empty; give some text")
+    encoding = _encode(tokenizer, text)
+    ids = tuple(encoding["input_ids"])
+    offsets = encoding.get("offset_mapping")
+    if offsets is None:
+        tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
+    else:
+        # Tokens the tokenizer added have no place in the text.
+        tokens = tuple(
+            text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token)
+            for token, (start, end) in zip(ids, offsets, strict=True)
+        )
+    return Prompt(text, ids, tokens, _position(at, text, tokens, offsets, tokenizer))
+
+
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
+    options = {"return_offsets_mapping": tokenizer.is_fast, "return_attention_mask": False}
+    bare = tokenizer(text, add_special_tokens=False, **options)
+    if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
+        return bare
+    whole, length = tokenizer(text, **options), len(bare["input_ids"])
+    for before in range(len(whole["input_ids"]) - length, -1, -1):
+        end = before + length
+        if whole["input_ids"][before:end] == bare["input_ids"]:
+            return {key: whole[key][:end] for key in ("input_ids", "offset_mapping") if key in whole}
+    return whole
+
+
+def _position(
+    at: str | int,
+    text: str,
+    tokens: tuple[str, ...],
+    offsets: list | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> int:
+    if isinstance(at, int):
+        if not -len(tokens) <= at < len(tokens):
+            raise PromptError(f"position {at} is outside the prompt's {len(tokens)} tokens: {_listed(tokens)}")
+        return at % len(tokens)
+    if at == "last":
+        return len(tokens) - 1
+    if offsets is None:
+        raise PromptError(
+            f"the tokenizer {type(tokenizer).__name__} tells no offsets, so {at!r} cannot be looked up; "
+            f"give an index from 0 to {len(tokens) - 1}: {_listed(tokens)}"
+        )
+    found = _whole_token_matches(at, text, offsets)
+    if len(found) == 1:
+        return found[0]
+    if found:
+        raise PromptError(
+            f"{at!r} stands {len(found)} times in the prompt, at {found}; give one of these indices: {_listed(tokens)}"
+        )
+    where = "only inside longer tokens of" if at and at in text else "nowhere in"
+    raise PromptError(f"{at!r} stands {where} the prompt; its tokens are {_listed(tokens)}")
+
+
+def _whole_token_matches(piece: str, text: str, offsets: list) -> list[int]:
+    """The last token of every occurrence of `piece` that begins and ends where tokens do, blanks aside."""
+    piece = piece.strip()
+    matches = []
+    start = text.find(piece) if piece else -1
+    while start >= 0:
+        end = start + len(piece)
+        begins = any(left <= start < right and not text[left:start].strip() for left, right in offsets)
+        ends = [i for i, (left, right) in enumerate(offsets) if left < end <= right and not text[end:right].strip()]
+        if begins and ends:
+            # A character split into bytes has several tokens with the same offsets; the last completes it.
+            matches.append(ends[-1])
+        start = text.find(piece, start + 1)
+    return matches
+
+
+def _listed(tokens: tuple[str, ...], most: int = 40) -> str:
+    shown = " ".join(f"{index}:{token!r}" for index, token in enumerate(tokens[:most]))
+    return shown if len(tokens) <= most else f"{shown} … and {len(tokens) - most} more"

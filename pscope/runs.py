@@ -1,0 +1,132 @@
+"""What a run leaves on disk: a folder with its settings, its table and its figure."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import platform
+import time
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+
+import pandas as pd
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from matplotlib.figure import Figure
+
+from pscope.errors import RunError
+from pscope.models import LanguageModel
+
+
+class Run:
+    """A folder that is written as the run goes: `settings.json`, `table.parquet`, and the figure as PNG and SVG.
+
+    A context manager. Left by an exception, it keeps the table as far as it got and says so in the settings, or, when
+    there are no rows yet, leaves nothing behind. Nothing that was there before is touched: raises RunError if the
+    folder has anything in it or cannot be written.
+    """
+
+    def __init__(self, folder: Path, settings: dict) -> None:
+        self.folder = folder
+        self.rows = 0
+        self._settings = {**settings, "status": "running", "started": datetime.now(timezone.utc).isoformat()}
+        self._table: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> Run:
+        self._began = time.perf_counter()
+        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        check_writable(self.folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._write_settings()
+        except OSError as error:
+            raise RunError(
+                f"cannot write to {self.folder}: {error.strerror}; name another folder with --out"
+            ) from error
+        return self
+
+    def add(self, frame: pd.DataFrame) -> None:
+        """Append rows to the table; what was added is on disk when the run is left, however that happens."""
+        table = pa.Table.from_pandas(frame, preserve_index=False)
+        if self._table is None:
+            self._table = pq.ParquetWriter(self.folder / "table.parquet", table.schema)
+        self._table.write_table(table.cast(self._table.schema))
+        self.rows += len(frame)
+
+    def draw(self, figure: Figure) -> Path:
+        """Save the figure; returns the path of the PNG."""
+        for suffix in ("png", "svg"):
+            figure.savefig(self.folder / f"figure.{suffix}", dpi=150, bbox_inches="tight")
+        return self.folder / "figure.png"
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._table is not None:
+            self._table.close()
+        if error is not None and not self.rows:
+            (self.folder / "settings.json").unlink()
+            for path in self._made:
+                path.rmdir()
+            return
+        self._settings["status"] = "complete" if error is None else f"stopped by {type(error).__name__}"
+        self._settings["seconds"] = round(time.perf_counter() - self._began, 1)
+        self._settings["rows"] = self.rows
+        self._write_settings()
+
+    def _write_settings(self) -> None:
+        text = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
+        (self.folder / "settings.json").write_text(text, "utf-8")
+
+
+def check_writable(folder: Path) -> None:
+    """Raise RunError if a run cannot be written to `folder`; leaves no trace of having tried."""
+    if folder.exists() and not folder.is_dir():
+        raise RunError(f"{folder} is a file; name a folder with --out")
+    if (folder / "settings.json").exists():
+        raise RunError(f"{folder} already holds a run; name another folder with --out")
+    if folder.is_dir() and any(folder.iterdir()):
+        raise RunError(f"{folder} is not empty; name a new folder with --out")
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    try:
+        probe = nearest / f".pscope-{time.time_ns()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
+
+
+def describe(model: LanguageModel) -> dict:
+    """What a reader of a run must know of the model, the fingerprint of its weights included."""
+    return {
+        "name": model.name,
+        "class": type(model.hf).__name__,
+        "layers": model.n_layers,
+        "dtype": str(model.dtype).removeprefix("torch."),
+        "device": str(model.device),
+        "fingerprint": fingerprint(model),
+    }
+
+
+def versions() -> dict[str, str]:
+    """The versions that numbers may depend on, and the number of threads."""
+    packages = {name: version(name) for name in ("pscope", "torch", "transformers", "tokenizers")}
+    return {"python": platform.python_version(), **packages, "threads": str(torch.get_num_threads())}
+
+
+def fingerprint(model: LanguageModel, most: int = 4096) -> str:
+    """A SHA-256 over the config and, of every weight, its name, shape, dtype and up to `most` evenly spaced values.
+
+    Two checkpoints of one architecture differ in it; reading a few values keeps it instant for a model of any size.
+    Weights that are offloaded count by name, shape and dtype.
+    """
+    digest = hashlib.sha256(model.hf.config.to_json_string(use_diff=False).encode())
+    for name, weight in sorted(model.hf.state_dict().items()):
+        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
+        if weight.device.type != "meta":
+            values = weight.flatten()[:: max(1, weight.numel() // most)]
+            digest.update(values.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

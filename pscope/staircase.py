@@ -1,0 +1,141 @@
+"""The staircase: one forward pass over the target prompt that answers for rows patched at every layer.
+
+A patch at layer ℓ* and position i* changes nothing before i*, and nothing below ℓ*. So the tokens before i* are run
+once and their keys and values shared, and the pass over the rest starts with a single row, the clean prompt. After
+each decoder layer the rows patched there join it, as copies of the clean row with position i* overwritten: the batch
+grows as it climbs. In the cache, a row's keys and values below its own layer are the clean row's.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import Cache, DynamicCache, DynamicLayer
+
+from pscope.models import LanguageModel
+from pscope.prompts import Prompt
+from pscope.residual import Edit, editing
+
+
+class Staircase:
+    """Runs patched rows of one target prompt. See the module's text for how, `Patchscope` for how to use it."""
+
+    def __init__(self, model: LanguageModel, target: Prompt) -> None:
+        self.model = model
+        ids = torch.tensor([target.ids], device=model.device)
+        self._prefix_ids, self._suffix_ids = ids[:, : target.position], ids[:, target.position :]
+        # Plain full-length cache layers: where the model has sliding windows, its mask does the windowing. The
+        # layers that transformers would choose drop keys, and then disagree with the mask of a longer suffix.
+        self._prefix = DynamicCache()
+        if target.position:
+            model.next_token_logits(self._prefix_ids, self._prefix)
+
+    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> StaircaseRows:
+        """Patch each of `states` (rows, hidden) into the target at its layer, (rows,), in ascending order.
+
+        Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
+        """
+        total = len(states) + 1
+        cache = Cache(
+            layers=[
+                _GrowingLayer(layer, total, self._suffix_ids.shape[1] + new_tokens if new_tokens else 0)
+                for layer in self._prefix_layers()
+            ]
+        )
+        edits = {layer: _join(states[target_layers == layer]) for layer in target_layers.unique_consecutive().tolist()}
+        with editing(self.model, edits):
+            logits = self.model.next_token_logits(self._suffix_ids, cache)
+        return StaircaseRows(self.model, cache, logits)
+
+    def row_bytes(self, new_tokens: int) -> int:
+        """About how much memory a row takes at the top of the staircase, its keys and values included."""
+        suffix = self._suffix_ids.shape[1]
+        cached = (self._prefix_ids.shape[1] + suffix + new_tokens) * (self.model.n_layers if new_tokens else 2)
+        return cached * self._cache_bytes_per_token() + self.model.activation_bytes(suffix)
+
+    def _prefix_layers(self) -> list[DynamicLayer]:
+        return self._prefix.layers or [DynamicLayer() for _ in range(self.model.n_layers)]
+
+    def _cache_bytes_per_token(self) -> int:
+        """Bytes of keys and values per token and layer; without a prefix to look at, the most there can be."""
+        if not self._prefix.layers:
+            return 2 * self.model.hidden_size * self.model.dtype.itemsize
+        layer = self._prefix.layers[0]
+        return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
+
+
+class StaircaseRows:
+    """The clean row and the patched ones, with their cache."""
+
+    def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor) -> None:
+        self._model, self._cache, self.logits = model, cache, logits
+
+    def step(self, tokens: Tensor) -> None:
+        self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
+
+    def keep(self, kept: Tensor) -> None:
+        self._cache.batch_select_indices(kept)
+
+
+def _join(entering: Tensor) -> Edit:
+    """The edit that lets rows join: copies of the clean row, row 0, with the first token overwritten."""
+
+    def edit(stream: Tensor) -> Tensor:
+        rows = stream[:1].expand(len(entering), -1, -1).clone()  # (entering, suffix, hidden)
+        rows[:, 0] = entering.to(stream)
+        return torch.cat([stream, rows])
+
+    return edit
+
+
+class _GrowingLayer(DynamicLayer):
+    """The keys and values of one decoder layer, (rows, heads, tokens, width): a shared prefix, then each row's own.
+
+    With `room` for the suffix and the tokens to come, they are kept in a buffer for all rows, of which the first to
+    arrive are there already; without, they serve the one pass and are forgotten.
+    """
+
+    def __init__(self, prefix: DynamicLayer, rows: int, room: int) -> None:
+        super().__init__()
+        self._prefix, self._rows, self._room = prefix, rows, room
+        self._length = prefix.get_seq_length()
+        self._started = False
+        self.is_initialized = True
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        if not self._started:
+            self._started = True
+            if not self._room:
+                return self._joined(self._prefix.keys, key_states), self._joined(self._prefix.values, value_states)
+            self.keys = self._buffer(self._prefix.keys, key_states)
+            self.values = self._buffer(self._prefix.values, value_states)
+        else:
+            end = self._length + key_states.shape[2]
+            self.keys[:, :, self._length : end] = key_states
+            self.values[:, :, self._length : end] = value_states
+        self._length += key_states.shape[2]
+        present = key_states.shape[0]
+        return self.keys[:present, :, : self._length], self.values[:present, :, : self._length]
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self.keys, self.values = (
+            self.keys[indices.to(self.keys.device)],
+            self.values[indices.to(self.values.device)],
+        )
+
+    def _joined(self, prefix: Tensor | None, own: Tensor) -> Tensor:
+        return own if prefix is None else torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)
+
+    def _buffer(self, prefix: Tensor | None, own: Tensor) -> Tensor:
+        present, heads, suffix, width = own.shape
+        start = self._length
+        buffer = own.new_empty(self._rows, heads, start + self._room, width)
+        if prefix is not None:
+            buffer[:, :, :start] = prefix
+        buffer[:present, :, start : start + suffix] = own
+        # Below its layer a row is the clean row, row 0.
+        buffer[present:, :, start : start + suffix] = own[:1]
+        return buffer
