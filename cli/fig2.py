@@ -25,7 +25,7 @@ from pscope.cli.common import (
     run_folder,
     started,
 )
-from rich.markup import escape
+from rich.box import SIMPLE_HEAD
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -135,17 +135,23 @@ def _as_table(summary: pd.DataFrame) -> Table:
     """Layers down, for each measure the two lenses side by side, each with its band."""
     by_layer = summary.pivot(index="layer", columns="lens")
     lenses = list(dict.fromkeys(summary["lens"]))
-    measures = {"precision_at_1": "precision@1", "surprisal": "surprisal"}
-    shown = Table(caption="mean [95 % band, resampling texts]; surprisal in nats", caption_justify="left")
-    shown.add_column("layer", justify="right")
-    for label in measures.values():
+    measures = {"precision_at_1": ("precision@1", 2), "surprisal": ("surprisal", 1)}
+    shown = Table(
+        box=SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+        caption="mean (95 % band from resampling texts); surprisal in nats",
+        caption_justify="left",
+    )
+    shown.add_column("layer", justify="right", no_wrap=True)
+    for label, _ in measures.values():
         for lens in lenses:
-            shown.add_column(f"{label}\n{lens}", justify="right")
+            shown.add_column(f"{label}\n{lens}", justify="right", no_wrap=True)
     for layer, row in by_layer.iterrows():
-        cells = [
-            f"{row[measure, lens]:.2f} [{row[f'{measure}_low', lens]:.2f} {row[f'{measure}_high', lens]:.2f}]"
-            for measure in measures
-            for lens in lenses
-        ]
-        shown.add_row(str(layer), *map(escape, cells))
+        cells = []
+        for measure, (_, digits) in measures.items():
+            for lens in lenses:
+                mean, low, high = (row[f"{measure}{bound}", lens] for bound in ("", "_low", "_high"))
+                cells.append(f"{mean:.2f} ({low:.{digits}f}–{high:.{digits}f})")
+        shown.add_row(str(layer), *cells)
     return shown

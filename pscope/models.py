@@ -32,7 +32,7 @@ from transformers import (
 )
 
 from pscope import packaged
-from pscope.errors import ModelError
+from pscope.errors import ModelError, PromptError
 from pscope.prompts import Prompt, tokenize
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
@@ -97,7 +97,15 @@ class LanguageModel:
 
         Raises PromptError also when the prompt is longer than the model's window.
         """
-        return tokenize(self.tokenizer, text, at)
+        prompt = tokenize(self.tokenizer, text, at)
+        self.check_window(len(prompt))
+        return prompt
+
+    def check_window(self, tokens: int) -> None:
+        """Raise PromptError if that many tokens are more than the model can attend to."""
+        window = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        if window is not None and tokens > window:
+            raise PromptError(f"{tokens} tokens are more than the window of {self.name}, which is {window}; use fewer")
 
     @cached_property
     def _forward_parameters(self) -> frozenset[str]:
@@ -141,7 +149,9 @@ def load(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a model in memory comes with its tokenizer: load(model, tokenizer)")
-        return LanguageModel(model.eval(), tokenizer, model.name_or_path or type(model).__name__)
+        if model.training:
+            raise ModelError(f"{type(model).__name__} is in training mode; call its eval() first")
+        return LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__)
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
@@ -164,7 +174,7 @@ def load(
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
     if device_map is None:
         hf = hf.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    return LanguageModel(hf.eval(), tokenizer, str(model))
+    return LanguageModel(hf, tokenizer, str(model))
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:

@@ -75,8 +75,8 @@ class Patchscope:
         `target_layers` has one layer of 0..L for each row, or is one layer for all. The rows come in the order given,
         in chunks, so that any number takes no more memory than the budget.
         """
-        for chunk, rows, order in self._passes(states, target_layers, new_tokens=0):
-            yield Logits(chunk, rows.logits[1:][order.argsort()], rows.logits[0])
+        passes = self._passes(states, self._checked(states, target_layers), new_tokens=0)
+        return (Logits(chunk, rows.logits[1:][order.argsort()], rows.logits[0]) for chunk, rows, order in passes)
 
     def generate(
         self, states: Tensor, target_layers: Sequence[int] | int, decoding: Decoding = GREEDY
@@ -86,10 +86,12 @@ class Patchscope:
         Rows that have ended leave the batch. Sampled tokens depend on the seed and the row's index, not on which rows
         share its pass.
         """
+        self.model.check_window(len(self.target) + decoding.new_tokens)
+        layers = self._checked(states, target_layers)
         patched: list[list[int]] = []
         clean: list[int] = []
         draws = decoding.draws(len(states) + 1)
-        for chunk, rows, order in self._passes(states, target_layers, decoding.new_tokens):
+        for chunk, rows, order in self._passes(states, layers, decoding.new_tokens):
             in_climbing_order = torch.cat([draws[:1], draws[1:][chunk][order]])
             clean, *spoken = continue_rows(rows, decoding, in_climbing_order, self.model.end_tokens)
             patched += [spoken[place] for place in order.argsort().tolist()]
@@ -99,24 +101,28 @@ class Patchscope:
         """How many rows fit in the memory budget at once; at least one."""
         return max(1, self.memory // self._path.row_bytes(new_tokens))
 
-    def _passes(
-        self, states: Tensor, target_layers: Sequence[int] | int, new_tokens: int
-    ) -> Iterator[tuple[slice, Rows, Tensor]]:
-        layers = [target_layers] * len(states) if isinstance(target_layers, int) else list(target_layers)
-        if len(layers) != len(states):
-            raise PscopeError(f"{len(states)} states came with {len(layers)} target layers; each state has one")
+    def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> list[int]:
+        """The target layer of every row, once states and layers are known to fit the model."""
         if states.ndim != 2 or states.shape[1] != self.model.hidden_size:
             raise PscopeError(
                 f"states of shape {tuple(states.shape)} do not fit {self.model.name}, "
                 f"whose residual stream takes (rows, {self.model.hidden_size})"
             )
+        if len(states) == 0:
+            raise PscopeError("there is no state to patch")
+        layers = [target_layers] * len(states) if isinstance(target_layers, int) else list(target_layers)
+        if len(layers) != len(states):
+            raise PscopeError(f"{len(states)} states came with {len(layers)} target layers; each state has one")
         for layer in set(layers):
             check_layer(self.model, layer)
+        return layers
+
+    def _passes(self, states: Tensor, layers: list[int], new_tokens: int) -> Iterator[tuple[slice, Rows, Tensor]]:
+        """Chunk, rows in ascending order of layer with the clean one first, and the order they were brought in."""
         at_once = self.rows_per_pass(new_tokens)
         for start in range(0, len(states), at_once):
             chunk = slice(start, min(start + at_once, len(states)))
-            order = torch.tensor(layers[chunk]).argsort(stable=True)
-            rows = self._path.start(
-                states[chunk][order.to(states.device)], torch.tensor(layers[chunk])[order], new_tokens
-            )
+            chunk_layers = torch.tensor(layers[chunk])
+            order = chunk_layers.argsort(stable=True)
+            rows = self._path.start(states[chunk][order.to(states.device)], chunk_layers[order], new_tokens)
             yield chunk, rows, order

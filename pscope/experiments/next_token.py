@@ -19,7 +19,7 @@ from pscope.lens import logit_lens
 from pscope.metrics import surprisal
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
-from pscope.prompts import Prompt
+from pscope.prompts import Prompt, tokenize
 from pscope.residual import capture, check_layer, length_batches
 
 LOGIT_LENS, TOKEN_IDENTITY = "logit lens", "token identity"
@@ -45,7 +45,7 @@ def draw_positions(
     if samples < 1:
         raise PscopeError(f"{samples} samples were asked for; at least 1 is needed")
     random = np.random.default_rng(seed)
-    prompts = [model.prompt(text) for text in texts]
+    prompts = [tokenize(model.tokenizer, text) for text in texts]
     lengths = [min(len(prompt), most_tokens) for prompt in prompts]
     available = sum(max(0, length - 1) for length in lengths)
     if samples > available:
