@@ -1,0 +1,46 @@
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import pscope
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> pscope.LanguageModel:
+    """The real default model, fetched the first time it is needed."""
+    return pscope.load("smollm2", device="cpu")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(smollm2):
+    return smollm2.tokenizer
+
+
+@pytest.fixture(scope="session")
+def tiny(tokenizer) -> pscope.LanguageModel:
+    """A random Llama of 4 layers that reads the default model's tokens."""
+    return random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+
+
+def random_model(model_class, config_class, tokenizer, **options) -> pscope.LanguageModel:
+    """A random model of 4 layers and width 32, with logits of a spread that tells tokens apart."""
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 256,
+        "initializer_range": 0.3,
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    torch.manual_seed(0)
+    model = model_class(config_class(**{**sizes, **options})).eval()
+    return pscope.load(model, tokenizer)

@@ -1,0 +1,61 @@
+"""What pscope must agree with, computed without it: one row, one whole prompt, one hook, no cache."""
+
+import torch
+
+
+@torch.no_grad()
+def hidden_states(hf, decoder_layers, ids):
+    """Residual streams 0..L of one prompt, (L + 1, tokens, hidden), caught layer by layer."""
+    caught = []
+    handles = [decoder_layers[0].register_forward_pre_hook(lambda _, args: caught.append(args[0][0].clone()))]
+    for layer in decoder_layers:
+        handles.append(layer.register_forward_hook(lambda _, args, output: caught.append(_tensor(output)[0].clone())))
+    hf(torch.tensor([list(ids)]), use_cache=False)
+    for handle in handles:
+        handle.remove()
+    return torch.stack(caught)
+
+
+@torch.no_grad()
+def patched_logits(hf, decoder_layers, ids, position, layer, state):
+    """The logits at every token, (tokens, vocab), when `state` stands at `position` of residual stream `layer`."""
+
+    def write(stream):
+        stream = stream.clone()
+        stream[0, position] = state
+        return stream
+
+    if layer == 0:
+        handle = decoder_layers[0].register_forward_pre_hook(lambda _, args: (write(args[0]), *args[1:]))
+    else:
+        handle = decoder_layers[layer - 1].register_forward_hook(
+            lambda _, args, output: (
+                write(output) if isinstance(output, torch.Tensor) else (write(output[0]), *output[1:])
+            )
+        )
+    try:
+        return hf(torch.tensor([list(ids)]), use_cache=False).logits[0]
+    finally:
+        handle.remove()
+
+
+def patched_continuation(hf, decoder_layers, ids, position, layer, state, new_tokens, end_tokens=()):
+    """Greedy continuation: the whole patched prompt is run again for every token."""
+    ids, spoken = list(ids), []
+    for _ in range(new_tokens):
+        token = patched_logits(hf, decoder_layers, ids, position, layer, state)[-1].argmax().item()
+        ids.append(token)
+        spoken.append(token)
+        if token in end_tokens:
+            break
+    return spoken
+
+
+def greedy_choices(hf, decoder_layers, ids, position, layer, state, spoken):
+    """What a greedy loop would choose at each step of `spoken`: by causality, one pass over all of it tells."""
+    logits = patched_logits(hf, decoder_layers, [*ids, *spoken], position, layer, state)
+    return logits[len(ids) - 1 : -1].argmax(dim=-1).tolist()
+
+
+def _tensor(output):
+    return output if isinstance(output, torch.Tensor) else output[0]

@@ -1,0 +1,97 @@
+import pytest
+import torch
+from reference import patched_continuation
+from test_patchscope import TARGET, rows_for_every_layer
+
+from pscope import Decoding, LanguageModel, Patchscope, PscopeError
+from pscope.generate import continue_rows
+
+
+def ending(model, end_tokens):
+    """The same model, with other tokens that end a text."""
+    again = LanguageModel(model.hf, model.tokenizer, model.name)
+    again.__dict__["end_tokens"] = frozenset(end_tokens)
+    return again
+
+
+@pytest.mark.parametrize("path", ["staircase", "plain"])
+def test_rows_end_at_different_steps(tiny, path):
+    states, layers = rows_for_every_layer(tiny)
+    target = tiny.prompt(TARGET, 7)
+    endless = Patchscope(tiny, target).generate(states, layers, Decoding(8))
+    # Tokens that some rows say early and others late or never.
+    end_tokens = {endless.patched[0][2], endless.patched[3][5]}
+    spoken = Patchscope(ending(tiny, end_tokens), target, path=path).generate(states, layers, Decoding(8))
+    lengths = set()
+    for state, layer, got in zip(states, layers, spoken.patched, strict=True):
+        expected = patched_continuation(
+            tiny.hf, tiny.layers, target.ids, target.position, layer, state, 8, end_tokens
+        )
+        assert got == expected
+        lengths.add(len(got))
+    assert len(lengths) > 2
+
+
+def test_ended_rows_leave_the_batch():
+    class Scripted:
+        """Rows that say what is written for them, and remember how many of them were asked to go on."""
+
+        script = torch.tensor([[5, 5, 5, 5], [5, 9, 0, 0], [9, 0, 0, 0], [5, 5, 9, 0]])
+
+        def __init__(self):
+            self.step_number, self.rows, self.sizes = 0, torch.arange(4), []
+            self._speak()
+
+        def _speak(self):
+            self.logits = torch.nn.functional.one_hot(self.script[self.rows, self.step_number], 10).float()
+
+        def step(self, tokens):
+            assert tokens.equal(self.script[self.rows, self.step_number])
+            self.sizes.append(len(tokens))
+            self.step_number += 1
+            self._speak()
+
+        def keep(self, kept):
+            self.rows = self.rows[kept]
+
+    rows, decoding = Scripted(), Decoding(4)
+    assert continue_rows(rows, decoding, decoding.draws(4), frozenset({9})) == [[5, 5, 5, 5], [5, 9], [9], [5, 5, 9]]
+    assert rows.sizes == [3, 2, 1]
+
+
+def test_a_checkpoint_that_wants_to_sample_is_still_greedy(tiny, monkeypatch):
+    states, layers = rows_for_every_layer(tiny)
+    scope = Patchscope(tiny, tiny.prompt(TARGET))
+    before = scope.generate(states, layers)
+    monkeypatch.setattr(tiny.hf.generation_config, "do_sample", True)
+    monkeypatch.setattr(tiny.hf.generation_config, "temperature", 5.0)
+    assert scope.generate(states, layers) == before
+
+
+def test_samples_depend_on_the_seed_and_not_on_the_batch(tiny):
+    states, layers = rows_for_every_layer(tiny)
+    target = tiny.prompt(TARGET, 7)
+    roomy, tight = Patchscope(tiny, target), Patchscope(tiny, target, memory=1)
+    sampled = roomy.generate(states, layers, Decoding(6, temperature=1.0, seed=1))
+    assert tight.generate(states, layers, Decoding(6, temperature=1.0, seed=1)) == sampled
+    assert roomy.generate(states, layers, Decoding(6, temperature=1.0, seed=2)) != sampled
+    assert roomy.generate(states, layers, Decoding(6)) != sampled
+
+
+def test_sampled_tokens_follow_the_softmax():
+    logits = torch.tensor([[0.0, 1.0, 2.0, -1.0]])
+    decoding = Decoding(1, temperature=0.7)
+    draws = torch.linspace(0, 1, 10_001, dtype=torch.float64)[:-1]
+    chosen = decoding.choose(logits.expand(len(draws), -1), draws)
+    share = torch.bincount(chosen, minlength=4) / len(draws)
+    torch.testing.assert_close(share, (logits[0] / 0.7).softmax(0), atol=2e-4, rtol=0)
+    # The largest draw there is still falls on a token, and a token of no probability is never drawn.
+    edge = decoding.choose(torch.tensor([[0.0, 0.0, float("-inf")]]), torch.tensor([1 - 2**-53], dtype=torch.float64))
+    assert edge.item() == 1
+
+
+def test_bad_settings():
+    with pytest.raises(PscopeError, match="new_tokens is 0"):
+        Decoding(0)
+    with pytest.raises(PscopeError, match="temperature is -1"):
+        Decoding(temperature=-1)

@@ -1,0 +1,235 @@
+import pytest
+import torch
+from conftest import random_model
+from reference import greedy_choices, hidden_states, patched_continuation, patched_logits
+from transformers import (
+    BloomConfig,
+    BloomForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
+
+from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens
+from pscope.staircase import Staircase
+
+TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+PATHS = ["staircase", "plain"]
+
+
+def rows_for_every_layer(model, seed=0, per_layer=2):
+    """Random states of the size of the model's own, for every target layer, in no order."""
+    torch.manual_seed(seed)
+    layers = [layer for _ in range(per_layer) for layer in range(model.n_layers + 1)]
+    order = torch.randperm(len(layers)).tolist()
+    spread = capture(model, [model.prompt("the size of a state")])[0].std()
+    return torch.randn(len(layers), model.hidden_size) * spread, [layers[i] for i in order]
+
+
+def assert_agrees(scope, states, layers, tolerance=1e-4):
+    model, target = scope.model, scope.target
+    parts = list(scope.logits(states, layers))
+    logits = torch.cat([part.patched for part in parts])
+    for state, layer, got in zip(states, layers, logits, strict=True):
+        expected = patched_logits(model.hf, model.layers, target.ids, target.position, layer, state)[-1]
+        assert (got - expected).abs().max() / expected.std() < tolerance
+        assert got.argmax() == expected.argmax()
+    with torch.no_grad():
+        clean = model.hf(torch.tensor([target.ids])).logits[0, -1]
+    for part in parts:
+        assert (part.clean - clean).abs().max() / clean.std() < tolerance
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("at", [0, 7, "last"])
+def test_logits_agree_with_the_one_row_loop(tiny, path, at):
+    scope = Patchscope(tiny, tiny.prompt(TARGET, at), path=path)
+    assert_agrees(scope, *rows_for_every_layer(tiny))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("at", [0, 7, "last"])
+def test_continuations_agree_with_the_one_row_loop(tiny, path, at):
+    states, layers = rows_for_every_layer(tiny, per_layer=1)
+    scope = Patchscope(tiny, tiny.prompt(TARGET, at), path=path)
+    spoken = scope.generate(states, layers, Decoding(20))
+    for state, layer, got in zip(states, layers, spoken.patched, strict=True):
+        assert got == patched_continuation(
+            tiny.hf, tiny.layers, scope.target.ids, scope.target.position, layer, state, 20
+        )
+    own = hidden_states(tiny.hf, tiny.layers, scope.target.ids)[0, scope.target.position]
+    assert spoken.clean == patched_continuation(
+        tiny.hf, tiny.layers, scope.target.ids, scope.target.position, 0, own, 20
+    )
+
+
+def test_the_default_model_agrees_at_every_layer_logits_and_continuations(smollm2):
+    state = capture(smollm2, [smollm2.prompt("Amazon's former CEO attended the Oscars", "CEO")])[0]
+    layers = list(range(smollm2.n_layers + 1))
+    scope = Patchscope(smollm2, smollm2.prompt("Syria: Country in the Middle East, x"))
+    assert scope.check.path == "staircase"
+    assert_agrees(scope, state, layers)
+    spoken = scope.generate(state, layers, Decoding(20))
+    for layer, got in zip(layers, spoken.patched, strict=True):
+        assert len(got) == 20 or got[-1] in smollm2.end_tokens
+        assert got == greedy_choices(
+            smollm2.hf, smollm2.layers, scope.target.ids, scope.target.position, layer, state[layer], got
+        )
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_a_target_of_one_token(tiny, path):
+    scope = Patchscope(tiny, tiny.prompt("x"), path=path)
+    states, layers = rows_for_every_layer(tiny, per_layer=1)
+    assert_agrees(scope, states, layers)
+    spoken = scope.generate(states, layers, Decoding(5))
+    for state, layer, got in zip(states, layers, spoken.patched, strict=True):
+        assert got == patched_continuation(tiny.hf, tiny.layers, scope.target.ids, 0, layer, state, 5)
+
+
+@pytest.mark.parametrize("at", [0, 7, "last"])
+def test_own_state_in_its_own_place_is_the_clean_row(tiny, at):
+    target = tiny.prompt(TARGET, at)
+    own = capture(tiny, [target])[0]
+    scope = Patchscope(tiny, target)
+    (part,) = scope.logits(own, range(tiny.n_layers + 1))
+    torch.testing.assert_close(part.patched, part.clean.expand_as(part.patched), rtol=1e-4, atol=1e-4)
+    spoken = scope.generate(own, range(tiny.n_layers + 1), Decoding(10))
+    assert all(row == spoken.clean for row in spoken.patched)
+
+
+ARCHITECTURES = {
+    "window shorter than the prompt": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
+    "windowed and full layers, scaled embedding": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {"sliding_window": 8, "head_dim": 8, "sliding_window_pattern": 2},
+    ),
+    "learned positions": (GPT2LMHeadModel, GPT2Config, {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_inner": 64}),
+    "parallel attention": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
+    "alibi": (BloomForCausalLM, BloomConfig, {"n_layer": 4, "n_head": 4}),
+    "recurrent": (MambaForCausalLM, MambaConfig, {"state_size": 4}),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_whatever_path_is_chosen_agrees(name, tokenizer):
+    model_class, config_class, options = ARCHITECTURES[name]
+    model = random_model(model_class, config_class, tokenizer, **options)
+    for at in (4, "last"):
+        scope = Patchscope(model, model.prompt(TARGET, at))
+        states, layers = rows_for_every_layer(model, per_layer=1)
+        assert_agrees(scope, states, layers)
+        spoken = scope.generate(states, layers, Decoding(6))
+        for state, layer, got in zip(states, layers, spoken.patched, strict=True):
+            assert got == patched_continuation(
+                model.hf, model.layers, scope.target.ids, scope.target.position, layer, state, 6
+            )
+    assert (scope.check.path == "plain") == (name in ("alibi", "recurrent"))
+
+
+def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypatch):
+    start = Staircase.start
+
+    def off_by_a_little(self, states, target_layers, new_tokens=0):
+        return start(self, states * 1.05, target_layers, new_tokens)
+
+    monkeypatch.setattr(Staircase, "start", off_by_a_little)
+    scope = Patchscope(tiny, tiny.prompt(TARGET))
+    assert scope.check.path == "plain"
+    assert "off" in str(scope.check)
+    assert scope.check.difference > 1e-3
+    assert_agrees(scope, *rows_for_every_layer(tiny))
+
+
+def test_the_self_check_catches_an_error_confined_to_continuations(tiny, monkeypatch):
+    step = tiny.next_token_logits
+    monkeypatch.setattr(
+        type(tiny),
+        "next_token_logits",
+        lambda self, ids, cache=None: step(ids, cache) + (cache is not None and ids.shape == (4, 1)),
+    )
+    assert Patchscope(tiny, tiny.prompt(TARGET, 3)).check.path == "plain"
+
+
+def test_a_small_memory_budget_changes_nothing_but_the_passes(tiny):
+    states, layers = rows_for_every_layer(tiny, per_layer=3)
+    roomy = Patchscope(tiny, tiny.prompt(TARGET, 7))
+    tight = Patchscope(tiny, tiny.prompt(TARGET, 7), memory=4 * roomy._path.row_bytes(0))
+    parts = list(tight.logits(states, layers))
+    assert [part.rows for part in parts] == [slice(s, min(s + 4, 15)) for s in range(0, 15, 4)]
+    (whole,) = roomy.logits(states, layers)
+    torch.testing.assert_close(torch.cat([part.patched for part in parts]), whole.patched, rtol=1e-4, atol=1e-4)
+    smallest = Patchscope(tiny, tiny.prompt(TARGET, 7), memory=1)
+    assert smallest.rows_per_pass() == 1
+    assert smallest.generate(states, layers, Decoding(5)) == roomy.generate(states, layers, Decoding(5))
+
+
+def test_a_repeated_call_is_identical(tiny):
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7))
+    states, layers = rows_for_every_layer(tiny)
+    first, second = (next(scope.logits(states, layers)).patched for _ in range(2))
+    assert first.equal(second)
+    assert scope.generate(states, layers) == scope.generate(states, layers)
+
+
+def test_layer_L_through_the_logit_lens_is_the_models_logits(smollm2, tiny, tokenizer):
+    capped = random_model(
+        Gemma3ForCausalLM, Gemma3TextConfig, tokenizer, head_dim=8, final_logit_softcapping=2.0, sliding_window=8
+    )
+    for model in (smollm2, tiny, capped):
+        prompts = [model.prompt(text) for text in ("The quick brown fox", "Amazon's former CEO attended")]
+        states = capture(model, prompts, layers=[model.n_layers])[:, 0]
+        (part,) = logit_lens(model).logits(states, model.n_layers)
+        for prompt, got in zip(prompts, part.patched, strict=True):
+            with torch.no_grad():
+                expected = model.hf(torch.tensor([prompt.ids])).logits[0, -1]
+            assert (got - expected).abs().max() / expected.std() < 1e-4
+
+
+def test_the_logit_lens_is_norm_and_unembedding_at_every_layer(smollm2):
+    states = capture(smollm2, [smollm2.prompt("Amazon's former CEO attended the Oscars", "CEO")])[0]
+    (part,) = logit_lens(smollm2).logits(states, smollm2.n_layers)
+    with torch.no_grad():
+        expected = smollm2.hf.lm_head(smollm2.hf.model.norm(states))
+    torch.testing.assert_close(part.patched, expected, rtol=1e-4, atol=1e-3)
+
+
+def test_half_precision_states_go_into_a_float_model(tiny):
+    states, layers = rows_for_every_layer(tiny)
+    scope = Patchscope(tiny, tiny.prompt(TARGET))
+    (part,) = scope.logits(states.bfloat16(), layers)
+    (same,) = scope.logits(states.bfloat16().float(), layers)
+    assert part.patched.equal(same.patched)
+
+
+def test_bad_input(tiny, tokenizer):
+    scope = Patchscope(tiny, tiny.prompt(TARGET))
+    state = torch.zeros(1, tiny.hidden_size)
+    with pytest.raises(PscopeError, match="layer 5 is out of range"):
+        scope.logits(state, 5)
+    with pytest.raises(PscopeError, match="layer -1 is out of range"):
+        scope.logits(state, [-1])
+    with pytest.raises(PscopeError, match="1 states came with 2 target layers"):
+        scope.logits(state, [0, 1])
+    with pytest.raises(PscopeError, match=r"shape \(1, 7\) do not fit .* \(rows, 32\)"):
+        scope.logits(torch.zeros(1, 7), 0)
+    with pytest.raises(PscopeError, match="memory"):
+        Patchscope(tiny, scope.target, memory=0)
+    with pytest.raises(PromptError, match="more than the window"):
+        scope.generate(state, 0, Decoding(250))
+    with pytest.raises(PromptError, match="257 tokens are more than the window"):
+        tiny.prompt("a" + " a" * 256)
+    broken = random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+    broken.hf.lm_head.weight.data[3] = float("nan")
+    with pytest.raises(ModelError, match="not finite"):
+        Patchscope(broken, broken.prompt(TARGET))

@@ -1,0 +1,88 @@
+import pytest
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+
+from pscope import PromptError
+from pscope.prompts import TOKEN_IDENTITY, tokenize
+
+
+@pytest.fixture(scope="module")
+def bos_eos_tokenizer(tokenizer):
+    """The default tokenizer, made to put a BOS before and an EOS after every text."""
+    backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    copy = type(backend.backend_tokenizer).from_str(backend.backend_tokenizer.to_str())
+    copy.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=copy, bos_token="<|im_start|>", eos_token="<|im_end|>")
+
+
+def test_tokens_are_the_tokenizers_own(tokenizer):
+    prompt = tokenize(tokenizer, TOKEN_IDENTITY)
+    assert list(prompt.ids) == tokenizer(TOKEN_IDENTITY).input_ids
+    assert "".join(prompt.tokens) == TOKEN_IDENTITY
+    assert prompt.token == "?"
+
+
+def test_text_is_found_as_whole_tokens(tokenizer):
+    text = "Amazon's former CEO attended the Oscars"
+    assert tokenize(tokenizer, text, "CEO").token == " CEO"
+    assert tokenize(tokenizer, text, " CEO").position == 3
+    # Several tokens: the last one is meant.
+    assert tokenize(tokenizer, text, "Oscars").position == 8
+    assert tokenize(tokenizer, text, "former CEO attended").token == " attended"
+
+
+def test_text_inside_a_longer_token_does_not_count(tokenizer):
+    # "other" stands once as a token, and once inside " another".
+    prompt = tokenize(tokenizer, "another day, other ways", "other")
+    assert prompt.tokens[prompt.position] == " other"
+    with pytest.raises(PromptError, match="only inside longer tokens"):
+        tokenize(tokenizer, "Amazon's former CEO", "EO")
+
+
+def test_a_character_of_several_tokens_ends_at_its_last(tokenizer):
+    prompt = tokenize(tokenizer, "in 東京 now", "東京")
+    assert prompt.ids[prompt.position + 1 :] == tuple(tokenizer(" now").input_ids)
+
+
+def test_indices(tokenizer):
+    assert tokenize(tokenizer, "a b c", 1).position == 1
+    assert tokenize(tokenizer, "a b c", -1).position == 2
+    with pytest.raises(PromptError, match=r"position 3 is outside .* 0:'a' 1:' b' 2:' c'"):
+        tokenize(tokenizer, "a b c", 3)
+
+
+@pytest.mark.parametrize(
+    ("at", "message"),
+    [
+        ("cat", r"stands 2 times in the prompt, at \[0, 2\].*0:'cat'"),
+        ("dog", r"stands nowhere in the prompt; its tokens are 0:'cat' 1:' ->'"),
+        ("", "nowhere"),
+    ],
+)
+def test_text_that_is_missing_or_ambiguous_lists_the_tokens(tokenizer, at, message):
+    with pytest.raises(PromptError, match=message):
+        tokenize(tokenizer, "cat -> cat", at)
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_empty_prompt(tokenizer, text):
+    with pytest.raises(PromptError, match="empty"):
+        tokenize(tokenizer, text)
+
+
+def test_bos_is_added_once_and_eos_is_left_off(bos_eos_tokenizer):
+    plain = tokenize(bos_eos_tokenizer, "hello there")
+    assert plain.tokens == ("<|im_start|>", "hello", " there")
+    assert plain.token == " there"
+    assert tokenize(bos_eos_tokenizer, "<|im_start|>hello there").ids == plain.ids
+    assert tokenize(bos_eos_tokenizer, "hello there", "hello").position == 1
+
+
+def test_a_tokenizer_without_offsets_still_takes_indices():
+    tokenizer = ByT5Tokenizer()
+    assert tokenize(tokenizer, "abc").ids == tuple(tokenizer("abc", add_special_tokens=False).input_ids)
+    assert tokenize(tokenizer, "abc", 1).token == "b"
+    with pytest.raises(PromptError, match="ByT5Tokenizer tells no offsets"):
+        tokenize(tokenizer, "abc", "b")

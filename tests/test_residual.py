@@ -1,0 +1,142 @@
+import pytest
+import torch
+from conftest import random_model
+from reference import hidden_states, patched_logits
+from transformers import GPTNeoConfig, GPTNeoForCausalLM
+
+from pscope import PscopeError, capture, editing, overwriting, recording
+from pscope.residual import length_batches
+
+TEXTS = ["Amazon's former CEO", "A short one", "The quick brown fox jumps over the lazy dog and runs away"]
+
+
+@pytest.fixture(scope="module")
+def gpt_neo(tokenizer):
+    """Its decoder layers return tuples, its positions are learned."""
+    return random_model(
+        GPTNeoForCausalLM,
+        GPTNeoConfig,
+        tokenizer,
+        num_layers=4,
+        num_heads=4,
+        attention_types=[[["global", "local"], 2]],
+        window_size=4,
+    )
+
+
+def hooks(model):
+    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in model.hf.modules())
+
+
+@pytest.mark.parametrize("name", ["smollm2", "tiny", "gpt_neo"])
+def test_capture_is_what_the_layers_hold(name, request):
+    model = request.getfixturevalue(name)
+    prompts = [model.prompt(text) for text in TEXTS]
+    states = capture(model, prompts)
+    assert states.shape == (3, model.n_layers + 1, model.hidden_size)
+    for prompt, state in zip(prompts, states, strict=True):
+        expected = hidden_states(model.hf, model.layers, prompt.ids)[:, -1]
+        torch.testing.assert_close(state, expected, rtol=1e-4, atol=1e-4 * expected.abs().max().item())
+
+
+def test_layers_are_numbered_as_in_hidden_states(smollm2):
+    prompt = smollm2.prompt(TEXTS[0])
+    states = capture(smollm2, [prompt])[0]
+    with torch.no_grad():
+        theirs = smollm2.hf(torch.tensor([prompt.ids]), output_hidden_states=True).hidden_states
+        assert len(theirs) == smollm2.n_layers + 1
+        for layer in range(smollm2.n_layers):
+            torch.testing.assert_close(states[layer], theirs[layer][0, -1], rtol=1e-4, atol=1e-3)
+        # Theirs is normalised at the top; the residual stream is what the norm reads.
+        torch.testing.assert_close(smollm2.hf.model.norm(states[-1]), theirs[-1][0, -1], rtol=1e-4, atol=1e-3)
+
+
+def test_batched_equals_alone_in_the_order_asked(tiny):
+    prompts = [tiny.prompt(text) for text in TEXTS]
+    positions = [[0, 2], [1], [3, 0, 5]]
+    together = capture(tiny, prompts, positions, layers=[0, 3, 4])
+    apart = capture(tiny, prompts, positions, layers=[0, 3, 4], batch_tokens=1)
+    assert together.shape == (6, 3, tiny.hidden_size)
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
+    expected = hidden_states(tiny.hf, tiny.layers, prompts[2].ids)
+    torch.testing.assert_close(together[4], expected[[0, 3, 4], 0], rtol=1e-4, atol=1e-4)
+
+
+def test_length_batches_waste_little():
+    lengths = [5, 100, 6, 99, 5]
+    batches = list(length_batches(lengths, batch_tokens=20))
+    assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3, 4]
+    assert [sorted(lengths[i] for i in batch) for batch in batches] == [[5, 5, 6], [99], [100]]
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt_neo"])
+def test_own_state_in_its_own_place_changes_nothing(name, request):
+    model = request.getfixturevalue(name)
+    ids = torch.tensor([model.prompt(TEXTS[2]).ids])
+    clean = model.next_token_logits(ids)
+    states = hidden_states(model.hf, model.layers, ids[0].tolist())
+    for layer in range(model.n_layers + 1):
+        with overwriting(model, layer, 4, states[layer, 4]):
+            torch.testing.assert_close(model.next_token_logits(ids), clean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["tiny", "gpt_neo"])
+@pytest.mark.parametrize("position", [0, 4, -1])
+def test_overwriting_equals_the_one_row_loop(name, position, request):
+    model = request.getfixturevalue(name)
+    prompt = model.prompt(TEXTS[2])
+    torch.manual_seed(1)
+    vectors = torch.randn(2, model.hidden_size, dtype=torch.float64)
+    for layer in range(model.n_layers + 1):
+        with overwriting(model, layer, position, vectors):
+            logits = model.next_token_logits(torch.tensor([prompt.ids, prompt.ids]))
+        for row in range(2):
+            expected = patched_logits(model.hf, model.layers, prompt.ids, position, layer, vectors[row].float())[-1]
+            torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_blocks_nest_and_the_inner_one_sees_what_the_outer_wrote(tiny):
+    ids = torch.tensor([tiny.prompt(TEXTS[0]).ids])
+    vector = torch.ones(tiny.hidden_size)
+    with overwriting(tiny, 2, 1, vector), recording(tiny, [2]) as outer:
+        with overwriting(tiny, 2, 1, 2 * vector), recording(tiny, [2]) as inner:
+            tiny.next_token_logits(ids)
+        assert inner[2][0, 1].eq(2).all()
+        assert outer[2][0, 1].eq(1).all()
+        tiny.next_token_logits(ids)
+        assert inner[2][0, 1].eq(2).all()
+    assert hooks(tiny) == 0
+
+
+def test_after_an_exception_the_model_is_as_before(tiny):
+    ids = torch.tensor([tiny.prompt(TEXTS[0]).ids])
+    clean = tiny.next_token_logits(ids)
+    weights = {name: weight.clone() for name, weight in tiny.hf.state_dict().items()}
+    seen = []
+    theirs = tiny.layers[1].register_forward_hook(lambda *_: seen.append(1))
+
+    def fail(stream):
+        raise RuntimeError("in the middle of a pass")
+
+    with pytest.raises(RuntimeError, match="middle"), editing(tiny, {0: lambda stream: stream * 2, 2: fail}):
+        tiny.next_token_logits(ids)
+    assert hooks(tiny) == 1
+    assert tiny.next_token_logits(ids).equal(clean)
+    assert len(seen) == 2
+    theirs.remove()
+    assert all(weight.equal(weights[name]) for name, weight in tiny.hf.state_dict().items())
+
+
+def test_a_bad_layer_registers_nothing(tiny):
+    with pytest.raises(PscopeError, match="layer 5 is out of range: .* has layers 0 to 4"):
+        with editing(tiny, {0: lambda stream: stream, 5: lambda stream: stream}):
+            pass
+    assert hooks(tiny) == 0
+
+
+def test_capture_refuses_positions_outside_the_prompt(tiny):
+    prompt = tiny.prompt("a b")
+    with pytest.raises(PscopeError, match="prompt of 2 tokens"):
+        capture(tiny, [prompt], [[2]])
+    with pytest.raises(PscopeError, match="no prompt"):
+        capture(tiny, [])
