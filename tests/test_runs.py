@@ -1,0 +1,73 @@
+import json
+
+import matplotlib.figure
+import pandas as pd
+import pytest
+import torch
+from conftest import random_model
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pscope import RunError
+from pscope.runs import Run, fingerprint
+
+FRAME = pd.DataFrame({"layer": [0, 1], "value": [0.5, 0.25]})
+
+
+def test_a_run_leaves_settings_table_and_figure(tmp_path):
+    with Run(tmp_path / "a" / "run", {"seed": 3}) as run:
+        run.add(FRAME)
+        run.add(FRAME)
+        run.draw(matplotlib.figure.Figure())
+    folder = tmp_path / "a" / "run"
+    assert {path.name for path in folder.iterdir()} == {"settings.json", "table.parquet", "figure.png", "figure.svg"}
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    assert (settings["seed"], settings["status"], settings["rows"]) == (3, "complete", 4)
+    pd.testing.assert_frame_equal(
+        pd.read_parquet(folder / "table.parquet"), pd.concat([FRAME, FRAME], ignore_index=True)
+    )
+
+
+def test_a_stopped_run_keeps_what_it_had(tmp_path):
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "run", {}) as run:
+        run.add(FRAME)
+        raise KeyboardInterrupt
+    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 2
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["status"] == "stopped by KeyboardInterrupt"
+
+
+def test_a_run_that_fails_before_its_first_row_leaves_nothing(tmp_path):
+    with pytest.raises(ValueError, match="early"), Run(tmp_path / "a" / "b" / "run", {}):
+        raise ValueError("early")
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "mine").mkdir()
+    with pytest.raises(ValueError, match="early"), Run(tmp_path / "mine", {}):
+        raise ValueError("early")
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
+def test_nothing_of_the_users_is_overwritten(tmp_path):
+    with Run(tmp_path / "run", {}) as run:
+        run.add(FRAME)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    for name, message in {
+        "run": "already holds a run",
+        "full": "is not empty",
+        "file": "is a file",
+        "file/below": "cannot write",
+    }.items():
+        with pytest.raises(RunError, match=message), Run(tmp_path / name, {}):
+            pass
+    assert (tmp_path / "file").read_text() == (tmp_path / "full" / "notes.txt").read_text() == "mine"
+    assert len(list((tmp_path / "full").iterdir())) == 1
+
+
+def test_the_fingerprint_tells_weights_apart(tiny, tokenizer):
+    same = random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+    assert fingerprint(same) == fingerprint(tiny)
+    with torch.no_grad():
+        same.layers[2].mlp.up_proj.weight[0, 0] += 1e-3
+    assert fingerprint(same) != fingerprint(tiny)
+    same.hf.to(torch.bfloat16)
+    assert len(fingerprint(same)) == 64
