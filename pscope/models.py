@@ -157,6 +157,8 @@ def load(
             raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
 
+    if device_map is None:
+        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder, options = _locate(str(model), revision)
     placement = {} if device_map is None else {"device_map": device_map}
     try:
@@ -173,8 +175,15 @@ def load(
     except Exception as error:
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
     if device_map is None:
-        hf = hf.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        hf = hf.to(device)
     return LanguageModel(hf, tokenizer, str(model))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 
 def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:

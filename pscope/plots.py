@@ -16,7 +16,7 @@ def next_token_figure(summary: pd.DataFrame, title: str) -> Figure:
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
         figure = Figure(figsize=(11, 4.2), layout="constrained")
         for axes, (measure, label) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
-            sns.lineplot(summary, x="layer", y=measure, hue="lens", style="lens", ax=axes)
+            sns.lineplot(summary, x="layer", y=measure, hue="lens", style="lens", errorbar=None, ax=axes)
             for line, (_, band) in zip(axes.get_lines(), summary.groupby("lens", sort=False), strict=False):
                 low, high = band[f"{measure}_low"], band[f"{measure}_high"]
                 axes.fill_between(band["layer"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)

@@ -46,13 +46,14 @@ def read_dataset(spec: str, most: int) -> list[str]:
     if not re.fullmatch(r"[^:]+(:[^:]*){0,2}", spec):
         raise TextsError(f"{spec!r} is not of the form ID[:CONFIG][:SPLIT]")
     name, config, split = (part or None for part in f"{spec}::".split(":")[:3])
+    texts: list[str] = []
     try:
-        rows = load_dataset(name, config, split=split or "test", streaming=True)
-        columns = rows.column_names
-        if columns is not None and "text" not in columns:
-            raise TextsError(f"{spec} has no column 'text'; its columns are {', '.join(columns)}")
-        kept = (row["text"].strip() for row in rows)
-        texts = [text for text, _ in zip((text for text in kept if text), range(most), strict=False)]
+        for row in load_dataset(name, config, split=split or "test", streaming=True):
+            if "text" not in row:
+                raise TextsError(f"{spec} has no column 'text'; its columns are {', '.join(row)}")
+            texts += [row["text"].strip()] if row["text"].strip() else []
+            if len(texts) == most:
+                break
     except TextsError:
         raise
     except Exception as error:

@@ -182,7 +182,7 @@ def test_a_repeated_call_is_identical(tiny):
     assert scope.generate(states, layers) == scope.generate(states, layers)
 
 
-def test_layer_L_through_the_logit_lens_is_the_models_logits(smollm2, tiny, tokenizer):
+def test_the_last_layer_through_the_logit_lens_is_the_models_logits(smollm2, tiny, tokenizer):
     capped = random_model(
         Gemma3ForCausalLM, Gemma3TextConfig, tokenizer, head_dim=8, final_logit_softcapping=2.0, sliding_window=8
     )

@@ -128,9 +128,9 @@ def test_after_an_exception_the_model_is_as_before(tiny):
 
 
 def test_a_bad_layer_registers_nothing(tiny):
-    with pytest.raises(PscopeError, match="layer 5 is out of range: .* has layers 0 to 4"):
-        with editing(tiny, {0: lambda stream: stream, 5: lambda stream: stream}):
-            pass
+    edits = {0: lambda stream: stream, 5: lambda stream: stream}
+    with pytest.raises(PscopeError, match="layer 5 is out of range: .* has layers 0 to 4"), editing(tiny, edits):
+        pass
     assert hooks(tiny) == 0
 
 

@@ -33,7 +33,8 @@ def read_layers(
         raise PscopeError("no layer is asked for")
     for layer in layers:
         check_layer(model, layer)
-    if not 1 <= top_k <= (vocabulary := model.hf.config.get_text_config().vocab_size):
+    vocabulary = model.hf.config.get_text_config().vocab_size
+    if not 1 <= top_k <= vocabulary:
         raise PscopeError(f"top_k is {top_k}; 1 to {vocabulary} tokens can be shown")
     states = capture(model, [source], layers=layers)[0]  # (layers, hidden)
 

@@ -1,0 +1,3 @@
+from pscope.cli import main
+
+main()

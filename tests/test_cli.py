@@ -1,0 +1,219 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+from pscope.cli import app
+from pscope.cli.common import parse_layers
+from typer.testing import CliRunner
+
+TEXTS = [
+    "The lighthouse keeper counted eleven ships before the fog came in over the bay.",
+    "Water boils at a lower temperature on a mountain than it does beside the sea.",
+    "She had promised to return the ladder on Monday, and on Friday it was still leaning on her wall.",
+]
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS), "utf-8")
+    return path
+
+
+@pytest.fixture
+def tiny_folder(tiny, tmp_path) -> Path:
+    folder = tmp_path / "tiny"
+    tiny.hf.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def in_a_folder_of_its_own(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
+def run(*arguments):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_fig1_reads_the_ceo(tmp_path):
+    result = run("fig1", "--layers", "0,5,30", "--top-k", 2, "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    table = pd.DataFrame(json.loads(result.stdout))
+    assert set(table["reading"]) == {"patchscope", "logit lens", "clean target"}
+    early = table[(table["reading"] == "patchscope") & (table["layer"] == 5) & (table["rank"] == 1)]
+    assert early["continuation"].item().startswith(" -> CEO")
+    assert "staircase path" in result.stderr
+    kept = {path.name for path in (tmp_path / "run").iterdir()}
+    assert kept == {"settings.json", "table.parquet", "figure.png", "figure.svg"}
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))
+    assert settings["source_position"] == 3
+    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == len(table)
+
+
+def test_fig1_shows_a_table_with_the_control_last(tiny_folder):
+    result = run("fig1", "--model", tiny_folder, "--target", "one two x three", "--target-at", "x", "--layers", "1-2")
+    assert result.exit_code == 0, result.output
+    rows = [line.split("│")[1].strip() for line in result.stdout.splitlines() if line.startswith("│")]
+    # A cell that is too long goes on in a line without a layer.
+    assert [layer for layer in rows if layer] == ["1", "2", "clean"]
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("fig1-")
+    assert "figure: runs/fig1-" in result.stderr
+
+
+def test_fig2_on_the_users_texts(texts, tmp_path):
+    command = ["fig2", "--texts", texts, "--samples", 5, "--layers", "20,30", "--seed", 1]
+    result = run(*command, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    table = pd.read_parquet(tmp_path / "a" / "table.parquet")
+    assert len(table) == 5 * 2 * 2
+    assert table.groupby("text")["position"].nunique().sum() == 5
+    assert table[table["layer"] == 30]["correct"].all()
+    settings = json.loads((tmp_path / "a" / "settings.json").read_text("utf-8"))
+    assert settings["status"] == "complete"
+    assert (settings["samples"], settings["seed"], settings["layers"]) == (5, 1, [20, 30])
+    assert settings["model"]["class"] == "LlamaForCausalLM"
+    for line in ("precision@1", "1.00 (1.00–1.00)"):
+        assert line in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    # The same command with the same seed gives the same table.
+    assert run(*command, "--out", tmp_path / "b").exit_code == 0
+    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "b" / "table.parquet"))
+    # And never over an older one.
+    again = run(*command, "--out", tmp_path / "a")
+    assert (again.exit_code, again.stderr.count("\n")) == (2, 1)
+    assert "already holds a run" in again.stderr
+
+
+def test_fig2_options_reach_the_model(tiny_folder, texts, tmp_path):
+    result = run(
+        *("fig2", "--model", tiny_folder, "--texts", texts, "--samples", 4, "--dtype", "bfloat16"),
+        *("--batch-tokens", 10, "--memory", 0.001, "--out", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.output
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))
+    assert settings["model"]["dtype"] == "bfloat16"
+    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 4 * 5 * 2
+
+
+def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "set" / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
+    result = run(
+        "fig2", "--model", tiny_folder, "--dataset", tmp_path / "set", "--samples", 3, "--out", tmp_path / "run"
+    )
+    assert result.exit_code == 0, result.output
+    assert pd.read_parquet(tmp_path / "run" / "table.parquet")["text"].nunique() == 3
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["fig1", "--model", "no/such-model"], "the hub cannot be reached"),
+        (["fig1", "--model", "cut.gguf"], "cannot load cut.gguf"),
+        (["fig1", "--model", "TINY", "--at", "CFO"], "'CFO' stands nowhere in the prompt; its tokens are 0:'Amazon'"),
+        (["fig1", "--model", "TINY", "--source", "cat -> cat", "--at", "cat"], "'cat' stands 2 times"),
+        (["fig1", "--model", "TINY", "--at", "99"], "position 99 is outside"),
+        (["fig1", "--model", "TINY", "--source", ""], "the prompt is empty"),
+        (["fig1", "--model", "TINY", "--target", " "], "the prompt is empty"),
+        (["fig1", "--model", "TINY", "--target-at", "dog"], "'dog' stands nowhere"),
+        (["fig1", "--model", "TINY", "--layers", "5"], "layer 5 is out of range: TINY has layers 0 to 4"),
+        (["fig1", "--model", "TINY", "--new-tokens", "300"], "more than the window"),
+        (["fig1", "--layers", "9-3"], "'9-3' is neither a layer (8) nor a range"),
+        (["fig1", "--layers", "a"], "'a' is neither a layer (8) nor a range"),
+        (["fig1", "--top-k", "0"], "'--top-k': Input should be greater"),
+        (["fig1", "--bogus"], "No such option: --bogus"),
+        (["fig1", "--dtype", "int8"], "'int8' is not one of"),
+        (["figure1"], "No such command 'figure1'"),
+        (["fig2", "--samples", "0"], "'--samples': Input should be greater"),
+        (["fig2", "--memory", "0"], "a positive number of GiB"),
+        (["fig2", "--memory", "nan"], "a positive number of GiB"),
+        (["fig2", "--texts", "empty.txt"], "empty.txt holds no text"),
+        (["fig2", "--texts", "missing.txt"], "cannot read missing.txt"),
+        (["fig2", "--texts", "latin.txt"], "latin.txt is not UTF-8 (line 1)"),
+        (["fig2", "--texts", "latin.txt", "--dataset", "a"], "--texts and --dataset were both given"),
+        (["fig2", "--dataset", "no/such-set"], "cannot read the dataset no/such-set"),
+        (["fig2", "--model", "TINY", "--texts", "short.txt", "--samples", "9"], "have only 2 positions to give"),
+        (["fig2", "--model", "TINY", "--layers", "0-5"], "layer 5 is out of range"),
+        (["fig2", "--out", "empty.txt"], "empty.txt is a file"),
+        (["fig2", "--out", "empty.txt/below"], "cannot write to empty.txt/below"),
+        (["fig2", "--out", "full"], "full is not empty"),
+        (["fig1", "--device", "nonsense", "--model", "TINY"], "the device 'nonsense' cannot be used"),
+        (["fig1", "--device", "cuda:9", "--model", "TINY"], "the device 'cuda:9' cannot be used"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_folder):
+    os.symlink(tiny_folder, "TINY")
+    Path("cut.gguf").write_bytes(b"GGUF\x03\0\0\0")
+    Path("empty.txt").touch()
+    Path("short.txt").write_text("a b c")
+    Path("latin.txt").write_bytes("café".encode("latin-1"))
+    Path("full").mkdir()
+    Path("full/mine").touch()
+    before = sorted(Path().rglob("*"))
+    result = run(*arguments)
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert result.stderr.startswith("pscope: ")
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_traceback_only_when_asked_for():
+    result = run("--traceback", "fig1", "--layers", "a")
+    assert isinstance(result.exception, ValueError)
+    assert "Traceback" not in run("fig1", "--layers", "a").output
+
+
+def test_help_names_every_option_and_command():
+    assert run().exit_code == 0
+    assert "fig1" in run().stdout
+    for command in ("fig1", "fig2"):
+        shown = run(command, "--help")
+        assert shown.exit_code == 0
+        for option in ("--model", "--layers", "--out", "--dtype"):
+            assert option in shown.stdout
+
+
+def test_an_answer_to_bad_usage_needs_no_torch():
+    code = "import sys; from pscope.cli import app\ntry: app(['fig1', '--layers', 'x'])\nfinally: assert 'torch' not in sys.modules"
+    finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
+
+
+def test_ctrl_c_says_what_was_kept(tmp_path, smollm2):
+    out = tmp_path / "run"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "pscope.cli", "fig2", "--samples", "2000", "--batch-tokens", "128", "--out", str(out)],
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    # The first row group is on its way to disk as soon as the file has grown.
+    while not ((out / "table.parquet").exists() and (out / "table.parquet").stat().st_size > 100):
+        assert process.poll() is None
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    _, told = process.communicate()
+    assert process.returncode == 130
+    table = pd.read_parquet(out / "table.parquet")
+    assert len(table) > 0
+    assert f"stopped; kept {len(table)} rows in {out / 'table.parquet'}" in told
+    assert "Traceback" not in told
+    assert json.loads((out / "settings.json").read_text("utf-8"))["status"] == "stopped by KeyboardInterrupt"
+
+
+def test_layers():
+    assert parse_layers("0-3, 8") == [0, 1, 2, 3, 8]
+    assert parse_layers("8,0-1,1") == [0, 1, 8]
+    assert parse_layers(None) is None

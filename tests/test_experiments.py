@@ -1,0 +1,183 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from reference import hidden_states, patched_continuation, patched_logits
+
+from pscope import TOKEN_IDENTITY, Patchscope, PscopeError, TextsError
+from pscope.experiments.layer_readout import read_layers
+from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
+from pscope.plots import layer_readout_figure, next_token_figure
+from pscope.texts import shipped_texts
+
+
+@pytest.fixture(scope="module")
+def finding(smollm2) -> pd.DataFrame:
+    """Figure 2 of the default model on some of the shipped texts, spread over their registers."""
+    sampled = draw_positions(smollm2, shipped_texts()[::3], 80, seed=0)
+    scope = Patchscope(smollm2, smollm2.prompt(TOKEN_IDENTITY))
+    return pd.concat(decode_next_tokens(scope, sampled, range(smollm2.n_layers + 1)), ignore_index=True)
+
+
+def places(sampled):
+    return [(item.text, position) for item in sampled for position in item.positions]
+
+
+def test_positions_are_spread_drawn_once_and_repeatable(tiny):
+    texts = ["a b c", "one two three four five", "x"]
+    assert places(draw_positions(tiny, texts, 6, seed=1)) == [(0, 1), (0, 2), (1, 1), (1, 2), (1, 3), (1, 4)]
+    for seed in range(5):
+        drawn = draw_positions(tiny, texts, 2, seed)
+        assert [item.text for item in drawn] == [0, 1]
+        assert all(len(item.prompt) == item.positions[-1] + 1 for item in drawn)
+    assert draw_positions(tiny, texts, 3, seed=2) == draw_positions(tiny, texts, 3, seed=2)
+    many = [places(draw_positions(tiny, texts, 3, seed)) for seed in range(20)]
+    assert len({tuple(drawn) for drawn in many}) > 3
+    with pytest.raises(TextsError, match="7 samples were asked for, but the 3 texts have only 6 positions"):
+        draw_positions(tiny, texts, 7, seed=0)
+    with pytest.raises(PscopeError, match="0 samples"):
+        draw_positions(tiny, texts, 0, seed=0)
+    long = draw_positions(tiny, ["a " * 300], 31, seed=0, most_tokens=32)
+    assert long[0].positions == tuple(range(1, 32))
+
+
+def test_next_token_rows_against_one_row_passes(tiny):
+    texts = ["The quick brown fox jumps over the lazy dog", "A short one", "Amazon's former CEO attended the Oscars"]
+    sampled = draw_positions(tiny, texts, 7, seed=3)
+    target = tiny.prompt(TOKEN_IDENTITY)
+    layers = [0, 2, 4]
+    # Small batches and little memory, so that samples come in several chunks and out of order.
+    chunks = list(decode_next_tokens(Patchscope(tiny, target, memory=4_000_000), sampled, layers, batch_tokens=8))
+    table = pd.concat(chunks)
+    assert len(chunks) > 2
+    assert len(table) == 7 * 3 * 2
+    assert set(zip(table["text"], table["position"], strict=True)) == set(places(sampled))
+    for row in table.itertuples():
+        ids = tiny.prompt(texts[row.text]).ids
+        with torch.no_grad():
+            own = tiny.hf(torch.tensor([ids])).logits[0, row.position]
+            state = hidden_states(tiny.hf, tiny.layers, ids)[row.layer, row.position]
+            if row.lens == "logit lens":
+                decoded = tiny.hf.lm_head(tiny.hf.model.norm(state)).argmax().item()
+            else:
+                logits = patched_logits(tiny.hf, tiny.layers, target.ids, target.position, row.layer, state)
+                decoded = logits[-1].argmax().item()
+        assert (row.decoded_id, row.next_token_id) == (decoded, own.argmax().item())
+        assert row.correct == (decoded == own.argmax().item())
+        assert row.surprisal == pytest.approx(-own.log_softmax(0)[decoded].item(), abs=1e-4)
+        assert row.decoded == tiny.tokenizer.decode([decoded])
+        assert row.token == tiny.prompt(texts[row.text]).tokens[row.position]
+
+
+def test_the_finding_of_figure_2(finding, smollm2):
+    summary = summarise(finding).set_index(["lens", "layer"])
+    identity, lens = summary.loc["token identity"], summary.loc["logit lens"]
+    # From layer 10 up token identity is better in precision, and by much in the upper third.
+    assert (identity["precision_at_1"] > lens["precision_at_1"]).loc[10:29].all()
+    assert (identity["precision_at_1_low"] > lens["precision_at_1_high"]).loc[20:28].all()
+    # Surprisal crosses over: the logit lens is ahead in the lower layers, token identity in the upper.
+    assert (identity["surprisal"] > lens["surprisal"]).loc[3:9].all()
+    assert (identity["surprisal"] < lens["surprisal"]).loc[18:29].all()
+    # At the last layer both are the model itself.
+    assert identity["precision_at_1"].loc[30] == lens["precision_at_1"].loc[30] == 1
+    last = finding[finding["layer"] == smollm2.n_layers]
+    assert (last["decoded_id"] == last["next_token_id"]).all()
+
+
+def test_bands_resample_whole_texts():
+    # Two texts, one always right and one always wrong: resampled texts give 0, 1/2 or 1, whatever the samples.
+    rows = [
+        (text, layer, "logit lens", text == 0, float(text)) for text in (0, 1) for layer in (0, 1) for _ in range(50)
+    ]
+    table = pd.DataFrame(rows, columns=["text", "layer", "lens", "correct", "surprisal"])
+    summary = summarise(table)
+    assert summary["precision_at_1"].tolist() == [0.5, 0.5]
+    assert summary["precision_at_1_low"].tolist() == [0, 0]
+    assert summary["precision_at_1_high"].tolist() == [1, 1]
+    pd.testing.assert_frame_equal(summary, summarise(table))
+
+
+def test_bands_against_a_plain_bootstrap(finding):
+    layer = finding[(finding["layer"] == 20) & (finding["lens"] == "token identity")]
+    groups = [group["surprisal"].to_numpy() for _, group in layer.groupby("text")]
+    random = np.random.default_rng(5)
+    means = [
+        np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))]).mean() for _ in range(4000)
+    ]
+    summary = summarise(finding, resamples=4000).set_index(["lens", "layer"]).loc[("token identity", 20)]
+    assert summary["surprisal"] == pytest.approx(layer["surprisal"].mean())
+    low, high = np.quantile(means, [0.025, 0.975])
+    assert summary["surprisal_low"] == pytest.approx(low, abs=0.05 * (high - low))
+    assert summary["surprisal_high"] == pytest.approx(high, abs=0.05 * (high - low))
+
+
+def test_the_figure_shows_the_summary(finding):
+    summary = summarise(finding)
+    precision, surprise = next_token_figure(summary, "title").axes
+    for axes, measure in ((precision, "precision_at_1"), (surprise, "surprisal")):
+        for lens, line in zip(("logit lens", "token identity"), axes.get_lines(), strict=False):
+            expected = summary[summary["lens"] == lens]
+            np.testing.assert_allclose(line.get_xdata(), expected["layer"])
+            np.testing.assert_allclose(line.get_ydata(), expected[measure])
+        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["logit lens", "token identity"]
+        assert len(axes.collections) == 2
+
+
+def test_layer_readout_against_one_row_passes(smollm2):
+    source = smollm2.prompt("Amazon's former CEO attended the Oscars", "CEO")
+    target = smollm2.prompt(TOKEN_IDENTITY)
+    table = read_layers(Patchscope(smollm2, target), source, [0, 12, 30], top_k=3, new_tokens=4)
+    assert len(table) == 3 * 3 * 2 + 3
+    states = hidden_states(smollm2.hf, smollm2.layers, source.ids)[:, source.position]
+    with torch.no_grad():
+        for layer in (0, 12, 30):
+            logits = patched_logits(smollm2.hf, smollm2.layers, target.ids, target.position, layer, states[layer])[-1]
+            lens = smollm2.hf.lm_head(smollm2.hf.model.norm(states[layer]))
+            for reading, expected in (("patchscope", logits), ("logit lens", lens)):
+                rows = table[(table["layer"] == layer) & (table["reading"] == reading)]
+                top = expected.softmax(0).topk(3)
+                assert rows["token_id"].tolist() == top.indices.tolist()
+                assert rows["probability"].tolist() == pytest.approx(top.values.tolist(), abs=1e-4)
+            spoken = patched_continuation(
+                smollm2.hf, smollm2.layers, target.ids, target.position, layer, states[layer], 4
+            )
+            rows = table[(table["layer"] == layer) & (table["reading"] == "patchscope")]
+            assert set(rows["continuation"]) == {smollm2.tokenizer.decode(spoken)}
+    clean = table[table["reading"] == "clean target"]
+    assert clean["layer"].isna().all()
+    with torch.no_grad():
+        assert clean["token_id"].iloc[0] == smollm2.hf(torch.tensor([target.ids])).logits[0, -1].argmax()
+
+
+def test_the_readout_figure_has_a_planted_cell_where_it_belongs():
+    rows = [
+        {"reading": reading, "layer": layer, "rank": 1, "token": f"{reading} {layer}", "probability": 0.1}
+        | {"continuation": f"goes on {layer}"}
+        for reading in ("patchscope", "logit lens")
+        for layer in (0, 5, 9)
+    ]
+    rows.append(
+        {"reading": "clean target", "layer": None, "rank": 1, "token": "$c$", "probability": 0.2, "continuation": "c"}
+    )
+    table = pd.DataFrame(rows).astype({"layer": "Int64", "continuation": "string"})
+    table.loc[(table["layer"] == 5) & (table["reading"] == "logit lens"), "probability"] = 0.9
+    axes = layer_readout_figure(table, "title").axes[0]
+    shades = axes.collections[0].get_array().reshape(4, 2)
+    assert shades[1, 1] == 0.9
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "5", "9", "clean target"]
+    assert [label.get_text() for label in axes.get_xticklabels()] == ["patchscope", "logit lens"]
+    written = {(text.get_position()[0], text.get_position()[1]): text.get_text() for text in axes.texts}
+    assert written[(1.5, 1.5)] == "logit lens 5"
+    assert written[(0.5, 3.5)] == r"\$c\$"
+    assert written[(2.04, 1.5)] == "goes on 5"
+
+
+def test_readout_refuses(tiny):
+    scope = Patchscope(tiny, tiny.prompt(TOKEN_IDENTITY))
+    source = tiny.prompt("a b")
+    with pytest.raises(PscopeError, match="layer 9 is out of range"):
+        read_layers(scope, source, [0, 9])
+    with pytest.raises(PscopeError, match="no layer"):
+        read_layers(scope, source, [])
+    with pytest.raises(PscopeError, match="top_k is 0"):
+        read_layers(scope, source, [0], top_k=0)
