@@ -57,7 +57,7 @@ def fig2(
     ] = None,
     layers: LayersOption = None,
     seed: Annotated[int, typer.Option(min=0, help="Draws the positions and the bands.")] = 0,
-    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in one pass.")] = 2048,
+    batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in one pass.")] = 1024,
     memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
     revision: RevisionOption = None,

@@ -75,7 +75,7 @@ def capture(
     prompts: Sequence[Prompt],
     positions: Sequence[Sequence[int]] | None = None,
     layers: Sequence[int] | None = None,
-    batch_tokens: int = 2048,
+    batch_tokens: int = 1024,
 ) -> Tensor:
     """The hidden states that `prompts` form, (reads, layers, hidden), on the device where token ids go.
 

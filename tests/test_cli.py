@@ -187,7 +187,14 @@ def test_help_names_every_option_and_command():
 
 
 def test_an_answer_to_bad_usage_needs_no_torch():
-    code = "import sys; from pscope.cli import app\ntry: app(['fig1', '--layers', 'x'])\nfinally: assert 'torch' not in sys.modules"
+    code = """
+import sys
+from pscope.cli import app
+try:
+    app(["fig1", "--layers", "x"])
+finally:
+    assert "torch" not in sys.modules
+"""
     finished = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
 

@@ -71,7 +71,7 @@ def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
 
 
 def decode_next_tokens(
-    identity: Patchscope, sampled: Sequence[Sampled], layers: Sequence[int], batch_tokens: int = 2048
+    identity: Patchscope, sampled: Sequence[Sampled], layers: Sequence[int], batch_tokens: int = 1024
 ) -> Iterator[pd.DataFrame]:
     """Decode the states of `layers` at every sampled position with both lenses, and score what comes out.
 
