@@ -83,8 +83,10 @@ def test_sampled_tokens_follow_the_softmax():
     chosen = decoding.choose(logits.expand(len(draws), -1), draws)
     share = torch.bincount(chosen, minlength=4) / len(draws)
     torch.testing.assert_close(share, (logits[0] / 0.7).softmax(0), atol=2e-4, rtol=0)
-    # The largest draw there is still falls on a token, and a token of no probability is never drawn.
-    edge = decoding.choose(torch.tensor([[0.0, 0.0, float("-inf")]]), torch.tensor([1 - 2**-53], dtype=torch.float64))
+    # The smallest and the largest draw still fall on a token, and a token of no probability is never drawn.
+    none = float("-inf")
+    assert decoding.choose(torch.tensor([[none, 0.0, 0.0]]), torch.zeros(1, dtype=torch.float64)).item() == 1
+    edge = decoding.choose(torch.tensor([[0.0, 0.0, none]]), torch.tensor([1 - 2**-53], dtype=torch.float64))
     assert edge.item() == 1
 
 

@@ -146,11 +146,11 @@ def test_models_that_are_not_there(tmp_path):
         pscope.load(tmp_path, dtype="int3")
 
 
-def test_pickled_weights_and_code_in_checkpoints_are_refused(saved, tmp_path):
+def test_pickled_weights_and_code_in_checkpoints_are_refused(tiny, saved, tmp_path):
     pickled = tmp_path / "pickled"
     shutil.copytree(saved, pickled)
     (pickled / "model.safetensors").unlink()
-    torch.save(torch.load, pickled / "pytorch_model.bin")
+    torch.save(tiny.hf.state_dict(), pickled / "pytorch_model.bin")
     with pytest.raises(ModelError, match="cannot load"):
         pscope.load(pickled)
 

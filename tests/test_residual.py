@@ -52,14 +52,19 @@ def test_layers_are_numbered_as_in_hidden_states(smollm2):
 
 
 def test_batched_equals_alone_in_the_order_asked(tiny):
-    prompts = [tiny.prompt(text) for text in TEXTS]
-    positions = [[0, 2], [1], [3, 0, 5]]
+    # From long to short to middling, so that the order of the batch is not the order asked, nor its inverse.
+    prompts = [tiny.prompt(TEXTS[index]) for index in (2, 1, 0)]
+    positions = [[3, 0, 5], [1], [0, 2]]
     together = capture(tiny, prompts, positions, layers=[0, 3, 4])
-    apart = capture(tiny, prompts, positions, layers=[0, 3, 4], batch_tokens=1)
     assert together.shape == (6, 3, tiny.hidden_size)
-    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-4)
-    expected = hidden_states(tiny.hf, tiny.layers, prompts[2].ids)
-    torch.testing.assert_close(together[4], expected[[0, 3, 4], 0], rtol=1e-4, atol=1e-4)
+    alone = [
+        hidden_states(tiny.hf, tiny.layers, prompt.ids)[[0, 3, 4], position]
+        for prompt, read in zip(prompts, positions, strict=True)
+        for position in read
+    ]
+    torch.testing.assert_close(together, torch.stack(alone), rtol=1e-4, atol=1e-4)
+    apart = capture(tiny, prompts, positions, layers=[0, 3, 4], batch_tokens=1)
+    torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
 
 
 def test_length_batches_waste_little():
@@ -93,6 +98,20 @@ def test_overwriting_equals_the_one_row_loop(name, position, request):
         for row in range(2):
             expected = patched_logits(model.hf, model.layers, prompt.ids, position, layer, vectors[row].float())[-1]
             torch.testing.assert_close(logits[row], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_what_else_a_layer_returns_is_left_alone(gpt_neo):
+    ids = torch.tensor([gpt_neo.prompt(TEXTS[0]).ids])
+    returned = []
+    with editing(gpt_neo, {1: lambda stream: stream + 1}):
+        watch = gpt_neo.layers[0].register_forward_hook(lambda _, args, output: returned.append(output))
+        gpt_neo.next_token_logits(ids)
+    gpt_neo.next_token_logits(ids)
+    watch.remove()
+    edited, plain = returned
+    assert type(edited) is type(plain) is tuple
+    assert len(edited) == len(plain) == 2
+    torch.testing.assert_close(edited[0], plain[0] + 1)
 
 
 def test_blocks_nest_and_the_inner_one_sees_what_the_outer_wrote(tiny):
