@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 
 def fig2(
-    samples: Annotated[int, typer.Option(min=1, help="Positions to read, spread evenly over the texts.")] = 240,
+    samples: Annotated[int, typer.Option(min=1, help="Positions to read, spread evenly over the texts.")] = 200,
     texts: Annotated[
         Path | None,
         typer.Option(help="A file of texts: .jsonl with a text per line, or plain with one per line."),

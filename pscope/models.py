@@ -157,6 +157,8 @@ def load(
             raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
 
+    if device is not None and device_map is not None:
+        raise ModelError("device and device_map were both given; device is for the whole model, device_map spreads it")
     if device_map is None:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder, options = _locate(str(model), revision)

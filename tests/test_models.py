@@ -142,6 +142,8 @@ def test_models_that_are_not_there(tmp_path):
         pscope.load("nowhere.gguf")
     with pytest.raises(ModelError, match="cannot load"):
         pscope.load(tmp_path)
+    with pytest.raises(ModelError, match="both given"):
+        pscope.load(tmp_path, device="cpu", device_map="auto")
     with pytest.raises(ModelError, match="unknown dtype 'int3'"):
         pscope.load(tmp_path, dtype="int3")
 
