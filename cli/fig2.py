@@ -152,6 +152,6 @@ def _as_table(summary: pd.DataFrame) -> Table:
         for measure, (_, digits) in measures.items():
             for lens in lenses:
                 mean, low, high = (row[f"{measure}{bound}", lens] for bound in ("", "_low", "_high"))
-                cells.append(f"{mean:.2f} ({low:.{digits}f}–{high:.{digits}f})")
+                cells.append(f"{mean:.{digits}f} ({low:.{digits}f}–{high:.{digits}f})")
         shown.add_row(str(layer), *cells)
     return shown
