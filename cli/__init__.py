@@ -1,15 +1,23 @@
 """The command `pscope`: one file per command, each thin. Nothing heavy is imported before the arguments are read."""
 
-from pscope.cli import fig1, fig2
-from pscope.cli.app import app
-
-app.command("fig1")(fig1.fig1)
-app.command("fig2")(fig2.fig2)
+import os
+import sys
 
 
 def main() -> None:
-    """The console script."""
-    app()
+    """The console script. Ctrl-C ends it at once, with exit code 130."""
+    try:
+        from pscope.cli.app import app
 
-
-__all__ = ["app", "main"]
+        app()
+    except KeyboardInterrupt:
+        print("pscope: stopped; nothing was written", file=sys.stderr)
+        stopped = 130
+    except SystemExit as end:
+        stopped = end.code
+    if stopped == 130:
+        # Everything is on disk; what is left is a second or two of the interpreter taking its modules down.
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(stopped)
+    sys.exit(stopped)

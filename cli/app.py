@@ -6,6 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
+from pscope.cli import fig1, fig2
 from typer.core import TyperGroup
 
 from pscope.errors import PscopeError
@@ -51,3 +52,7 @@ def pscope(
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
+
+
+app.command()(fig1.fig1)
+app.command()(fig2.fig2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from pscope.cli import app
+from pscope.cli.app import app
 from pscope.cli.common import parse_layers
 from typer.testing import CliRunner
 
@@ -189,7 +189,7 @@ def test_help_names_every_option_and_command():
 def test_an_answer_to_bad_usage_needs_no_torch():
     code = """
 import sys
-from pscope.cli import app
+from pscope.cli.app import app
 try:
     app(["fig1", "--layers", "x"])
 finally:
