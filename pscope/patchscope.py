@@ -75,8 +75,8 @@ class Patchscope:
         `target_layers` has one layer of 0..L for each row, or is one layer for all. The rows come in the order given,
         in chunks, so that any number takes no more memory than the budget.
         """
-        passes = self._passes(states, self._checked(states, target_layers), new_tokens=0)
-        return (Logits(chunk, rows.logits[1:][order.argsort()], rows.logits[0]) for chunk, rows, order in passes)
+        layers = self._checked(states, target_layers)
+        return (self._read(part, states[part], layers[part]) for part in self._parts(len(states)))
 
     def generate(
         self, states: Tensor, target_layers: Sequence[int] | int, decoding: Decoding = GREEDY
@@ -88,14 +88,12 @@ class Patchscope:
         """
         self.model.check_window(len(self.target) + decoding.new_tokens)
         layers = self._checked(states, target_layers)
-        patched: list[list[int]] = []
-        clean: list[int] = []
         draws = decoding.draws(len(states) + 1)
-        for chunk, rows, order in self._passes(states, layers, decoding.new_tokens):
-            in_climbing_order = torch.cat([draws[:1], draws[1:][chunk][order]])
-            clean, *spoken = continue_rows(rows, decoding, in_climbing_order, self.model.end_tokens)
-            patched += [spoken[place] for place in order.argsort().tolist()]
-        return Continuations(patched, clean)
+        spoken = [
+            self._speak(states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]))
+            for part in self._parts(len(states), decoding.new_tokens)
+        ]
+        return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
@@ -117,12 +115,22 @@ class Patchscope:
             check_layer(self.model, layer)
         return layers
 
-    def _passes(self, states: Tensor, layers: list[int], new_tokens: int) -> Iterator[tuple[slice, Rows, Tensor]]:
-        """Chunk, rows in ascending order of layer with the clean one first, and the order they were brought in."""
+    def _parts(self, rows: int, new_tokens: int = 0) -> Iterator[slice]:
         at_once = self.rows_per_pass(new_tokens)
-        for start in range(0, len(states), at_once):
-            chunk = slice(start, min(start + at_once, len(states)))
-            chunk_layers = torch.tensor(layers[chunk])
-            order = chunk_layers.argsort(stable=True)
-            rows = self._path.start(states[chunk][order.to(states.device)], chunk_layers[order], new_tokens)
-            yield chunk, rows, order
+        return (slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once))
+
+    def _read(self, part: slice, states: Tensor, layers: list[int]) -> Logits:
+        order, rows = self._start(states, layers)
+        # A view of the clean row would keep the logits of all rows.
+        return Logits(part, rows.logits[1:][order.argsort()], rows.logits[0].clone())
+
+    def _speak(self, states: Tensor, layers: list[int], decoding: Decoding, draws: Tensor) -> Continuations:
+        order, rows = self._start(states, layers, decoding.new_tokens)
+        draws = torch.cat([draws[:1], draws[1:][order]])
+        clean, *spoken = continue_rows(rows, decoding, draws, self.model.end_tokens)
+        return Continuations([spoken[place] for place in order.argsort().tolist()], clean)
+
+    def _start(self, states: Tensor, layers: list[int], new_tokens: int = 0) -> tuple[Tensor, Rows]:
+        """The order in which the rows climb, by layer, and the rows in that order after the clean one."""
+        order = torch.tensor(layers).argsort(stable=True)
+        return order, self._path.start(states[order.to(states.device)], torch.tensor(layers)[order], new_tokens)

@@ -47,7 +47,7 @@ def test_next_token_rows_against_one_row_passes(tiny):
     target = tiny.prompt(TOKEN_IDENTITY)
     layers = [0, 2, 4]
     # Small batches and little memory, so that samples come in several chunks and out of order.
-    chunks = list(decode_next_tokens(Patchscope(tiny, target, memory=4_000_000), sampled, layers, batch_tokens=8))
+    chunks = list(decode_next_tokens(Patchscope(tiny, target, memory=6_000_000), sampled, layers, batch_tokens=8))
     table = pd.concat(chunks)
     assert len(chunks) > 2
     assert len(table) == 7 * 3 * 2
