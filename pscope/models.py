@@ -206,8 +206,12 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
 def _fetch_from_hub(name: str, revision: str | None) -> str:
     packages = ", ".join(packaged.MODELS)
     try:
+        # No pickle, no code, and no second copy of the weights in another layout.
         return snapshot_download(
-            name, revision=revision, allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            ignore_patterns=["*/*", "consolidated*"],
         )
     except HFValidationError as error:
         raise ModelError(
