@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import shlex
 import sys
@@ -60,7 +61,7 @@ def parse_layers(text: str | None) -> list[int] | None:
         return None
     layers: set[int] = set()
     for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
             raise PscopeError(f"--layers {text!r}: {part.strip()!r} is neither a layer (8) nor a range of them (0-15)")
@@ -75,7 +76,7 @@ def parse_position(text: str) -> str | int:
 
 def parse_memory(gib: float) -> int:
     """GiB as bytes. Raises PscopeError."""
-    if not gib > 0:
+    if not 0 < gib < math.inf:
         raise PscopeError(f"--memory {gib:g}: a positive number of GiB is needed")
     return int(gib * 2**30)
 

@@ -45,8 +45,7 @@ if TYPE_CHECKING:
 def fig2(
     samples: Annotated[int, typer.Option(min=1, help="Positions to read, spread evenly over the texts.")] = 200,
     texts: Annotated[
-        Path | None,
-        typer.Option(help="A file of texts: .jsonl with a text per line, or plain with one per line."),
+        Path | None, typer.Option(help='A file of texts: .jsonl with a "text" per line, or .txt with one per line.')
     ] = None,
     dataset: Annotated[
         str | None,

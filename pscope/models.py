@@ -198,6 +198,8 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
         if not path.is_file():
             raise ModelError(f"there is no file {name}")
         return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ModelError(f"{name} is a file, and not a .gguf file; give one, or the folder of a model")
     if path.is_dir():
         return str(path), {}
     return _fetch_from_hub(name, revision), {}

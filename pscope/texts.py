@@ -16,10 +16,12 @@ def shipped_texts() -> list[str]:
 
 
 def read_texts(path: Path) -> list[str]:
-    """The texts in a UTF-8 file: JSONL with a "text" in every line, or else plain, one text per line.
+    """The texts in a UTF-8 file: `.jsonl` with a "text" in every line, or `.txt` with one text per line.
 
     Blank lines are passed over. Raises TextsError, naming the line where there is one to name.
     """
+    if path.suffix not in (".jsonl", ".txt"):
+        raise TextsError(f'{path} is neither .jsonl (an object with a "text" per line) nor .txt (one text per line)')
     try:
         content = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -27,7 +29,7 @@ def read_texts(path: Path) -> list[str]:
         raise TextsError(f"{path} is not UTF-8 (line {line}); convert it and try again") from error
     except OSError as error:
         raise TextsError(f"cannot read {path}: {error.strerror}") from error
-    if path.suffix in (".jsonl", ".ndjson"):
+    if path.suffix == ".jsonl":
         texts = _parse_jsonl(content, str(path))
     else:
         texts = [line.strip() for line in content.splitlines() if line.strip()]

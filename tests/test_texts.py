@@ -41,6 +41,7 @@ def test_files(tmp_path):
         ("a.jsonl", b'{"text": " "}', 'line 1: "text" is empty or no string'),
         ("a.jsonl", b'{"text": 3}', 'line 1: "text" is empty or no string'),
         ("a.jsonl", b"", "holds no text"),
+        ("a.json", b'[{"text": "a"}]', "a.json is neither .jsonl"),
     ],
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
