@@ -22,7 +22,7 @@ def next_token_figure(summary: pd.DataFrame, title: str) -> Figure:
                 axes.fill_between(band["layer"], low, high, color=line.get_color(), alpha=0.2, linewidth=0)
             axes.set(xlabel="Layer of the hidden state", ylabel=label, ylim=(0, None))
             axes.legend(title=None)
-        figure.suptitle(title)
+        figure.suptitle(_drawable(title))
     return figure
 
 
@@ -55,8 +55,8 @@ def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:
         axes.text(2.04, -0.25, "patchscope goes on", fontsize="medium")
         axes.tick_params(axis="y", rotation=0)
         axes.xaxis.tick_top()
-        axes.set(xlabel=None, ylabel="Layer of the hidden state, and of the target it is patched into")
-        figure.suptitle(title)
+        axes.set(xlabel=None, ylabel="Layer")
+        figure.suptitle(_drawable(title))
     return figure
 
 

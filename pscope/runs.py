@@ -6,6 +6,7 @@ import hashlib
 import json
 import platform
 import time
+import warnings
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -15,6 +16,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pscope.errors import RunError
@@ -61,8 +63,12 @@ class Run:
 
     def draw(self, figure: Figure) -> Path:
         """Save the figure; returns the path of the PNG."""
-        for suffix in ("png", "svg"):
-            figure.savefig(self.folder / f"figure.{suffix}", dpi=150, bbox_inches="tight")
+        # Text stays text in the SVG, drawn with the reader's fonts; in the PNG, scripts that matplotlib's own font
+        # lacks are boxes, which needs no warning for every character.
+        with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Glyph .* missing")
+            for suffix in ("png", "svg"):
+                figure.savefig(self.folder / f"figure.{suffix}", dpi=150, bbox_inches="tight")
         return self.folder / "figure.png"
 
     def __exit__(

@@ -1,4 +1,5 @@
 import json
+import warnings
 
 import matplotlib.figure
 import pandas as pd
@@ -25,6 +26,16 @@ def test_a_run_leaves_settings_table_and_figure(tmp_path):
     pd.testing.assert_frame_equal(
         pd.read_parquet(folder / "table.parquet"), pd.concat([FRAME, FRAME], ignore_index=True)
     )
+
+
+def test_any_script_can_stand_in_a_figure(tmp_path):
+    figure = matplotlib.figure.Figure()
+    figure.suptitle("東京")
+    with warnings.catch_warnings(), Run(tmp_path / "run", {}) as run:
+        warnings.simplefilter("error")
+        run.add(FRAME)
+        run.draw(figure)
+    assert "東京" in (tmp_path / "run" / "figure.svg").read_text("utf-8")
 
 
 def test_a_stopped_run_keeps_what_it_had(tmp_path):
