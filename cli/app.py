@@ -29,6 +29,11 @@ class OneLineErrors(TyperGroup):
             if ctx.params["traceback"]:
                 raise
             return _tell(str(error), 2)
+        except RuntimeError as error:
+            # Torch need not be imported to know its error; ending a command is a RuntimeError too.
+            if type(error).__name__ != "OutOfMemoryError" or ctx.params["traceback"]:
+                raise
+            return _tell("out of memory; try a smaller --memory, fewer --batch-tokens or --dtype bfloat16", 2)
         except KeyboardInterrupt:
             return _tell("stopped; nothing was written", 130)
 

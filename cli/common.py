@@ -85,7 +85,8 @@ def run_folder(command: str, folder: Path | None) -> Path:
     """The folder that `--out` names, or a new one under `runs`. Raises RunError if it cannot take a run."""
     from pscope.runs import check_writable
 
-    folder = folder or Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S}"
+    # To the microsecond, since several may be started at once.
+    folder = folder or Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S-%f}"
     check_writable(folder)
     return folder
 

@@ -74,6 +74,9 @@ def fig1(
         "target": target_prompt.text,
         "target_position": target_prompt.position,
         "layers": chosen,
+        "top_k": top_k,
+        "new_tokens": new_tokens,
+        "revision": revision,
         "path": str(scope.check),
     }
     title = f"{source_prompt.token.strip()!r} in {source!r}"

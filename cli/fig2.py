@@ -99,6 +99,7 @@ def fig2(
         "samples": samples,
         "seed": seed,
         "layers": chosen,
+        "revision": revision,
         "target": scope.target.text,
         "batch_tokens": batch_tokens,
         "memory": budget,

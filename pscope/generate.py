@@ -37,10 +37,11 @@ class Decoding:
         """The next token of each row, (rows,), from its logits (rows, vocab) and its draw of this step (rows,)."""
         if self.temperature == 0:
             return logits.argmax(dim=-1)
-        cumulative = (logits.double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        # On the CPU, so that every device draws the same tokens, those without float64 too.
+        cumulative = (logits.cpu().double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
         # The sum is 1 but for rounding; the largest draw must still fall inside.
-        points = draws.to(logits.device)[:, None] * cumulative[:, -1:]
-        return torch.searchsorted(cumulative, points, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+        return chosen.clamp(max=logits.shape[1] - 1).to(logits.device)
 
 
 GREEDY = Decoding()

@@ -11,8 +11,6 @@ def logit_lens(model: LanguageModel, memory: int = MEMORY) -> Patchscope:
     """The logit lens as the Patchscope it is: target layer L, identity mapping.
 
     Call `.logits(states, model.n_layers)` on it. At layer L and the last position the target prompt plays no part any
-    more, so it is a single token, and whatever the model does after its last layer is done by the model itself.
+    more, so it is a single token, no matter which. Whatever the model does after its last layer is done by the model.
     """
-    token = min(model.end_tokens, default=0)
-    piece = model.tokenizer.convert_ids_to_tokens(token)
-    return Patchscope(model, Prompt(piece, (token,), (piece,), 0), memory=memory)
+    return Patchscope(model, Prompt(text="", ids=(0,), tokens=("",), position=0), memory=memory)

@@ -74,6 +74,11 @@ class LanguageModel:
         return self.hf.config.get_text_config().hidden_size
 
     @property
+    def window(self) -> int | None:
+        """The most tokens that the model can attend to, where its config says."""
+        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+
+    @property
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
 
@@ -104,9 +109,10 @@ class LanguageModel:
 
     def check_window(self, tokens: int) -> None:
         """Raise PromptError if that many tokens are more than the model can attend to."""
-        window = getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
-        if window is not None and tokens > window:
-            raise PromptError(f"{tokens} tokens are more than the window of {self.name}, which is {window}; use fewer")
+        if self.window is not None and tokens > self.window:
+            raise PromptError(
+                f"{tokens} tokens are more than the window of {self.name}, which is {self.window}; use fewer"
+            )
 
     @cached_property
     def _forward_parameters(self) -> frozenset[str]:
@@ -121,7 +127,8 @@ class LanguageModel:
         """
         options = {"use_cache": False} if cache is None else {"use_cache": True, "past_key_values": cache}
         if "logits_to_keep" in self._forward_parameters:
-            options["logits_to_keep"] = 1
+            # As an index, not as a number: for a number some models drop the other tokens half-way up.
+            options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
         if "position_ids" in self._forward_parameters:
             start = 0 if cache is None else cache.get_seq_length()
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)
@@ -175,10 +182,12 @@ def load(
         hf = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **placement, **options
         )
+        if device_map is None:
+            hf = hf.to(device)
+    except torch.OutOfMemoryError:
+        raise
     except Exception as error:
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
-    if device_map is None:
-        hf = hf.to(device)
     return LanguageModel(hf, tokenizer, str(model))
 
 
@@ -234,6 +243,9 @@ def _fetch_from_hub(name: str, revision: str | None) -> str:
             f"{name} is no folder here, and the hub cannot be reached to look for it there; "
             f"check the name and the network, or use a model that needs no hub: {packages}"
         ) from error
+    except Exception as error:
+        # A proxy that refuses, a connection that breaks, a disk that is full: each says what it is.
+        raise ModelError(f"cannot fetch {name}: {_first_line(error)}") from error
 
 
 def _refuse_other_than_causal(folder: str) -> None:

@@ -1,4 +1,4 @@
-"""The plain path: whole prompts, one per row, with hooks that overwrite. Slow, and right for every model."""
+"""The plain path: whole prompts, one per row, with hooks that overwrite: slow, and always right."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class PlainRows:
         self._ids = torch.tensor([target.ids], device=model.device).repeat(len(states) + 1, 1)
         # The clean row is patched at no layer.
         self._layers = torch.cat([target_layers.new_tensor([-1]), target_layers])
-        self._states = torch.cat([torch.zeros_like(states[:1]), states])
+        self._states = torch.cat([torch.zeros_like(states[:1]), states]).to(model.device)
         self._run()
 
     def step(self, tokens: Tensor) -> None:

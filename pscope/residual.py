@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
-from pscope.errors import PscopeError
+from pscope.errors import ModelError, PscopeError
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
 
@@ -139,11 +139,18 @@ def _pick(into: list[Tensor], rows: list[int], columns: list[int], device: torch
 
 
 def _register(model: LanguageModel, layer: int, edit: Edit) -> RemovableHandle:
+    def checked(stream: Tensor) -> Tensor | None:
+        if stream.ndim != 3 or stream.shape[-1] != model.hidden_size:
+            raise ModelError(
+                f"layer {layer} of {type(model.hf).__name__} holds {tuple(stream.shape)} where a residual stream of "
+                f"(batch, tokens, {model.hidden_size}) was expected; this model cannot be patched"
+            )
+        return edit(stream)
+
     if layer == 0:
 
         def before(module, args, kwargs):
-            stream = args[0] if args else kwargs["hidden_states"]
-            edited = edit(stream)
+            edited = checked(args[0] if args else kwargs["hidden_states"])
             if edited is None:
                 return None
             return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
@@ -152,7 +159,7 @@ def _register(model: LanguageModel, layer: int, edit: Edit) -> RemovableHandle:
 
     def after(module, args, output):
         alone = isinstance(output, Tensor)
-        edited = edit(output if alone else output[0])
+        edited = checked(output if alone else output[0])
         if edited is None or alone:
             return edited
         return type(output)((edited, *output[1:]))

@@ -7,6 +7,7 @@ import json
 import platform
 import time
 import warnings
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -46,7 +47,10 @@ class Run:
         check_writable(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "settings.json").touch(exist_ok=False)
             self._write_settings()
+        except FileExistsError as error:
+            raise RunError(f"{self.folder} was taken by another run just now; name another with --out") from error
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.folder}: {error.strerror}; name another folder with --out"
@@ -77,9 +81,12 @@ class Run:
         if self._table is not None:
             self._table.close()
         if error is not None and not self.rows:
-            (self.folder / "settings.json").unlink()
-            for path in self._made:
-                path.rmdir()
+            for name in ("settings.json", "table.parquet"):
+                (self.folder / name).unlink(missing_ok=True)
+            # Somebody else may have begun to use a folder above; what raised is what is to be seen.
+            with suppress(OSError):
+                for path in self._made:
+                    path.rmdir()
             return
         self._settings["status"] = "complete" if error is None else f"stopped by {type(error).__name__}"
         self._settings["seconds"] = round(time.perf_counter() - self._began, 1)
@@ -93,19 +100,23 @@ class Run:
 
 def check_writable(folder: Path) -> None:
     """Raise RunError if a run cannot be written to `folder`; leaves no trace of having tried."""
+    try:
+        _refuse_used(folder)
+        nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        probe = nearest / f".pscope-{time.time_ns()}"
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise RunError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
+
+
+def _refuse_used(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; name a folder with --out")
     if (folder / "settings.json").exists():
         raise RunError(f"{folder} already holds a run; name another folder with --out")
     if folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; name a new folder with --out")
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    try:
-        probe = nearest / f".pscope-{time.time_ns()}"
-        probe.touch()
-        probe.unlink()
-    except OSError as error:
-        raise RunError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
 
 
 def describe(model: LanguageModel) -> dict:

@@ -41,7 +41,7 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     Raises ModelError if the model's own logits are not finite.
     """
     plain = PlainPath(model, target)
-    layers = torch.tensor(sorted({0, model.n_layers // 2, model.n_layers}))
+    layers = torch.tensor(sorted({0, model.n_layers // 2, model.n_layers - 1, model.n_layers}))
     with recording(model, range(model.n_layers + 1)) as streams:
         model.next_token_logits(torch.tensor([target.ids], device=model.device))
     # States of the clean run, each patched where it does not belong.
@@ -59,7 +59,7 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
         expected.step(token)
         going_on.step(token)
         difference = max(difference, _difference(going_on.logits, expected.logits))
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, ModelError):
         raise
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         # Whatever a model's code says to a growing batch, the plain path does not depend on it.
@@ -73,5 +73,5 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
 
 def _difference(logits: Tensor, expected: Tensor) -> float:
     """The largest difference, in standard deviations of each row's expected logits."""
-    logits, expected = logits.double(), expected.double()
+    logits, expected = logits.cpu().double(), expected.cpu().double()
     return ((logits - expected).abs().amax(dim=-1) / expected.std(dim=-1)).max().item()

@@ -32,7 +32,7 @@ def read_texts(path: Path) -> list[str]:
     if path.suffix == ".jsonl":
         texts = _parse_jsonl(content, str(path))
     else:
-        texts = [line.strip() for line in content.splitlines() if line.strip()]
+        texts = [line.strip() for line in content.split("\n") if line.strip()]
     if not texts:
         raise TextsError(f"{path} holds no text")
     return texts
@@ -69,7 +69,7 @@ def read_dataset(spec: str, most: int) -> list[str]:
 
 def _parse_jsonl(content: str, source: str) -> list[str]:
     texts = []
-    for number, line in enumerate(content.splitlines(), 1):
+    for number, line in enumerate(content.split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -80,5 +80,7 @@ def _parse_jsonl(content: str, source: str) -> list[str]:
             raise TextsError(f'{source}, line {number}: an object with a "text" is needed') from error
         if not isinstance(text, str) or not text.strip():
             raise TextsError(f'{source}, line {number}: "text" is empty or no string')
+        if any("\ud800" <= character <= "\udfff" for character in text):
+            raise TextsError(f'{source}, line {number}: "text" holds half of a surrogate pair')
         texts.append(text)
     return texts

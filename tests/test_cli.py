@@ -203,7 +203,8 @@ finally:
     assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
 
 
-def test_ctrl_c_says_what_was_kept(tmp_path, smollm2):
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_command_says_what_was_kept(sent, tmp_path, smollm2):
     out = tmp_path / "run"
     process = subprocess.Popen(
         [sys.executable, "-m", "pscope.cli", "fig2", "--samples", "2000", "--batch-tokens", "128", "--out", str(out)],
@@ -214,7 +215,7 @@ def test_ctrl_c_says_what_was_kept(tmp_path, smollm2):
     while not ((out / "table.parquet").exists() and (out / "table.parquet").stat().st_size > 100):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(sent)
     _, told = process.communicate()
     assert process.returncode == 130
     table = pd.read_parquet(out / "table.parquet")

@@ -1,3 +1,5 @@
+import io
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -37,6 +39,8 @@ def test_positions_are_spread_drawn_once_and_repeatable(tiny):
         draw_positions(tiny, texts, 7, seed=0)
     with pytest.raises(PscopeError, match="0 samples"):
         draw_positions(tiny, texts, 0, seed=0)
+    longer_than_the_window = draw_positions(tiny, ["a " * 300], 255, seed=0)
+    assert longer_than_the_window[0].positions == tuple(range(1, 256))
     long = draw_positions(tiny, ["a " * 300], 31, seed=0, most_tokens=32)
     assert long[0].positions == tuple(range(1, 32))
 
@@ -95,6 +99,9 @@ def test_bands_resample_whole_texts():
     assert summary["precision_at_1_low"].tolist() == [0, 0]
     assert summary["precision_at_1_high"].tolist() == [1, 1]
     pd.testing.assert_frame_equal(summary, summarise(table))
+    alone = summarise(table[table["text"] == 0])
+    assert alone["precision_at_1"].tolist() == [1, 1]
+    assert alone[["precision_at_1_low", "surprisal_high"]].isna().all(axis=None)
 
 
 def test_bands_against_a_plain_bootstrap(finding):
@@ -161,7 +168,8 @@ def test_the_readout_figure_has_a_planted_cell_where_it_belongs():
     )
     table = pd.DataFrame(rows).astype({"layer": "Int64", "continuation": "string"})
     table.loc[(table["layer"] == 5) & (table["reading"] == "logit lens"), "probability"] = 0.9
-    axes = layer_readout_figure(table, "title").axes[0]
+    axes = layer_readout_figure(table, "$5 (#1), not $6").axes[0]
+    axes.figure.savefig(io.BytesIO())
     shades = axes.collections[0].get_array().reshape(4, 2)
     assert shades[1, 1] == 0.9
     assert [label.get_text() for label in axes.get_yticklabels()] == ["0", "5", "9", "clean target"]

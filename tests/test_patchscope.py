@@ -7,6 +7,8 @@ from transformers import (
     BloomForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
     GPTNeoXConfig,
@@ -117,6 +119,13 @@ ARCHITECTURES = {
     "learned positions": (GPT2LMHeadModel, GPT2Config, {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_inner": 64}),
     "parallel attention": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
     "alibi": (BloomForCausalLM, BloomConfig, {"n_layer": 4, "n_head": 4}),
+    "keys shared between layers": (
+        Gemma4ForCausalLM,
+        Gemma4TextConfig,
+        {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 8}
+        | {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8}
+        | {"hidden_size_per_layer_input": 0},
+    ),
     "recurrent": (MambaForCausalLM, MambaConfig, {"state_size": 4}),
 }
 
@@ -134,7 +143,7 @@ def test_whatever_path_is_chosen_agrees(name, tokenizer):
             assert got == patched_continuation(
                 model.hf, model.layers, scope.target.ids, scope.target.position, layer, state, 6
             )
-    assert (scope.check.path == "plain") == (name in ("alibi", "recurrent"))
+    assert (scope.check.path == "plain") == (name in ("alibi", "recurrent", "keys shared between layers"))
 
 
 def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypatch):
@@ -156,7 +165,7 @@ def test_the_self_check_catches_an_error_confined_to_continuations(tiny, monkeyp
     monkeypatch.setattr(
         type(tiny),
         "next_token_logits",
-        lambda self, ids, cache=None: step(ids, cache) + (cache is not None and ids.shape == (4, 1)),
+        lambda self, ids, cache=None: step(ids, cache) + (cache is not None and ids.shape == (5, 1)),
     )
     assert Patchscope(tiny, tiny.prompt(TARGET, 3)).check.path == "plain"
 

@@ -4,7 +4,7 @@ from conftest import random_model
 from reference import hidden_states, patched_logits
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from pscope import PscopeError, capture, editing, overwriting, recording
+from pscope import ModelError, PscopeError, capture, editing, overwriting, recording
 from pscope.residual import length_batches
 
 TEXTS = ["Amazon's former CEO", "A short one", "The quick brown fox jumps over the lazy dog and runs away"]
@@ -151,6 +151,14 @@ def test_a_bad_layer_registers_nothing(tiny):
     with pytest.raises(PscopeError, match="layer 5 is out of range: .* has layers 0 to 4"), editing(tiny, edits):
         pass
     assert hooks(tiny) == 0
+
+
+def test_a_stream_of_another_shape_is_refused(tiny):
+    # Some models carry several streams; reading one of them as if it were the only one would give wrong numbers.
+    doubled = tiny.layers[1].register_forward_hook(lambda _, args, output: torch.stack([output, output]))
+    with pytest.raises(ModelError, match=r"holds \(2, 1, 4, 32\) where .* \(batch, tokens, 32\) was expected"):
+        capture(tiny, [tiny.prompt(TEXTS[0])], layers=[2])
+    doubled.remove()
 
 
 def test_capture_refuses_positions_outside_the_prompt(tiny):

@@ -3,6 +3,7 @@ import warnings
 
 import matplotlib.figure
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from conftest import random_model
@@ -54,6 +55,23 @@ def test_a_run_that_fails_before_its_first_row_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="early"), Run(tmp_path / "mine", {}):
         raise ValueError("early")
     assert list(tmp_path.iterdir()) == [tmp_path / "mine"]
+
+
+def test_a_failure_to_write_is_not_hidden_by_the_clean_up(tmp_path, monkeypatch):
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", lambda *_: (tmp_path / "runs" / "b").mkdir() or 1 / 0)
+    with pytest.raises(ZeroDivisionError), Run(tmp_path / "runs" / "a", {}) as run:
+        run.add(FRAME)
+    # Somebody else's run beside it stays.
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["b"]
+
+
+def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr("pscope.runs.check_writable", lambda folder: None)
+    with Run(tmp_path / "run", {"seed": 1}) as run:
+        run.add(FRAME)
+        with pytest.raises(RunError, match="taken by another run"), Run(tmp_path / "run", {"seed": 2}):
+            pass
+    assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 1
 
 
 def test_nothing_of_the_users_is_overwritten(tmp_path):

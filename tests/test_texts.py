@@ -25,8 +25,8 @@ def test_files(tmp_path):
     plain.write_text("one text\n\n  two, é 東京\n", "utf-8")
     assert read_texts(plain) == ["one text", "two, é 東京"]
     lines = tmp_path / "a.jsonl"
-    lines.write_text('{"text": "one\\ntext", "id": 1}\n\n{"text": "two"}\n', "utf-8-sig")
-    assert read_texts(lines) == ["one\ntext", "two"]
+    lines.write_text('{"text": "one\\ntext", "id": 1}\r\n\n{"text": "two\u2028lines"}\n', "utf-8-sig")
+    assert read_texts(lines) == ["one\ntext", "two\u2028lines"]
 
 
 @pytest.mark.parametrize(
@@ -41,6 +41,7 @@ def test_files(tmp_path):
         ("a.jsonl", b'{"text": " "}', 'line 1: "text" is empty or no string'),
         ("a.jsonl", b'{"text": 3}', 'line 1: "text" is empty or no string'),
         ("a.jsonl", b"", "holds no text"),
+        ("a.jsonl", b'{"text": "a\\ud800"}', "half of a surrogate pair"),
         ("a.json", b'[{"text": "a"}]', "a.json is neither .jsonl"),
     ],
 )

@@ -37,7 +37,7 @@ class Sampled:
 def draw_positions(
     model: LanguageModel, texts: Sequence[str], samples: int, seed: int, most_tokens: int = 512
 ) -> list[Sampled]:
-    """Draw `samples` positions at random from the first `most_tokens` tokens of the texts.
+    """Draw `samples` positions at random from the first `most_tokens` tokens of the texts, or the window.
 
     No text gives a second position before each has given one, and none is drawn twice. The first token of a text is
     left out: it has no context. Raises TextsError if the texts cannot give that many.
@@ -46,6 +46,7 @@ def draw_positions(
         raise PscopeError(f"{samples} samples were asked for; at least 1 is needed")
     random = np.random.default_rng(seed)
     prompts = [tokenize(model.tokenizer, text) for text in texts]
+    most_tokens = min(most_tokens, model.window or most_tokens)
     lengths = [min(len(prompt), most_tokens) for prompt in prompts]
     available = sum(max(0, length - 1) for length in lengths)
     if samples > available:
@@ -144,7 +145,8 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.D
     """Precision@1 and surprisal per lens and layer, with 95 % bands.
 
     One row per lens × layer: the means `precision_at_1` and `surprisal`, and for each its band, `…_low` and `…_high`.
-    The bands come from resampling whole texts, since positions of one text are not independent of each other.
+    The bands come from resampling whole texts, since positions of one text are not independent of each other; a single
+    text has none (NaN).
     """
     measures = table.assign(precision_at_1=table["correct"].astype(float))
     measures = measures.groupby(["text", "lens", "layer"])[["precision_at_1", "surprisal"]]
@@ -154,6 +156,8 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.D
     texts = len(sums)
     picked = random.multinomial(texts, np.full(texts, 1 / texts), size=resamples)  # (resamples, texts)
     means = (picked @ sums.to_numpy()) / (picked @ counts.loc[sums.index].to_numpy())[:, None]
+    if texts == 1:
+        means[:] = np.nan
     result = pd.DataFrame(
         {
             "": sums.sum() / counts.sum(),
