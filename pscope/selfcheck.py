@@ -63,7 +63,8 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
         raise
     except (AttributeError, LookupError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
         # Whatever a model's code says to a growing batch, the plain path does not depend on it.
-        return plain, SelfCheck("plain", f"the staircase does not run on {type(model.hf).__name__} ({error})")
+        reason = " ".join(str(error).split())
+        return plain, SelfCheck("plain", f"the staircase does not run on {type(model.hf).__name__} ({reason})")
     if not difference <= TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16]):
         return plain, SelfCheck(
             "plain", f"on {type(model.hf).__name__} the staircase is {difference:.1e} off", difference

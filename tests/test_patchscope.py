@@ -124,7 +124,7 @@ ARCHITECTURES = {
         Gemma4TextConfig,
         {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 8}
         | {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8}
-        | {"hidden_size_per_layer_input": 0},
+        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 49152},
     ),
     "recurrent": (MambaForCausalLM, MambaConfig, {"state_size": 4}),
 }
