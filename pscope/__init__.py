@@ -3,6 +3,8 @@
 from importlib import import_module
 
 _HOME = {
+    "DataError": "errors",
+    "ENTITY_DESCRIPTION": "prompts",
     "TOKEN_IDENTITY": "prompts",
     "Decoding": "generate",
     "LanguageModel": "models",
@@ -11,9 +13,10 @@ _HOME = {
     "Prompt": "prompts",
     "PromptError": "errors",
     "PscopeError": "errors",
+    "RowError": "errors",
     "RunError": "errors",
-    "TextsError": "errors",
     "capture": "residual",
+    "continue_prompts": "unpatched",
     "editing": "residual",
     "load": "models",
     "logit_lens": "lens",

@@ -13,8 +13,16 @@ class PromptError(PscopeError):
     """A prompt or a position in it cannot be used."""
 
 
-class TextsError(PscopeError):
-    """A file or dataset of texts cannot be used."""
+class RowError(PscopeError):
+    """A patched row cannot be read. `row` is its index among the states that were given, -1 for the clean row."""
+
+    def __init__(self, row: int, reason: str) -> None:
+        super().__init__(f"{'the clean row' if row < 0 else f'row {row}'} failed: {reason}")
+        self.row, self.reason = row, reason
+
+
+class DataError(PscopeError):
+    """A file or dataset of texts, entities or relations cannot be used."""
 
 
 class RunError(PscopeError):

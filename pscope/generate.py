@@ -7,22 +7,28 @@ from typing import Protocol
 
 import torch
 from torch import Tensor
+from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
-from pscope.errors import PscopeError
+from pscope.errors import PscopeError, RowError
+from pscope.models import LanguageModel
 
 
 @dataclass(frozen=True)
 class Decoding:
     """How rows are continued: at most `new_tokens`, greedily, or sampled at a `temperature` above 0 with a `seed`.
 
-    What a checkpoint's generation settings say about sampling is not looked at.
+    A row ends with an end token, or with the token that completes one of the strings in `stop`. What a checkpoint's
+    generation settings say about sampling is not looked at.
     """
 
     new_tokens: int = 20
     temperature: float = 0.0
     seed: int = 0
+    stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if isinstance(self.stop, str) or not all(self.stop):
+            raise PscopeError(f"stop is {self.stop!r}; it is a tuple of strings, none of them empty")
         if self.new_tokens < 1:
             raise PscopeError(f"new_tokens is {self.new_tokens}; at least 1 is needed")
         if self.temperature < 0:
@@ -43,6 +49,23 @@ class Decoding:
         chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
         return chosen.clamp(max=logits.shape[1] - 1).to(logits.device)
 
+    def ends(self, end_tokens: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> StoppingCriteriaList:
+        """What tells, from the tokens each row has said, (rows, tokens), which rows have ended, (rows,)."""
+        ends = StoppingCriteriaList()
+        if end_tokens:
+            ends.append(EosTokenCriteria(sorted(end_tokens)))
+        if self.stop:
+            try:
+                ends.append(StopStringCriteria(tokenizer, list(self.stop)))
+            except ValueError as error:
+                raise PscopeError(f"no token of the model can say one of the stop strings {self.stop}") from error
+        return ends
+
+    def text(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+        """What a row said, without end tokens, and up to where the first string of `stop` begins."""
+        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        return text[: min((text.find(string) for string in self.stop if string in text), default=None)]
+
 
 GREEDY = Decoding()
 
@@ -59,22 +82,49 @@ class Rows(Protocol):
         """Leave only the rows whose indices are in `kept`."""
 
 
+class CachedRows:
+    """Rows whose past is kept in a cache of the model."""
+
+    def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor) -> None:
+        self._model, self._cache, self.logits = model, cache, logits
+
+    def step(self, tokens: Tensor) -> None:
+        self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
+
+    def keep(self, kept: Tensor) -> None:
+        self._cache.batch_select_indices(kept)
+
+
 @torch.no_grad()
-def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, end_tokens: frozenset[int]) -> list[list[int]]:
-    """Each row's new token ids, up to and with the first end token. Rows that have ended leave the batch."""
+def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, ends: StoppingCriteriaList) -> list[list[int]]:
+    """Each row's new token ids, up to and with the one that ended it. Rows that have ended leave the batch.
+
+    Raises RowError if the logits of a row are not finite.
+    """
     spoken: list[list[int]] = [[] for _ in range(rows.logits.shape[0])]
     live = torch.arange(len(spoken))
+    said = torch.empty(len(spoken), 0, dtype=torch.long)  # (live rows, tokens)
     for step in range(decoding.new_tokens):
+        check_finite(rows.logits, live)
         chosen = decoding.choose(rows.logits, draws[live, step])
-        for row, token in zip(live.tolist(), chosen.tolist(), strict=True):
-            spoken[row].append(token)
-        goes_on = torch.tensor([token not in end_tokens for token in chosen.tolist()])
-        if step + 1 == decoding.new_tokens or not goes_on.any():
+        said = torch.cat([said, chosen[:, None].cpu()], dim=1)
+        ended = ends(said, None) if step + 1 < decoding.new_tokens else torch.ones(len(said), dtype=torch.bool)
+        for row, tokens in zip(live[ended].tolist(), said[ended].tolist(), strict=True):
+            spoken[row] = tokens
+        if ended.all():
             break
-        if not goes_on.all():
-            live = live[goes_on]
-            kept = goes_on.nonzero().squeeze(1).to(chosen.device)
+        if ended.any():
+            live, said = live[~ended], said[~ended]
+            kept = (~ended).nonzero().squeeze(1).to(chosen.device)
             chosen = chosen[kept]
             rows.keep(kept)
         rows.step(chosen)
     return spoken
+
+
+def check_finite(logits: Tensor, rows: Tensor) -> None:
+    """Raise RowError, with its number in `rows`, if a row of `logits` (rows, vocab) has no largest finite value."""
+    broken = ~logits.amax(dim=-1).isfinite()
+    if broken.any():
+        row = int(rows[broken.cpu()][0])
+        raise RowError(row, f"its logits are not finite in {str(logits.dtype).removeprefix('torch.')}; try float32")

@@ -1,17 +1,23 @@
-"""How well a decoded distribution tells the model's own next token (the paper's section 4.1).
+"""How well a decoded distribution tells the model's own next token, and a continuation describes an entity.
 
-The functions score each sample; the `evaluate.Metric`s average them, and are built and used without a network.
+These are the measures of the paper's sections 4.1 and 4.3. The functions score each sample; the `evaluate.Metric`s
+average them, and are built and used without a network.
 """
 
 from __future__ import annotations
+
+import re
+from collections.abc import Sequence
 
 import datasets
 import evaluate
 import numpy as np
 import torch
+from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import Tokenizer
 from torch import Tensor
 
-_CITATION = "Ghandeharioun et al., Patchscopes, ICML 2024, arXiv 2401.06102, section 4.1"
+_CITATION = "Ghandeharioun et al., Patchscopes, ICML 2024, arXiv 2401.06102, section {}"
 
 
 def surprisal(decoded: Tensor, model_logits: Tensor) -> Tensor:
@@ -30,7 +36,7 @@ class PrecisionAt1(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=type(self).__doc__,
-            citation=_CITATION,
+            citation=_CITATION.format("4.1"),
             inputs_description="predictions: decoded token ids; references: the model's own next-token ids",
             features=datasets.Features({"predictions": datasets.Value("int64"), "references": datasets.Value("int64")}),
         )
@@ -45,7 +51,7 @@ class Surprisal(evaluate.Metric):
     def _info(self) -> evaluate.MetricInfo:
         return evaluate.MetricInfo(
             description=type(self).__doc__,
-            citation=_CITATION,
+            citation=_CITATION.format("4.1"),
             inputs_description="predictions: decoded token ids; references: the model's own next-token logits",
             features=datasets.Features(
                 {
@@ -58,3 +64,40 @@ class Surprisal(evaluate.Metric):
     def _compute(self, predictions: list[int], references: list[list[float]]) -> dict[str, float]:
         decoded = torch.as_tensor(np.asarray(predictions))[:, None]
         return {"surprisal": surprisal(decoded, torch.as_tensor(np.asarray(references))).mean().item()}
+
+
+class _Words(Tokenizer):
+    """Words of any script, in lower case. On ASCII text these are rouge-score's own, which drop all other letters."""
+
+    def tokenize(self, text: str) -> list[str]:
+        return re.findall(r"[^\W_]+", text.lower())
+
+
+_ROUGE_L = RougeScorer(["rougeL"], tokenizer=_Words())
+
+
+def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float]:
+    """ROUGE-L of each prediction against its reference, from 0 to 1: the F-measure over their longest common
+    subsequence of words, without stemming.
+    """
+    return [
+        float(_ROUGE_L.score(reference, prediction)["rougeL"].fmeasure)
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+
+
+class RougeL(evaluate.Metric):
+    """The mean ROUGE-L (F-measure, words of any script, no stemming) of predictions against one reference each."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation=_CITATION.format("4.3"),
+            inputs_description="predictions: texts; references: one text for each",
+            features=datasets.Features(
+                {"predictions": datasets.Value("string"), "references": datasets.Value("string")}
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
+        return {"rouge_l": float(np.mean(rouge_l(predictions, references)))}

@@ -12,8 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.errors import PscopeError
-from pscope.generate import GREEDY, Decoding, Rows, continue_rows
+from pscope.errors import PscopeError, RowError
+from pscope.generate import GREEDY, Decoding, Rows, check_finite, continue_rows
 from pscope.models import LanguageModel
 from pscope.plain import PlainPath
 from pscope.prompts import Prompt
@@ -73,7 +73,8 @@ class Patchscope:
         """Patch each of `states`, (rows, hidden), into the target at its layer; yield the logits that follow.
 
         `target_layers` has one layer of 0..L for each row, or is one layer for all. The rows come in the order given,
-        in chunks, so that any number takes no more memory than the budget.
+        in chunks, so that any number takes no more memory than the budget. Raises RowError if those of a row are not
+        finite.
         """
         layers = self._checked(states, target_layers)
         return (self._read(part, states[part], layers[part]) for part in self._parts(len(states)))
@@ -84,13 +85,13 @@ class Patchscope:
         """Patch each of `states`, (rows, hidden), into the target at its layer, and let the model go on from there.
 
         Rows that have ended leave the batch. Sampled tokens depend on the seed and the row's index, not on which rows
-        share its pass.
+        share its pass. Raises RowError if the logits of a row are not finite.
         """
         self.model.check_window(len(self.target) + decoding.new_tokens)
         layers = self._checked(states, target_layers)
         draws = decoding.draws(len(states) + 1)
         spoken = [
-            self._speak(states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]))
+            self._speak(part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]))
             for part in self._parts(len(states), decoding.new_tokens)
         ]
         return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
@@ -121,16 +122,28 @@ class Patchscope:
 
     def _read(self, part: slice, states: Tensor, layers: list[int]) -> Logits:
         order, rows = self._start(states, layers)
+        check_finite(rows.logits, _numbers(part, order))
         # A view of the clean row would keep the logits of all rows.
         return Logits(part, rows.logits[1:][order.argsort()], rows.logits[0].clone())
 
-    def _speak(self, states: Tensor, layers: list[int], decoding: Decoding, draws: Tensor) -> Continuations:
+    def _speak(
+        self, part: slice, states: Tensor, layers: list[int], decoding: Decoding, draws: Tensor
+    ) -> Continuations:
         order, rows = self._start(states, layers, decoding.new_tokens)
         draws = torch.cat([draws[:1], draws[1:][order]])
-        clean, *spoken = continue_rows(rows, decoding, draws, self.model.end_tokens)
+        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer)
+        try:
+            clean, *spoken = continue_rows(rows, decoding, draws, ends)
+        except RowError as error:
+            raise RowError(int(_numbers(part, order)[error.row]), error.reason) from error
         return Continuations([spoken[place] for place in order.argsort().tolist()], clean)
 
     def _start(self, states: Tensor, layers: list[int], new_tokens: int = 0) -> tuple[Tensor, Rows]:
         """The order in which the rows climb, by layer, and the rows in that order after the clean one."""
         order = torch.tensor(layers).argsort(stable=True)
         return order, self._path.start(states[order.to(states.device)], torch.tensor(layers)[order], new_tokens)
+
+
+def _numbers(part: slice, order: Tensor) -> Tensor:
+    """The numbers of the rows of a pass, the clean one (-1) first, among all the rows that were given."""
+    return torch.cat([torch.tensor([-1]), part.start + order])

@@ -16,6 +16,12 @@ from pscope.errors import PromptError
 TOKEN_IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 """The paper's few-shot prompt (section 4.1) that makes a model repeat the token whose state it reads at `?`."""
 
+ENTITY_DESCRIPTION = (
+    "Syria: Country in the Middle East, Leonardo DiCaprio: American actor, Samsung: South Korean multinational major "
+    "appliance and consumer electronics corporation, x"
+)
+"""The paper's few-shot prompt (section 4.3) that makes a model describe the entity whose state it reads at `x`."""
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -61,6 +67,20 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: str | int = "las
             for token, (start, end) in zip(ids, offsets, strict=True)
         )
     return Prompt(text, ids, tokens, _position(at, text, tokens, offsets, tokenizer))
+
+
+def written_out(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) -> str:
+    """The prompt's text with `words` in the place of the marked token; blanks around that token stay.
+
+    Raises PromptError if the tokenizer tells no offsets, or added the marked token itself.
+    """
+    offsets = _encode(tokenizer, prompt.text).get("offset_mapping")
+    start, end = offsets[prompt.position] if offsets else (0, 0)
+    marked = prompt.text[start:end].strip()
+    if not marked:
+        raise PromptError(f"nothing can be written in the place of token {prompt.position}, {prompt.token!r}")
+    start = prompt.text.index(marked, start)
+    return prompt.text[:start] + words + prompt.text[start + len(marked) :]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:

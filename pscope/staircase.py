@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
+from pscope.generate import CachedRows
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
 from pscope.residual import Edit, editing
@@ -30,7 +31,7 @@ class Staircase:
         if target.position:
             model.next_token_logits(self._prefix_ids, self._prefix)
 
-    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> StaircaseRows:
+    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> CachedRows:
         """Patch each of `states` (rows, hidden) into the target at its layer, (rows,), in ascending order.
 
         Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
@@ -45,7 +46,7 @@ class Staircase:
         edits = {layer: _join(states[target_layers == layer]) for layer in target_layers.unique_consecutive().tolist()}
         with editing(self.model, edits):
             logits = self.model.next_token_logits(self._suffix_ids, cache)
-        return StaircaseRows(self.model, cache, logits)
+        return CachedRows(self.model, cache, logits)
 
     def row_bytes(self, new_tokens: int) -> int:
         """About how much memory a row takes at the top of the staircase, its keys and values included."""
@@ -62,19 +63,6 @@ class Staircase:
             return 2 * self.model.hidden_size * self.model.dtype.itemsize
         layer = self._prefix.layers[0]
         return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
-
-
-class StaircaseRows:
-    """The clean row and the patched ones, with their cache."""
-
-    def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor) -> None:
-        self._model, self._cache, self.logits = model, cache, logits
-
-    def step(self, tokens: Tensor) -> None:
-        self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
-
-    def keep(self, kept: Tensor) -> None:
-        self._cache.batch_select_indices(kept)
 
 
 def _join(entering: Tensor) -> Edit:

@@ -6,7 +6,7 @@ import pytest
 import torch
 from reference import hidden_states, patched_continuation, patched_logits
 
-from pscope import TOKEN_IDENTITY, Patchscope, PscopeError, TextsError
+from pscope import TOKEN_IDENTITY, DataError, Patchscope, PscopeError
 from pscope.experiments.layer_readout import read_layers
 from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
 from pscope.plots import layer_readout_figure, next_token_figure
@@ -35,7 +35,7 @@ def test_positions_are_spread_drawn_once_and_repeatable(tiny):
     assert draw_positions(tiny, texts, 3, seed=2) == draw_positions(tiny, texts, 3, seed=2)
     many = [places(draw_positions(tiny, texts, 3, seed)) for seed in range(20)]
     assert len({tuple(drawn) for drawn in many}) > 3
-    with pytest.raises(TextsError, match="7 samples were asked for, but the 3 texts have only 6 positions"):
+    with pytest.raises(DataError, match="7 samples were asked for, but the 3 texts have only 6 positions"):
         draw_positions(tiny, texts, 7, seed=0)
     with pytest.raises(PscopeError, match="0 samples"):
         draw_positions(tiny, texts, 0, seed=0)

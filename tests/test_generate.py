@@ -53,7 +53,8 @@ def test_ended_rows_leave_the_batch():
             self.rows = self.rows[kept]
 
     rows, decoding = Scripted(), Decoding(4)
-    assert continue_rows(rows, decoding, decoding.draws(4), frozenset({9})) == [[5, 5, 5, 5], [5, 9], [9], [5, 5, 9]]
+    ends = decoding.ends(frozenset({9}), tokenizer=None)
+    assert continue_rows(rows, decoding, decoding.draws(4), ends) == [[5, 5, 5, 5], [5, 9], [9], [5, 5, 9]]
     assert rows.sizes == [3, 2, 1]
 
 

@@ -4,7 +4,7 @@ from importlib.resources import files
 
 import pytest
 
-from pscope import TextsError
+from pscope import DataError
 from pscope.texts import read_dataset, read_texts, shipped_texts
 
 
@@ -36,8 +36,8 @@ def test_files(tmp_path):
         ("a.txt", b"\n  \n", "holds no text"),
         ("a.txt", "fine\ncafé".encode("latin-1"), r"is not UTF-8 \(line 2\)"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2, column 10: not JSON"),
-        ("a.jsonl", b'{"body": "a"}', 'line 1: an object with a "text" is needed'),
-        ("a.jsonl", b"[1]", 'line 1: an object with a "text" is needed'),
+        ("a.jsonl", b'{"body": "a"}', 'line 1: a record with "text" is needed'),
+        ("a.jsonl", b"[1]", 'line 1: a record with "text" is needed'),
         ("a.jsonl", b'{"text": " "}', 'line 1: "text" is empty or no string'),
         ("a.jsonl", b'{"text": 3}', 'line 1: "text" is empty or no string'),
         ("a.jsonl", b"", "holds no text"),
@@ -47,9 +47,9 @@ def test_files(tmp_path):
 )
 def test_files_that_cannot_be_read(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(TextsError, match=message):
+    with pytest.raises(DataError, match=message):
         read_texts(tmp_path / name)
-    with pytest.raises(TextsError, match="cannot read .*: No such file"):
+    with pytest.raises(DataError, match="cannot read .*: No such file"):
         read_texts(tmp_path / "missing.txt")
 
 
@@ -58,11 +58,11 @@ def test_datasets(tmp_path):
     (tmp_path / "train.jsonl").write_text('{"text": "train"}\n')
     assert read_dataset(str(tmp_path), most=2) == ["one", "two"]
     assert read_dataset(f"{tmp_path}::train", most=9) == ["train"]
-    with pytest.raises(TextsError, match="cannot read the dataset"):
+    with pytest.raises(DataError, match="cannot read the dataset"):
         read_dataset(f"{tmp_path}::validation", most=9)
-    with pytest.raises(TextsError, match="not of the form"):
+    with pytest.raises(DataError, match="not of the form"):
         read_dataset("a:b:c:d", most=9)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "test.jsonl").write_text('{"body": "one", "id": 1}\n')
-    with pytest.raises(TextsError, match="has no column 'text'; its columns are body, id"):
+    with pytest.raises(DataError, match="has no column 'text'; its columns are body, id"):
         read_dataset(str(tmp_path / "other"), most=9)

@@ -14,7 +14,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.errors import PscopeError, TextsError
+from pscope.bootstrap import RESAMPLES, mean_bands
+from pscope.errors import DataError, PscopeError
 from pscope.lens import logit_lens
 from pscope.metrics import surprisal
 from pscope.models import LanguageModel
@@ -40,7 +41,7 @@ def draw_positions(
     """Draw `samples` positions at random from the first `most_tokens` tokens of the texts, or the window.
 
     No text gives a second position before each has given one, and none is drawn twice. The first token of a text is
-    left out: it has no context. Raises TextsError if the texts cannot give that many.
+    left out: it has no context. Raises DataError if the texts cannot give that many.
     """
     if samples < 1:
         raise PscopeError(f"{samples} samples were asked for; at least 1 is needed")
@@ -50,7 +51,7 @@ def draw_positions(
     lengths = [min(len(prompt), most_tokens) for prompt in prompts]
     available = sum(max(0, length - 1) for length in lengths)
     if samples > available:
-        raise TextsError(
+        raise DataError(
             f"{samples} samples were asked for, but the {len(texts)} texts have only {available} positions to give"
         )
     drawn: dict[int, list[int]] = {}
@@ -141,7 +142,7 @@ def _scored(
     return table
 
 
-def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.DataFrame:
+def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
     """Precision@1 and surprisal per lens and layer, with 95 % bands.
 
     One row per lens × layer: the means `precision_at_1` and `surprisal`, and for each its band, `…_low` and `…_high`.
@@ -152,17 +153,12 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = 2000) -> pd.D
     measures = measures.groupby(["text", "lens", "layer"])[["precision_at_1", "surprisal"]]
     sums = measures.sum().unstack(["lens", "layer"])  # (texts, measure × lens × layer)
     counts = table.groupby("text").size() / table.groupby(["lens", "layer"]).ngroups
-    random = np.random.default_rng(seed)
-    texts = len(sums)
-    picked = random.multinomial(texts, np.full(texts, 1 / texts), size=resamples)  # (resamples, texts)
-    means = (picked @ sums.to_numpy()) / (picked @ counts.loc[sums.index].to_numpy())[:, None]
-    if texts == 1:
-        means[:] = np.nan
+    low, high = mean_bands(sums.to_numpy(), counts.loc[sums.index].to_numpy(), seed, resamples)
     result = pd.DataFrame(
         {
             "": sums.sum() / counts.sum(),
-            "_low": pd.Series(np.quantile(means, 0.025, axis=0), sums.columns),
-            "_high": pd.Series(np.quantile(means, 0.975, axis=0), sums.columns),
+            "_low": pd.Series(low, sums.columns),
+            "_high": pd.Series(high, sums.columns),
         }
     ).unstack(0)
     result.columns = [f"{measure}{bound}" for bound, measure in result.columns]

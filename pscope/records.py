@@ -1,0 +1,70 @@
+"""Files of the user's, read with a word on what is wrong and where: UTF-8 text, JSON, JSON Lines and CSV."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from pscope.errors import DataError
+
+
+def read_text(path: Path) -> str:
+    """The content of a UTF-8 file, with or without a byte-order mark. Raises DataError."""
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise DataError(f"{path} is not UTF-8 (line {line}); convert it and try again") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}") from error
+
+
+def parse_json(content: str, source: str) -> object:
+    """The value that `content` holds. Raises DataError with the line and the column where it is not JSON."""
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError as error:
+        raise DataError(f"{source}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
+
+
+def parse_jsonl(content: str, source: str) -> Iterator[tuple[str, object]]:
+    """Where each value stands ("FILE, line 3"), and the value; blank lines are passed over. Raises DataError."""
+    for number, line in enumerate(content.split("\n"), 1):
+        if line.strip():
+            try:
+                yield f"{source}, line {number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                raise DataError(f"{source}, line {number}, column {error.colno}: not JSON ({error.msg})") from error
+
+
+def parse_csv(content: str, source: str, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
+    """Where each row ends ("FILE, line 3"), and its cells by the names in the first line. Raises DataError.
+
+    Blank lines are passed over. A row with fewer or more cells than there are names is an error.
+    """
+    reader = csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter, strict=True)
+    try:
+        for row in reader:
+            where = f"{source}, line {reader.line_num}"
+            cells = sum(value is not None for value in row.values()) + len(row.get(None, [])[1:])
+            if None in row or None in row.values():
+                raise DataError(f"{where}: {cells} cells where the first line names {len(reader.fieldnames)}")
+            yield where, row
+    except csv.Error as error:
+        raise DataError(f"{source}, line {reader.line_num}: not CSV ({error})") from error
+
+
+def text_of(record: object, key: str, where: str) -> str:
+    """The text under `key` of a record, without the blanks around it. Raises DataError if there is none."""
+    if not isinstance(record, dict) or key not in record:
+        has = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "this is none"
+        raise DataError(f'{where}: a record with "{key}" is needed; {has}')
+    text = record[key]
+    if not isinstance(text, str) or not text.strip():
+        raise DataError(f'{where}: "{key}" is empty or no string')
+    if any("\ud800" <= character <= "\udfff" for character in text):
+        raise DataError(f'{where}: "{key}" holds half of a surrogate pair')
+    return text.strip()
