@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
@@ -14,7 +15,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
 
 from pscope.errors import PscopeError
 
@@ -106,6 +117,23 @@ def load_model(
     what = f"Fetching and converting {name}, this once (about half a minute)" if first_time else f"Loading {name}"
     with err.status(f"{what} …"):
         return pscope.load(name, dtype=dtype.value, device=device, device_map=device_map, revision=revision)
+
+
+def progress_bar() -> Progress:
+    """How many of the rows are done, and how long the others will take."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    # Work comes in chunks of many seconds, of which the estimate must see several.
+    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, speed_estimate_period=300)
+
+
+def digest(parts: Iterable[str]) -> str:
+    """A SHA-256 of what a run read."""
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+
+def narrow_table(caption: str) -> Table:
+    """A table without side borders, for numbers in 80 columns."""
+    return Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0), caption=caption, caption_justify="left")
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,22 +16,16 @@ from pscope.cli.common import (
     ModelOption,
     OutOption,
     RevisionOption,
+    digest,
     err,
     load_model,
+    narrow_table,
     out,
     parse_layers,
     parse_memory,
+    progress_bar,
     run_folder,
     started,
-)
-from rich.box import SIMPLE_HEAD
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
 )
 from rich.table import Table
 
@@ -95,7 +88,7 @@ def fig2(
     scope = pscope.Patchscope(lm, lm.prompt(pscope.TOKEN_IDENTITY), memory=budget)
     settings = {
         "texts": str(texts or dataset or "shipped with pscope"),
-        "texts_sha256": _digest(passages),
+        "texts_sha256": digest(passages),
         "samples": samples,
         "seed": seed,
         "layers": chosen,
@@ -108,7 +101,7 @@ def fig2(
     err.print(str(scope.check), markup=False)
     with started(folder, "fig2", lm, settings) as run:
         chunks = []
-        with _progress() as progress:
+        with progress_bar() as progress:
             task = progress.add_task("samples", total=samples)
             for chunk in decode_next_tokens(scope, sampled, chosen, batch_tokens):
                 run.add(chunk)
@@ -122,27 +115,12 @@ def fig2(
     err.print(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}", soft_wrap=True, markup=False)
 
 
-def _progress() -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err)
-
-
-def _digest(passages: list[str]) -> str:
-    return hashlib.sha256("\0".join(passages).encode()).hexdigest()
-
-
 def _as_table(summary: pd.DataFrame) -> Table:
     """Layers down, for each measure the two lenses side by side, each with its band."""
     by_layer = summary.pivot(index="layer", columns="lens")
     lenses = list(dict.fromkeys(summary["lens"]))
     measures = {"precision_at_1": ("precision@1", 2), "surprisal": ("surprisal", 1)}
-    shown = Table(
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-        caption="mean (95 % band from resampling texts); surprisal in nats",
-        caption_justify="left",
-    )
+    shown = narrow_table("mean (95 % band from resampling texts); surprisal in nats")
     shown.add_column("layer", justify="right", no_wrap=True)
     for label, _ in measures.values():
         for lens in lenses:

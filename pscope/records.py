@@ -54,7 +54,7 @@ def parse_csv(content: str, source: str, delimiter: str = ",") -> Iterator[tuple
                 raise DataError(f"{where}: {cells} cells where the first line names {len(reader.fieldnames)}")
             yield where, row
     except csv.Error as error:
-        raise DataError(f"{source}, line {reader.line_num}: not CSV ({error})") from error
+        raise DataError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from error
 
 
 def text_of(record: object, key: str, where: str) -> str:

@@ -65,6 +65,12 @@ class Run:
         self._table.write_table(table.cast(self._table.schema))
         self.rows += len(frame)
 
+    def note(self, name: str, frame: pd.DataFrame) -> Path:
+        """Save a small table that was made from the large one, as `NAME.csv`; returns its path."""
+        path = self.folder / f"{name}.csv"
+        frame.to_csv(path, index=False)
+        return path
+
     def draw(self, figure: Figure) -> Path:
         """Save the figure; returns the path of the PNG."""
         # Text stays text in the SVG, drawn with the reader's fonts; in the PNG, scripts that matplotlib's own font

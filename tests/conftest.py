@@ -1,4 +1,6 @@
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -24,6 +26,18 @@ def tokenizer(smollm2):
 def tiny(tokenizer) -> pscope.LanguageModel:
     """A random Llama of 4 layers that reads the default model's tokens."""
     return random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+
+
+@contextmanager
+def without_a_number(model: pscope.LanguageModel, token: int) -> Iterator[None]:
+    """Within the block, the model embeds one token as NaN."""
+    weights = model.hf.get_input_embeddings().weight.data
+    kept = weights[token].clone()
+    weights[token] = float("nan")
+    try:
+        yield
+    finally:
+        weights[token] = kept
 
 
 def random_model(model_class, config_class, tokenizer, **options) -> pscope.LanguageModel:

@@ -106,6 +106,93 @@ def test_fig2_options_reach_the_model(tiny_folder, texts, tmp_path):
     assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 4 * 5 * 2
 
 
+ENTITIES = [
+    {"entity": "Syria", "reference": "Country in western Asia", "group": "popular"},
+    {"entity": "Albert Einstein", "reference": "German physicist", "group": "popular"},
+    {"entity": "Nile", "reference": "River in Africa", "group": "popular"},
+    {"entity": "東京", "reference": "Capital of Japan", "group": "rare"},
+    {"entity": "Skara Brae", "reference": "Stone Age settlement in Orkney", "group": "rare"},
+]
+
+
+def test_table3_resolves_a_name(tmp_path):
+    command = ["table3", "Albert Einstein", "--layers", "3,8", "--reference", "German physicist"]
+    result = run(*command, "--stop-at-comma", "--out", tmp_path / "run", "--json")
+    assert result.exit_code == 0, result.output
+    table = pd.DataFrame(json.loads(result.stdout))
+    assert table["layer"].tolist()[:2] == [3, 8]
+    assert table["condition"].tolist() == ["patched", "patched", "clean target"]
+    assert table["continuation"][1] == ": Albert Einstein: German physicist"
+    assert table["rouge_l"].tolist() == pytest.approx([table["rouge_l"][0], 2 / 3, 0])
+    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 3
+    settings = json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))
+    assert (settings["source"], settings["source_position"], settings["stop"]) == ("\nAlbert Einstein", 3, [","])
+
+
+def test_table3_shows_a_table_with_the_control_last(tiny_folder):
+    Path("target.txt").write_text("one two x three\n")
+    result = run(
+        *("table3", "東京", "--model", tiny_folder, "--target", "target.txt", "--target-at", "x"),
+        *("--layers", "1-2", "--target-layer", "all", "--new-tokens", 2),
+    )
+    assert result.exit_code == 0, result.output
+    rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in result.stdout.splitlines() if "│" in line]
+    targets = [str(layer) for layer in range(5)]
+    assert [row for row in rows if any(row)] == [[layer, to] for layer in "12" for to in targets] + [["clean", ""]]
+    (folder,) = Path("runs").iterdir()
+    assert json.loads((folder / "settings.json").read_text("utf-8"))["target"] == "one two x three"
+
+
+def test_fig3_on_the_users_entities(tmp_path, smollm2):
+    Path("mine.json").write_text(json.dumps(ENTITIES), "utf-8")
+    command = ["fig3", "mine.json", "--layers", "5,8", "--seed", 1]
+    result = run(*command, "--out", tmp_path / "a")
+    assert result.exit_code == 0, result.output
+    assert "left out, since the target prompt speaks of them: Syria" in result.stderr
+    for shown in ("popular", "rare", "another", "written out", "the maximum is an oracle"):
+        assert shown in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    folder = tmp_path / "a"
+    kept = {path.name for path in folder.iterdir()}
+    notes = {"summary.csv", "best_layers.csv"}
+    assert kept == {"settings.json", "table.parquet", "figure.png", "figure.svg"} | notes
+    table = pd.read_parquet(folder / "table.parquet")
+    assert len(table) == 4 * (2 + 3 * 2)
+    assert "Syria" not in set(table["entity"])
+    assert not table["continuation"].str.contains(",").any()
+    summary = pd.read_csv(folder / "summary.csv").set_index(["group", "condition", "layer"])
+    means = table[table["condition"] == "patched"].groupby(["group", "layer"])["rouge_l"].mean()
+    for (group, layer), mean in means.items():
+        assert summary.loc[(group, "patched", layer), "rouge_l"] == pytest.approx(mean)
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    assert (settings["left_out"], settings["pairs"], settings["seed"]) == (["Syria"], [[5, 5], [8, 8]], 1)
+    assert run(*command, "--out", tmp_path / "b").exit_code == 0
+    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "b" / "table.parquet"))
+
+
+def test_fig3_with_all_target_layers_and_whole_continuations(tiny_folder, tmp_path):
+    Path("mine.jsonl").write_text("\n".join(json.dumps(record) for record in ENTITIES), "utf-8")
+    result = run(
+        *(
+            "fig3",
+            "mine.jsonl",
+            "--model",
+            tiny_folder,
+            "--target",
+            "one x",
+            "--layers",
+            "1,3",
+            "--target-layer",
+            "all",
+        ),
+        *("--before", "", "--no-stop-at-comma", "--new-tokens", 3, "--memory", 0.01, "--out", tmp_path / "run"),
+    )
+    assert result.exit_code == 0, result.output
+    table = pd.read_parquet(tmp_path / "run" / "table.parquet")
+    assert len(table) == 5 * (2 + 3 * 2 * 5)
+    assert (tmp_path / "run" / "figure.png").exists()
+
+
 def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
@@ -152,6 +239,27 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig2", "--out", "empty.txt"], "empty.txt is a file"),
         (["fig2", "--out", "empty.txt/below"], "cannot write to empty.txt/below"),
         (["fig2", "--out", "full"], "full is not empty"),
+        (["table3"], "Missing argument 'entity'"),
+        (["table3", " ", "--model", "TINY"], "the prompt is empty"),
+        (["table3", "A", "--target-layer", "some"], "--target-layer 'some' is neither same, nor all, nor a layer"),
+        (["table3", "A", "--model", "TINY", "--layers", "1,5"], "layer 5 is out of range: TINY has layers 0 to 4"),
+        (["table3", "A", "--model", "TINY", "--target-layer", "5"], "layer 5 is out of range"),
+        (["table3", "A", "--model", "TINY", "--at", "B"], "'B' stands nowhere in the prompt"),
+        (["table3", "A", "--target", "latin.txt"], "latin.txt is not UTF-8 (line 1)"),
+        (["table3", "A", "--model", "TINY", "--target", "empty.txt"], "the prompt is empty"),
+        (["table3", "long " * 300, "--model", "TINY"], "more than the window"),
+        (["table3", "A", "--model", "TINY", "--reference", "?"], "the reference '?' holds no word"),
+        (["fig3", "missing.json"], "cannot read missing.json"),
+        (["fig3", "short.txt"], "short.txt is none of .json, .jsonl and .csv"),
+        (["fig3", "broken.json"], "broken.json, line 2, column 19: not JSON"),
+        (["fig3", "twice.csv"], "twice.csv, line 3: 'A' is there already, in line 2"),
+        (["fig3", "mute.csv"], 'mute.csv, line 2: "reference" is empty'),
+        (["fig3", "bare.csv"], "bare.csv, line 2: a record with \"reference\" is needed; it has 'entity'"),
+        (["fig3", "syria.csv", "--model", "TINY"], "no entity is left: the target prompt speaks of all of them"),
+        (["fig3", "mine.csv", "--model", "TINY", "--layers", "0-9"], "layer 5 is out of range"),
+        (["fig3", "mine.csv", "--model", "TINY", "--new-tokens", "300"], "more than the window"),
+        (["fig3", "long.csv", "--model", "TINY"], "cannot be read: 300 tokens are more than the window"),
+        (["fig3", "mine.csv", "--target-layer", "-1"], "--target-layer '-1' is neither"),
         (["fig1", "--device", "nonsense", "--model", "TINY"], "the device 'nonsense' cannot be used"),
         (["fig1", "--device", "cuda:9", "--model", "TINY"], "the device 'cuda:9' cannot be used"),
     ],
@@ -162,6 +270,13 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_folder):
     Path("empty.txt").touch()
     Path("short.txt").write_text("a b c")
     Path("latin.txt").write_bytes("café".encode("latin-1"))
+    Path("broken.json").write_text('[{"entity": "A", "reference": "a"},\n  {"entity": "B", reference: "b"}]')
+    Path("twice.csv").write_text("entity,reference\nA,a\nA,b\n")
+    Path("mute.csv").write_text("entity,reference\nA,\n")
+    Path("bare.csv").write_text("entity\nA\n")
+    Path("syria.csv").write_text("entity,reference\nSyria,Country\n")
+    Path("long.csv").write_text(f"entity,reference\nA,a\n{'long ' * 300},b\n")
+    Path("mine.csv").write_text("entity,reference\nA,a\n")
     Path("full").mkdir()
     Path("full/mine").touch()
     before = sorted(Path().rglob("*"))
@@ -182,8 +297,8 @@ def test_a_traceback_only_when_asked_for():
 
 def test_help_names_every_option_and_command():
     assert run().exit_code == 0
-    assert "fig1" in run().stdout
-    for command in ("fig1", "fig2"):
+    assert all(command in run().stdout for command in ("fig1", "fig2", "table3", "fig3"))
+    for command in ("fig1", "fig2", "table3", "fig3"):
         shown = run(command, "--help")
         assert shown.exit_code == 0
         for option in ("--model", "--layers", "--out", "--dtype"):

@@ -3,7 +3,7 @@ import torch
 from reference import patched_continuation
 from test_patchscope import TARGET, rows_for_every_layer
 
-from pscope import Decoding, LanguageModel, Patchscope, PscopeError
+from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError
 from pscope.generate import continue_rows
 
 
@@ -96,3 +96,47 @@ def test_bad_settings():
         Decoding(0)
     with pytest.raises(PscopeError, match="temperature is -1"):
         Decoding(temperature=-1)
+    with pytest.raises(PscopeError, match="stop is ','"):
+        Decoding(stop=",")
+    with pytest.raises(PscopeError, match="none of them empty"):
+        Decoding(stop=("a", ""))
+
+
+def test_a_row_ends_with_the_token_that_completes_a_stop_string(tiny):
+    states, layers = rows_for_every_layer(tiny)
+    target = tiny.prompt(TARGET, 7)
+    endless = Patchscope(tiny, target).generate(states, layers, Decoding(8))
+    decode = tiny.tokenizer.decode
+    # Two tokens of one row, of which the string takes half each; and a token of another row.
+    first, second = (decode([token]) for token in endless.patched[0][2:4])
+    stop = (first[-1:] + second[:1], decode([endless.patched[3][5]]))
+    assert stop[0] in decode(endless.patched[0])
+    spoken = Patchscope(tiny, target).generate(states, layers, Decoding(8, stop=stop))
+    for whole, cut in zip(endless.patched, spoken.patched, strict=True):
+        ends = [end for end in range(1, 9) if any(string in decode(whole[:end]) for string in stop)]
+        assert cut == whole[: ends[0] if ends else 8]
+    assert len({len(cut) for cut in spoken.patched}) > 2
+
+
+def test_the_text_is_cut_before_the_stop_string(tokenizer):
+    tokens = tokenizer(": German physicist (in Ulm), and more.<|im_end|>").input_ids
+    assert Decoding().text(tokens, tokenizer) == ": German physicist (in Ulm), and more."
+    assert Decoding(stop=("),",)).text(tokens, tokenizer) == ": German physicist (in Ulm"
+    assert Decoding(stop=("more", ",", "none")).text(tokens, tokenizer) == ": German physicist (in Ulm)"
+    assert Decoding(stop=(":",)).text(tokens, tokenizer) == ""
+
+
+@pytest.mark.parametrize("path", ["staircase", "plain"])
+def test_a_row_that_is_not_finite_is_named_and_not_read(tiny, path):
+    states, layers = rows_for_every_layer(tiny)
+    states[3, 5] = float("nan")
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7), path=path)
+    layers = layers[::-1]
+    with pytest.raises(RowError, match="row 3 failed: its logits are not finite in float32") as failed:
+        scope.generate(states, layers)
+    assert failed.value.row == 3
+    with pytest.raises(RowError, match="row 3 failed"):
+        list(scope.logits(states, layers))
+    tight = Patchscope(tiny, tiny.prompt(TARGET, 7), path=path, memory=1)
+    with pytest.raises(RowError, match="row 3 failed"):
+        tight.generate(states, layers)

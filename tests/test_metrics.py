@@ -3,8 +3,9 @@ import socket
 
 import pytest
 import torch
+from rouge_score.rouge_scorer import RougeScorer
 
-from pscope.metrics import PrecisionAt1, Surprisal, surprisal
+from pscope.metrics import PrecisionAt1, RougeL, Surprisal, rouge_l, surprisal
 
 
 @pytest.fixture(autouse=True)
@@ -39,3 +40,23 @@ def test_several_decodings_of_one_sample_share_its_distribution():
         for place in range(2):
             expected = -torch.log(torch.softmax(logits[sample], 0)[decoded[sample, place]])
             torch.testing.assert_close(values[sample, place], expected)
+
+
+def test_rouge_l_by_hand():
+    # Longest common subsequences of words: "american singer" of 3 and 5, "the the" of 2 and 4, none, and all.
+    predictions = [": American pop singer", "the The", "1, 2", "Ein Größtes"]
+    references = ["American singer, dancer and actress", "the end of the world", "three", "ein größtes!"]
+    f = [2 * (2 / 3) * (2 / 5) / (2 / 3 + 2 / 5), 2 * (2 / 2) * (2 / 5) / (2 / 2 + 2 / 5), 0, 1]
+    assert rouge_l(predictions, references) == pytest.approx(f)
+    assert RougeL().compute(predictions=predictions, references=references) == pytest.approx({"rouge_l": sum(f) / 4})
+    assert rouge_l(["", " \n"], ["something", "else"]) == [0, 0]
+
+
+def test_rouge_l_is_that_of_rouge_score_on_ascii_and_counts_words_of_any_script():
+    texts = ["It's a 3-part_thing, isn't it?", "a part of it is a THING", "is it? 3 things a-part", "столица России"]
+    standard = RougeScorer(["rougeL"])
+    for prediction in texts[:3]:
+        for reference in texts[:3]:
+            expected = standard.score(reference, prediction)["rougeL"].fmeasure
+            assert rouge_l([prediction], [reference]) == [expected]
+    assert rouge_l(["Столица Франции"], [texts[3]]) == [0.5]

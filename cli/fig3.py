@@ -1,0 +1,186 @@
+"""`pscope fig3`: how well entities are described from each layer."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pscope.cli.common import (
+    DeviceMapOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MemoryOption,
+    ModelOption,
+    OutOption,
+    RevisionOption,
+    digest,
+    err,
+    load_model,
+    narrow_table,
+    out,
+    parse_layers,
+    parse_memory,
+    parse_position,
+    progress_bar,
+    run_folder,
+    started,
+)
+from pscope.cli.entities import (
+    BeforeOption,
+    LowerLayersOption,
+    NewTokensOption,
+    StopAtCommaOption,
+    TargetAtOption,
+    TargetLayerOption,
+    TargetOption,
+    parse_target_layer,
+    target_text,
+)
+from rich.table import Table
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def fig3(
+    entities: Annotated[
+        Path | None,
+        typer.Argument(
+            help='A .json, .jsonl or .csv file of "entity", "reference" and perhaps "group". '
+            "[default: those that ship]",
+            show_default=False,
+        ),
+    ] = None,
+    layers: LowerLayersOption = None,
+    target_layer: TargetLayerOption = "same",
+    target: TargetOption = None,
+    target_at: TargetAtOption = "last",
+    before: BeforeOption = None,
+    new_tokens: NewTokensOption = 20,
+    stop_at_comma: StopAtCommaOption = True,
+    seed: Annotated[
+        int, typer.Option(min=0, help="Draws the order, the random vectors, the halves and the bands.")
+    ] = 0,
+    memory: MemoryOption = 1.0,
+    model: ModelOption = "smollm2",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    out_folder: OutOption = None,
+) -> None:
+    """Figure 3: how well entities are described from each layer, by ROUGE-L against references.
+
+    Every entity's state is patched over the placeholder of a prompt that describes entities. Beside it stand the
+    controls: another entity's state, a random vector of the same norm, the placeholder alone, and, as the ceiling,
+    the name written out in its place.
+    """
+    chosen, to, budget = parse_layers(layers), parse_target_layer(target_layer), parse_memory(memory)
+    prompt = target_text(target)
+    folder = run_folder("fig3", out_folder)
+
+    from pscope.entities import read_entities, shipped_entities, without_demonstrated
+
+    listed = shipped_entities() if entities is None else read_entities(entities)
+    lm = load_model(model, dtype, device, device_map, revision)
+
+    import pandas as pd
+
+    import pscope
+    from pscope.experiments.entity_resolution import best_layers, describe_entities, layer_pairs, rows_of, summarise
+    from pscope.plots import entity_figure
+
+    pairs = layer_pairs(lm, chosen, to)
+    target_prompt = lm.prompt(pscope.ENTITY_DESCRIPTION if prompt is None else prompt, parse_position(target_at))
+    kept, demonstrated = without_demonstrated(listed, target_prompt)
+    if not kept:
+        raise PscopeError("no entity is left: the target prompt speaks of all of them")
+    scope = pscope.Patchscope(lm, target_prompt, memory=budget)
+    decoding = pscope.Decoding(new_tokens, stop=(",",) if stop_at_comma else ())
+    described = describe_entities(scope, kept, pairs, decoding, before=before, seed=seed)
+    settings = {
+        "entities": str(entities or "shipped with pscope"),
+        "entities_sha256": digest(repr(asdict(entity)) for entity in kept),
+        "left_out": [entity.name for entity in demonstrated],
+        "pairs": pairs,
+        "target": target_prompt.text,
+        "target_position": target_prompt.position,
+        "before": before,
+        "new_tokens": new_tokens,
+        "stop": decoding.stop,
+        "seed": seed,
+        "memory": budget,
+        "revision": revision,
+        "path": str(scope.check),
+    }
+    if demonstrated:
+        names = ", ".join(entity.name for entity in demonstrated)
+        err.print(f"left out, since the target prompt speaks of them: {names}", soft_wrap=True, markup=False)
+    err.print(str(scope.check), markup=False)
+    with started(folder, "fig3", lm, settings) as run:
+        chunks = []
+        with progress_bar() as progress:
+            task = progress.add_task("rows", total=rows_of(kept, pairs))
+            for chunk in described:
+                run.add(chunk)
+                chunks.append(chunk)
+                progress.advance(task, len(chunk))
+        table = pd.concat(chunks, ignore_index=True)
+        summary, best = summarise(table, seed), best_layers(table, seed)
+        run.note("summary", summary)
+        run.note("best_layers", best)
+        figure = run.draw(entity_figure(summary, f"{lm.name}, {len(kept)} entities"))
+    if to != "all":
+        out.print(_layers_table(summary))
+    if len(best):
+        out.print(_best_table(best))
+    err.print(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}", soft_wrap=True, markup=False)
+
+
+def _layers_table(summary: pd.DataFrame) -> Table:
+    """Layers down; the groups with their bands, and the controls, side by side. Last what belongs to no layer."""
+    from pscope.entities import ALL
+    from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
+
+    groups = list(dict.fromkeys(summary["group"]))
+    rows = summary.set_index(["condition", "group", "layer"])[["rouge_l", "low", "high"]].to_dict("index")
+    shown = narrow_table("mean ROUGE-L (95 % band from resampling entities); controls: of all entities")
+    shown.add_column("layer", justify="right", no_wrap=True)
+    for heading in (*groups, ANOTHER.replace(" ", "\n"), RANDOM.replace(" ", "\n")):
+        shown.add_column(heading, justify="right")
+    for layer in sorted(summary["layer"].dropna().unique()):
+        means = [_with_band(rows[PATCHED, group, layer]) for group in groups]
+        controls = [rows.get((control, ALL, layer)) for control in (ANOTHER, RANDOM)]
+        shown.add_row(str(layer), *means, *("" if cell is None else f"{cell['rouge_l']:.2f}" for cell in controls))
+    for condition, label in ((CLEAN, "clean"), (WRITTEN_OUT, "written out")):
+        level = summary[summary["condition"] == condition].set_index("group").to_dict("index")
+        shown.add_row(label, *(_with_band(level[group]) for group in groups), "", "", style="dim")
+    return shown
+
+
+def _with_band(mean: dict[str, float]) -> str:
+    return f"{mean['rouge_l']:.2f} ({mean['low']:.2f}–{mean['high']:.2f})"
+
+
+def _best_table(best: pd.DataFrame) -> Table:
+    shown = narrow_table("the maximum is an oracle: chosen on the entities that it is reported on")
+    for column in ("entities", "best layer\non one half", "ROUGE-L on\nthe other half", "maximum", "at layer"):
+        shown.add_column(column, justify="left" if column == "entities" else "right")
+    for row in best.itertuples():
+        shown.add_row(
+            row.group,
+            _pair(row.layer, row.target_layer),
+            f"{row.held_out:.3f}",
+            f"{row.maximum:.3f}",
+            _pair(row.maximum_layer, row.maximum_target_layer),
+        )
+    return shown
+
+
+def _pair(layer: int, target: int) -> str:
+    return str(layer) if layer == target else f"{layer} → {target}"

@@ -1,0 +1,120 @@
+"""`pscope table3`: one entity, resolved layer by layer."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pscope.cli.common import (
+    DeviceMapOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    ModelOption,
+    OutOption,
+    RevisionOption,
+    err,
+    load_model,
+    out,
+    parse_layers,
+    parse_position,
+    run_folder,
+    started,
+)
+from pscope.cli.entities import (
+    BeforeOption,
+    LowerLayersOption,
+    NewTokensOption,
+    StopAtCommaOption,
+    TargetAtOption,
+    TargetLayerOption,
+    TargetOption,
+    parse_target_layer,
+    target_text,
+)
+from rich.markup import escape
+from rich.table import Table
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+
+def table3(
+    entity: Annotated[str, typer.Argument(help="The name of somebody or something.", show_default=False)],
+    layers: LowerLayersOption = None,
+    target_layer: TargetLayerOption = "same",
+    target: TargetOption = None,
+    target_at: TargetAtOption = "last",
+    at: Annotated[str, typer.Option(help="Which token of the name is read: its text, an index, or last.")] = "last",
+    before: BeforeOption = None,
+    new_tokens: NewTokensOption = 20,
+    stop_at_comma: StopAtCommaOption = False,
+    reference: Annotated[
+        str | None, typer.Option(help="A description to score the continuations against, by ROUGE-L.")
+    ] = None,
+    model: ModelOption = "smollm2",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    out_folder: OutOption = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the table as JSON.")] = False,
+) -> None:
+    """Table 3: how the name of one entity is resolved, layer by layer, in the model's own words.
+
+    The state of the name's last token is patched over the placeholder of a prompt that describes entities. The last
+    row is the control: the placeholder alone.
+    """
+    chosen, to, prompt = parse_layers(layers), parse_target_layer(target_layer), target_text(target)
+    folder = run_folder("table3", out_folder)
+    lm = load_model(model, dtype, device, device_map, revision)
+
+    import pscope
+    from pscope.experiments.entity_resolution import describe_layers, layer_pairs, name_prompt
+
+    pairs = layer_pairs(lm, chosen, to)
+    source_prompt = name_prompt(lm, entity, before, parse_position(at))
+    scope = pscope.Patchscope(
+        lm, lm.prompt(pscope.ENTITY_DESCRIPTION if prompt is None else prompt, parse_position(target_at))
+    )
+    decoding = pscope.Decoding(new_tokens, stop=(",",) if stop_at_comma else ())
+    table = describe_layers(scope, source_prompt, pairs, decoding, reference)
+    settings = {
+        "entity": entity,
+        "source": source_prompt.text,
+        "source_position": source_prompt.position,
+        "reference": reference,
+        "target": scope.target.text,
+        "target_position": scope.target.position,
+        "pairs": pairs,
+        "new_tokens": new_tokens,
+        "stop": decoding.stop,
+        "revision": revision,
+        "path": str(scope.check),
+    }
+    with started(folder, "table3", lm, settings) as run:
+        run.add(table)
+    if as_json:
+        typer.echo(json.dumps(json.loads(table.to_json(orient="records")), ensure_ascii=False, indent=2))
+    else:
+        out.print(_as_table(table, entity, one_target=to != "all", scored=reference is not None))
+    err.print(f"{scope.check}\ntable: {folder / 'table.parquet'}", soft_wrap=True, markup=False)
+
+
+def _as_table(table: pd.DataFrame, entity: str, *, one_target: bool, scored: bool) -> Table:
+    shown = Table(title=escape(entity), title_justify="left")
+    shown.add_column("layer", justify="right")
+    if not one_target:
+        shown.add_column("target layer", justify="right")
+    shown.add_column("continuation", overflow="fold")
+    if scored:
+        shown.add_column("ROUGE-L", justify="right")
+    for row in table.itertuples():
+        control = row.condition != "patched"
+        cells = ["clean" if control else str(row.layer)]
+        cells += [] if one_target else ["" if control else str(row.target_layer)]
+        cells += [escape(" ".join(row.continuation.split()))]
+        cells += [f"{row.rouge_l:.2f}"] if scored else []
+        shown.add_row(*cells, style="dim" if control else None)
+    return shown

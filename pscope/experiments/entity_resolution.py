@@ -1,0 +1,310 @@
+"""Entity resolution: what an entity's name has become at each layer, told in the model's own words.
+
+The paper's section 4.3 (Table 3 and Figure 3): the state of the name's last token is patched over the placeholder of
+a prompt that describes entities, and the continuation is held against a reference description.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pscope.bootstrap import RESAMPLES, mean_bands
+from pscope.entities import ALL, Entity
+from pscope.errors import PromptError, PscopeError, RowError
+from pscope.generate import GREEDY, Decoding
+from pscope.metrics import rouge_l
+from pscope.models import LanguageModel
+from pscope.patchscope import Patchscope
+from pscope.prompts import Prompt, written_out
+from pscope.residual import capture, check_layer
+from pscope.unpatched import continue_prompts
+
+PATCHED = "patched"
+ANOTHER, RANDOM = "another entity", "random vector"
+CLEAN, WRITTEN_OUT = "clean target", "name written out"
+
+Pair = tuple[int, int]
+"""A source layer ℓ and a target layer ℓ*."""
+
+
+def layer_pairs(
+    model: LanguageModel, layers: Sequence[int] | None, target: int | Literal["same", "all"] = "same"
+) -> list[Pair]:
+    """Every source layer with its target layers: the same one, a fixed one, or all of 0..L.
+
+    `layers` defaults to the lower half, 0..L/2, where names are resolved. Raises PscopeError for a layer out of range.
+    """
+    layers = range(model.n_layers // 2 + 1) if layers is None else layers
+    if not layers:
+        raise PscopeError("no layer is asked for")
+    if target == "same":
+        pairs = [(layer, layer) for layer in layers]
+    else:
+        targets = range(model.n_layers + 1) if target == "all" else [target]
+        pairs = [(layer, to) for layer in layers for to in targets]
+    for layer in {layer for pair in pairs for layer in pair}:
+        check_layer(model, layer)
+    return pairs
+
+
+def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: str | int = "last") -> Prompt:
+    """The source prompt that holds `name`, marked at its last token unless told otherwise.
+
+    `before` stands before the name. By default that is nothing where the tokenizer puts a start token of its own, and
+    a line break elsewhere: the first token of a text becomes an attention sink, whose state says nothing of the token.
+    Raises PromptError.
+    """
+    if before is None:
+        before = "" if model.prompt(name).ids[0] in model.tokenizer.all_special_ids else "\n"
+    return model.prompt(before + name, at)
+
+
+def describe_layers(
+    scope: Patchscope, source: Prompt, pairs: Sequence[Pair], decoding: Decoding = GREEDY, reference: str | None = None
+) -> pd.DataFrame:
+    """Table 3: what the source token's state says at every (ℓ, ℓ*), and last what the unpatched target says.
+
+    One row per pair: `condition` ("patched", or "clean target", to which no layer belongs), `layer`, `target_layer`,
+    `continuation`, and `rouge_l` against the `reference` (none without one). Raises PscopeError.
+    """
+    if reference is not None and not any(character.isalnum() for character in reference):
+        raise PscopeError(f"the reference {reference!r} holds no word")
+    layers, columns = _columns(pairs)
+    states = capture(scope.model, [source], layers=layers)[0, columns]  # (pairs, hidden)
+    spoken = scope.generate(states, [target for _, target in pairs], decoding)
+    texts = [decoding.text(tokens, scope.model.tokenizer) for tokens in [*spoken.patched, spoken.clean]]
+    return pd.DataFrame(
+        {
+            "condition": [PATCHED] * len(pairs) + [CLEAN],
+            "layer": pd.array([layer for layer, _ in pairs] + [None], dtype="Int64"),
+            "target_layer": pd.array([target for _, target in pairs] + [None], dtype="Int64"),
+            "continuation": pd.array(texts, dtype="string"),
+            "rouge_l": np.nan if reference is None else rouge_l(texts, [reference] * len(texts)),
+        }
+    )
+
+
+def describe_entities(
+    scope: Patchscope,
+    entities: Sequence[Entity],
+    pairs: Sequence[Pair],
+    decoding: Decoding = GREEDY,
+    *,
+    before: str | None = None,
+    seed: int = 0,
+) -> Iterator[pd.DataFrame]:
+    """Figure 3: describe every entity from its state at every (ℓ, ℓ*), beside four controls, scored by ROUGE-L.
+
+    Yields chunks of the table, `rows_of(entities, pairs)` rows in all, the entities in an order drawn by the seed; a
+    row is one entity × pair × condition: `entity`, `group`, `condition`, `layer`, `target_layer`, `state_of`,
+    `continuation`, `rouge_l`, `reference`. The conditions:
+
+    - "patched": the state of the entity's own name;
+    - "another entity": that of another one, drawn by the seed (if there is another);
+    - "random vector": a random direction of the same norm;
+    - "clean target": the target unpatched, and "name written out": the name in the place of the placeholder, likewise
+      unpatched, as the ceiling. Neither belongs to a layer.
+
+    Raises PscopeError before the first chunk for what cannot be read, and later, naming its entity, for a row that
+    fails.
+    """
+    if not entities:
+        raise PscopeError("there is no entity to describe")
+    model = scope.model
+    model.check_window(len(scope.target) + decoding.new_tokens)
+    order = np.random.default_rng(seed).permutation(len(entities))
+    entities = [entities[index] for index in order]
+    sources, spelled = [], []
+    for entity in entities:
+        try:
+            sources.append(name_prompt(model, entity.name, before))
+            spelled.append(model.prompt(written_out(model.tokenizer, scope.target, entity.name)))
+            model.check_window(len(spelled[-1]) + decoding.new_tokens)
+        except PromptError as error:
+            raise PromptError(f"{entity.name!r} cannot be read: {error}") from error
+    return chain(
+        _written_out(scope, entities, spelled, decoding), _patched(scope, entities, sources, pairs, decoding, seed)
+    )
+
+
+def rows_of(entities: Sequence[Entity], pairs: Sequence[Pair]) -> int:
+    """How many rows the table of `describe_entities` has."""
+    return len(entities) * (2 + (3 if len(entities) > 1 else 2) * len(pairs))
+
+
+def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
+    """Mean ROUGE-L with 95 % bands, of each group and of all entities together.
+
+    One row per group × condition × layer × target layer: the mean `rouge_l`, its band `low` and `high` from resampling
+    entities (NaN for a single one), and how many `entities` it is of.
+    """
+    parts = []
+    for group, rows in _groups(table):
+        scores = _by_entity(rows)  # (entities, condition × layer × target layer)
+        low, high = mean_bands(scores.to_numpy(), np.ones(len(scores)), seed, resamples)
+        means = scores.mean().rename("rouge_l").reset_index().assign(low=low, high=high, entities=len(scores))
+        parts.append(means.assign(group=group).replace({"layer": {-1: pd.NA}, "target_layer": {-1: pd.NA}}))
+    columns = ["group", "condition", "layer", "target_layer", "rouge_l", "low", "high", "entities"]
+    return pd.concat(parts, ignore_index=True)[columns]
+
+
+def best_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Where patched entities are described best, chosen on half of them and reported on the other half.
+
+    One row per group, and for all entities: `layer` and `target_layer`, the best mean on `chosen_on` entities; its
+    mean `held_out` on the `reported_on` others, which had no part in the choice; and beside it the oracle, the
+    `maximum` over all layers on all the entities, at `maximum_layer` and `maximum_target_layer`. Groups of one entity
+    have no other half, and so no row.
+    """
+    random = np.random.default_rng(seed)
+    found = []
+    for group, rows in _groups(table):
+        scores = _by_entity(rows[rows["condition"] == PATCHED])[PATCHED]  # (entities, layer × target layer)
+        if len(scores) < 2:
+            continue
+        order = random.permutation(len(scores))
+        chosen_on, reported_on = scores.iloc[order[: len(order) // 2]], scores.iloc[order[len(order) // 2 :]]
+        best, oracle = chosen_on.mean().idxmax(), scores.mean().idxmax()
+        found.append(
+            {
+                "group": group,
+                "layer": best[0],
+                "target_layer": best[1],
+                "chosen_on": len(chosen_on),
+                "held_out": reported_on[best].mean(),
+                "reported_on": len(reported_on),
+                "maximum_layer": oracle[0],
+                "maximum_target_layer": oracle[1],
+                "maximum": scores[oracle].mean(),
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _groups(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    groups = [(group, rows) for group, rows in table.groupby("group") if group != ALL]
+    return [*groups, (ALL, table)]
+
+
+def _by_entity(rows: pd.DataFrame) -> pd.DataFrame:
+    """ROUGE-L, (entities, condition × layer × target layer); -1 stands for no layer."""
+    known = rows.fillna({"layer": -1, "target_layer": -1}).astype({"layer": int, "target_layer": int})
+    return known.pivot(index="entity", columns=["condition", "layer", "target_layer"], values="rouge_l").sort_index(
+        axis=1
+    )
+
+
+def _columns(pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
+    """The source layers to capture, each once, and for every pair the place of its own among them."""
+    layers = list(dict.fromkeys(layer for layer, _ in pairs))
+    return layers, [layers.index(layer) for layer, _ in pairs]
+
+
+def _same_norm(states: Tensor, generator: torch.Generator) -> Tensor:
+    """Vectors of random direction, each as long as the state in its place."""
+    random = torch.randn(states.shape, generator=generator).to(states)
+    return random * (states.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+
+def _written_out(
+    scope: Patchscope, entities: Sequence[Entity], prompts: Sequence[Prompt], decoding: Decoding
+) -> Iterator[pd.DataFrame]:
+    cached = scope.check.path == "staircase"
+    spoken = continue_prompts(scope.model, prompts, decoding, memory=scope.memory, cached=cached)
+    try:
+        for index, tokens in spoken:
+            text = decoding.text(tokens, scope.model.tokenizer)
+            yield _scored(entities[index], WRITTEN_OUT, [(None, None)], [text])
+    except RowError as error:
+        raise PscopeError(f"{entities[error.row].name!r}, written out, failed: {error.reason}") from error
+
+
+def _patched(
+    scope: Patchscope,
+    entities: Sequence[Entity],
+    sources: Sequence[Prompt],
+    pairs: Sequence[Pair],
+    decoding: Decoding,
+    seed: int,
+) -> Iterator[pd.DataFrame]:
+    """The conditions in which the target is patched, and the clean one, which comes with every pass."""
+    layers, columns = _columns(pairs)
+    targets = [target for _, target in pairs]
+    generator = torch.Generator().manual_seed(seed)
+    together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs)))
+    previous: tuple[Entity, list[str]] | None = None
+    for start in range(0, len(entities), together):
+        part = entities[start : start + together]
+        states = capture(scope.model, sources[start : start + together], layers=layers)  # (entities, layers, hidden)
+        states = torch.stack([states, _same_norm(states, generator)])[:, :, columns]  # (2, entities, pairs, hidden)
+        texts, clean = _speak(scope, states, part, pairs, targets, decoding)
+        frames = []
+        for entity, (own, random) in zip(part, zip(*texts, strict=True), strict=True):
+            frames.append(_scored(entity, PATCHED, pairs, own, entity.name))
+            frames.append(_scored(entity, RANDOM, pairs, random))
+            frames.append(_scored(entity, CLEAN, [(None, None)], [clean]))
+            # Another entity's continuations are those of its own rows: each lends them to the next one in the order,
+            # and the last to the first.
+            if previous is not None:
+                frames.append(_scored(entity, ANOTHER, pairs, previous[1], previous[0].name))
+            previous = entity, own
+        if start + together >= len(entities) > 1:
+            frames.append(_scored(entities[0], ANOTHER, pairs, previous[1], previous[0].name))
+        yield pd.concat(frames, ignore_index=True)
+
+
+def _speak(
+    scope: Patchscope,
+    states: Tensor,
+    entities: Sequence[Entity],
+    pairs: Sequence[Pair],
+    targets: Sequence[int],
+    decoding: Decoding,
+) -> tuple[list[list[list[str]]], str]:
+    """What own and random states, (2, entities, pairs, hidden), say in lists of that shape, and the clean row."""
+    rows = states.reshape(-1, states.shape[-1])
+    try:
+        spoken = scope.generate(rows, list(targets) * (2 * len(entities)), decoding)
+    except RowError as error:
+        if error.row < 0:
+            raise
+        place, pair = divmod(error.row, len(pairs))
+        kind, entity = divmod(place, len(entities))
+        raise PscopeError(
+            f"{entities[entity].name!r} ({(PATCHED, RANDOM)[kind]}) failed at layer {pairs[pair][0]}, "
+            f"target layer {pairs[pair][1]}: {error.reason}"
+        ) from error
+    texts = iter(decoding.text(tokens, scope.model.tokenizer) for tokens in spoken.patched)
+    return (
+        [[[next(texts) for _ in pairs] for _ in entities] for _ in (PATCHED, RANDOM)],
+        decoding.text(spoken.clean, scope.model.tokenizer),
+    )
+
+
+def _scored(
+    entity: Entity,
+    condition: str,
+    pairs: Sequence[Pair] | Sequence[tuple[None, None]],
+    texts: Sequence[str],
+    state_of: str | None = None,
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "entity": entity.name,
+            "group": entity.group,
+            "condition": condition,
+            "layer": pd.array([layer for layer, _ in pairs], dtype="Int64"),
+            "target_layer": pd.array([target for _, target in pairs], dtype="Int64"),
+            "state_of": pd.array([state_of] * len(pairs), dtype="string"),
+            "continuation": pd.array(texts, dtype="string"),
+            "rouge_l": rouge_l(texts, [entity.reference] * len(texts)),
+            "reference": entity.reference,
+        }
+    )

@@ -1,0 +1,57 @@
+import pytest
+import torch
+from conftest import without_a_number
+from test_generate import ending
+
+from pscope import Decoding, PromptError, RowError, continue_prompts
+
+TEXTS = ["one two three", "a", "The quick brown fox jumps", "four five six", "b", "seven eight nine"]
+
+
+def greedy(model, ids, new_tokens, end_tokens=()):
+    ids, spoken = list(ids), []
+    while len(spoken) < new_tokens and not (spoken and spoken[-1] in end_tokens):
+        with torch.no_grad():
+            spoken.append(model.hf(torch.tensor([ids + spoken]), use_cache=False).logits[0, -1].argmax().item())
+    return spoken
+
+
+@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("memory", [1, 2**30])
+def test_prompts_of_any_length_against_a_plain_loop(tiny, cached, memory):
+    prompts = [tiny.prompt(text) for text in TEXTS]
+    endless = [greedy(tiny, prompt.ids, 8) for prompt in prompts]
+    end_tokens = {endless[0][1], endless[2][4]}
+    spoken = dict(continue_prompts(ending(tiny, end_tokens), prompts, Decoding(8), memory=memory, cached=cached))
+    assert sorted(spoken) == list(range(len(TEXTS)))
+    for index, prompt in enumerate(prompts):
+        assert spoken[index] == greedy(tiny, prompt.ids, 8, end_tokens)
+    assert len({len(tokens) for tokens in spoken.values()}) > 2
+
+
+def test_the_default_model_says_what_generate_says(smollm2):
+    prompts = [smollm2.prompt(text) for text in ("The capital of France is", "Water boils at", "Two and two")]
+    for index, tokens in continue_prompts(smollm2, prompts, Decoding(12)):
+        ids = torch.tensor([prompts[index].ids])
+        with torch.no_grad():
+            expected = smollm2.hf.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=12)
+        assert tokens == expected[0, ids.shape[1] :].tolist()
+
+
+def test_samples_do_not_depend_on_the_batch(tiny):
+    prompts = [tiny.prompt(text) for text in TEXTS]
+    decoding = Decoding(6, temperature=1.0, seed=1)
+    sampled = dict(continue_prompts(tiny, prompts, decoding))
+    assert dict(continue_prompts(tiny, prompts, decoding, memory=1)) == sampled
+    assert dict(continue_prompts(tiny, prompts, Decoding(6, temperature=1.0, seed=2))) != sampled
+
+
+def test_what_cannot_be_continued(tiny):
+    prompts = [tiny.prompt(text) for text in TEXTS]
+    with pytest.raises(PromptError, match="more than the window"):
+        list(continue_prompts(tiny, [tiny.prompt("a " * 250)], Decoding(8)))
+    with (
+        without_a_number(tiny, tiny.prompt(TEXTS[3]).ids[1]),
+        pytest.raises(RowError, match="row 3 failed: its logits are not finite"),
+    ):
+        list(continue_prompts(tiny, prompts, Decoding(2)))
