@@ -44,12 +44,12 @@ StopAtCommaOption = Annotated[
 ]
 
 
-def parse_target_layer(text: str) -> int | Literal["same", "all"]:
-    """ "same", "all" or the number of a layer. Raises PscopeError."""
+def parse_target_layer(text: str) -> list[int] | Literal["same", "all"]:
+    """ "same", "all" or the number of a layer, as the library takes them. Raises PscopeError."""
     if text in ("same", "all"):
         return text
     if text.isdecimal() and len(text) < 5:
-        return int(text)
+        return [int(text)]
     raise PscopeError(f"--target-layer {text!r} is neither same, nor all, nor a layer")
 
 

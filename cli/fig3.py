@@ -92,7 +92,8 @@ def fig3(
     import pandas as pd
 
     import pscope
-    from pscope.experiments.entity_resolution import best_layers, describe_entities, layer_pairs, rows_of, summarise
+    from pscope.experiments.entity_resolution import best_layers, describe_entities, rows_of, summarise
+    from pscope.experiments.grid import layer_pairs
     from pscope.plots import entity_figure
 
     pairs = layer_pairs(lm, chosen, to)

@@ -71,7 +71,8 @@ def table3(
     lm = load_model(model, dtype, device, device_map, revision)
 
     import pscope
-    from pscope.experiments.entity_resolution import describe_layers, layer_pairs, name_prompt
+    from pscope.experiments.entity_resolution import describe_layers, name_prompt
+    from pscope.experiments.grid import layer_pairs
 
     pairs = layer_pairs(lm, chosen, to)
     source_prompt = name_prompt(lm, entity, before, parse_position(at))

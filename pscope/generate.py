@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -11,6 +12,12 @@ from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, Stopp
 
 from pscope.errors import PscopeError, RowError
 from pscope.models import LanguageModel
+
+Settled = Callable[[int, str], bool]
+"""Whether a row, by its number, need not go on after what it said, since nothing asked of it can change any more."""
+
+Ends = Callable[[Tensor, Tensor], Tensor]
+"""From the numbers of rows, (rows,), and the tokens they have said, (rows, tokens): which have ended, (rows,)."""
 
 
 @dataclass(frozen=True)
@@ -49,16 +56,26 @@ class Decoding:
         chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
         return chosen.clamp(max=logits.shape[1] - 1).to(logits.device)
 
-    def ends(self, end_tokens: frozenset[int], tokenizer: PreTrainedTokenizerBase) -> StoppingCriteriaList:
-        """What tells, from the tokens each row has said, (rows, tokens), which rows have ended, (rows,)."""
-        ends = StoppingCriteriaList()
+    def ends(
+        self, end_tokens: frozenset[int], tokenizer: PreTrainedTokenizerBase, settled: Settled | None = None
+    ) -> Ends:
+        """What tells which rows have ended: said an end token or a stop string, or enough for `settled`."""
+        criteria = StoppingCriteriaList()
         if end_tokens:
-            ends.append(EosTokenCriteria(sorted(end_tokens)))
+            criteria.append(EosTokenCriteria(sorted(end_tokens)))
         if self.stop:
             try:
-                ends.append(StopStringCriteria(tokenizer, list(self.stop)))
+                criteria.append(StopStringCriteria(tokenizer, list(self.stop)))
             except ValueError as error:
                 raise PscopeError(f"no token of the model can say one of the stop strings {self.stop}") from error
+
+        def ends(rows: Tensor, said: Tensor) -> Tensor:
+            ended = criteria(said, None)
+            if settled is not None:
+                texts = (self.text(tokens, tokenizer) for tokens in said.tolist())
+                ended |= torch.tensor([settled(row, text) for row, text in zip(rows.tolist(), texts, strict=True)])
+            return ended
+
         return ends
 
     def text(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
@@ -96,7 +113,7 @@ class CachedRows:
 
 
 @torch.no_grad()
-def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, ends: StoppingCriteriaList) -> list[list[int]]:
+def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, ends: Ends) -> list[list[int]]:
     """Each row's new token ids, up to and with the one that ended it. Rows that have ended leave the batch.
 
     Raises RowError if the logits of a row are not finite.
@@ -108,7 +125,7 @@ def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, ends: StoppingC
         check_finite(rows.logits, live)
         chosen = decoding.choose(rows.logits, draws[live, step])
         said = torch.cat([said, chosen[:, None].cpu()], dim=1)
-        ended = ends(said, None) if step + 1 < decoding.new_tokens else torch.ones(len(said), dtype=torch.bool)
+        ended = ends(live, said) if step + 1 < decoding.new_tokens else torch.ones(len(said), dtype=torch.bool)
         for row, tokens in zip(live[ended].tolist(), said[ended].tolist(), strict=True):
             spoken[row] = tokens
         if ended.all():

@@ -1,12 +1,13 @@
-"""How well a decoded distribution tells the model's own next token, and a continuation describes an entity.
+"""How well a decoded distribution tells the model's own next token, describes an entity, or gives an answer.
 
-These are the measures of the paper's sections 4.1 and 4.3. The functions score each sample; the `evaluate.Metric`s
-average them, and are built and used without a network.
+These are the measures of the paper's sections 4.1, 4.3, and 4.2 and 5. The functions score each sample; the
+`evaluate.Metric`s average them, and are built and used without a network.
 """
 
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Sequence
 
 import datasets
@@ -101,3 +102,38 @@ class RougeL(evaluate.Metric):
 
     def _compute(self, predictions: list[str], references: list[str]) -> dict[str, float]:
         return {"rouge_l": float(np.mean(rouge_l(predictions, references)))}
+
+
+def answer_found(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in the text as whole words; capitals and kinds of blanks do not count.
+
+    Letters are compared as Unicode's NFKC folds them. In scripts that write no blanks between words an answer must
+    be set off by something else.
+    """
+    text = _folded(text)
+    return any(re.search(rf"(?<!\w){re.escape(_folded(answer))}(?!\w)", text) for answer in answers)
+
+
+class AnswerFound(evaluate.Metric):
+    """The share of predictions in which one of the accepted answers stands, as whole words."""
+
+    def _info(self) -> evaluate.MetricInfo:
+        return evaluate.MetricInfo(
+            description=type(self).__doc__,
+            citation=_CITATION.format("4.2 and 5"),
+            inputs_description="predictions: texts; references: for each the list of accepted answers",
+            features=datasets.Features(
+                {
+                    "predictions": datasets.Value("string"),
+                    "references": datasets.Sequence(datasets.Value("string")),
+                }
+            ),
+        )
+
+    def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
+        found = [answer_found(text, answers) for text, answers in zip(predictions, references, strict=True)]
+        return {"answer_found": float(np.mean(found))}
+
+
+def _folded(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())

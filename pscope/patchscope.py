@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pscope.errors import PscopeError, RowError
-from pscope.generate import GREEDY, Decoding, Rows, check_finite, continue_rows
+from pscope.generate import GREEDY, Decoding, Rows, Settled, check_finite, continue_rows
 from pscope.models import LanguageModel
 from pscope.plain import PlainPath
 from pscope.prompts import Prompt
@@ -80,18 +80,23 @@ class Patchscope:
         return (self._read(part, states[part], layers[part]) for part in self._parts(len(states)))
 
     def generate(
-        self, states: Tensor, target_layers: Sequence[int] | int, decoding: Decoding = GREEDY
+        self,
+        states: Tensor,
+        target_layers: Sequence[int] | int,
+        decoding: Decoding = GREEDY,
+        settled: Settled | None = None,
     ) -> Continuations:
         """Patch each of `states`, (rows, hidden), into the target at its layer, and let the model go on from there.
 
-        Rows that have ended leave the batch. Sampled tokens depend on the seed and the row's index, not on which rows
+        Rows that have ended leave the batch, and those of which `settled(row, text)` says that they need not go on (the
+        clean row is never asked). Sampled tokens depend on the seed and the row's index, not on which rows
         share its pass. Raises RowError if the logits of a row are not finite.
         """
         self.model.check_window(len(self.target) + decoding.new_tokens)
         layers = self._checked(states, target_layers)
         draws = decoding.draws(len(states) + 1)
         spoken = [
-            self._speak(part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]))
+            self._speak(part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
             for part in self._parts(len(states), decoding.new_tokens)
         ]
         return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
@@ -127,15 +132,25 @@ class Patchscope:
         return Logits(part, rows.logits[1:][order.argsort()], rows.logits[0].clone())
 
     def _speak(
-        self, part: slice, states: Tensor, layers: list[int], decoding: Decoding, draws: Tensor
+        self,
+        part: slice,
+        states: Tensor,
+        layers: list[int],
+        decoding: Decoding,
+        draws: Tensor,
+        settled: Settled | None,
     ) -> Continuations:
         order, rows = self._start(states, layers, decoding.new_tokens)
-        draws = torch.cat([draws[:1], draws[1:][order]])
-        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer)
+        numbers = _numbers(part, order).tolist()
+
+        def settled_here(row: int, text: str) -> bool:
+            return row > 0 and settled(numbers[row], text)
+
+        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, None if settled is None else settled_here)
         try:
-            clean, *spoken = continue_rows(rows, decoding, draws, ends)
+            clean, *spoken = continue_rows(rows, decoding, torch.cat([draws[:1], draws[1:][order]]), ends)
         except RowError as error:
-            raise RowError(int(_numbers(part, order)[error.row]), error.reason) from error
+            raise RowError(numbers[error.row], error.reason) from error
         return Continuations([spoken[place] for place in order.argsort().tolist()], clean)
 
     def _start(self, states: Tensor, layers: list[int], new_tokens: int = 0) -> tuple[Tensor, Rows]:

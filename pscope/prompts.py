@@ -83,6 +83,14 @@ def written_out(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) 
     return prompt.text[:start] + words + prompt.text[start + len(marked) :]
 
 
+def continuing_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) -> int:
+    """The first token of `words` where they go on after the prompt, a blank between. Raises PromptError."""
+    ids = _encode(tokenizer, f"{prompt.text} {words}")["input_ids"]
+    if len(ids) <= len(prompt) or tuple(ids[: len(prompt)]) != prompt.ids:
+        raise PromptError(f"{words!r} after {prompt.text!r} is not tokenised as its continuation")
+    return ids[len(prompt)]
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
     options = {"return_offsets_mapping": tokenizer.is_fast, "return_attention_mask": False}
     bare = tokenizer(text, add_special_tokens=False, **options)

@@ -18,11 +18,11 @@ from pscope.experiments.entity_resolution import (
     best_layers,
     describe_entities,
     describe_layers,
-    layer_pairs,
     name_prompt,
     rows_of,
     summarise,
 )
+from pscope.experiments.grid import layer_pairs
 from pscope.plots import entity_figure
 
 NAMES = ["Albert Einstein", "Nile", "東京", "Beyoncé", "Mount Everest"]
@@ -132,9 +132,9 @@ def test_one_entity_has_no_other(tiny):
 
 def test_layer_pairs(tiny):
     assert layer_pairs(tiny, None) == [(0, 0), (1, 1), (2, 2)]
-    assert layer_pairs(tiny, [1, 4], 0) == [(1, 0), (4, 0)]
+    assert layer_pairs(tiny, [1, 4], [0]) == [(1, 0), (4, 0)]
     assert layer_pairs(tiny, [3], "all") == [(3, 0), (3, 1), (3, 2), (3, 3), (3, 4)]
-    for layers, target in (([5], "same"), ([0], 5), ([0, 5], "all")):
+    for layers, target in (([5], "same"), ([0], [5]), ([0, 5], "all")):
         with pytest.raises(PscopeError, match="layer 5 is out of range"):
             layer_pairs(tiny, layers, target)
     with pytest.raises(PscopeError, match="no layer"):

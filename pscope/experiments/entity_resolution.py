@@ -8,50 +8,26 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import chain
-from typing import Literal
 
 import numpy as np
 import pandas as pd
 import torch
-from torch import Tensor
 
 from pscope.bootstrap import RESAMPLES, mean_bands
 from pscope.entities import ALL, Entity
 from pscope.errors import PromptError, PscopeError, RowError
+from pscope.experiments.grid import Pair, same_norm, source_layers, speak
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import rouge_l
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
 from pscope.prompts import Prompt, written_out
-from pscope.residual import capture, check_layer
+from pscope.residual import capture
 from pscope.unpatched import continue_prompts
 
 PATCHED = "patched"
 ANOTHER, RANDOM = "another entity", "random vector"
 CLEAN, WRITTEN_OUT = "clean target", "name written out"
-
-Pair = tuple[int, int]
-"""A source layer ℓ and a target layer ℓ*."""
-
-
-def layer_pairs(
-    model: LanguageModel, layers: Sequence[int] | None, target: int | Literal["same", "all"] = "same"
-) -> list[Pair]:
-    """Every source layer with its target layers: the same one, a fixed one, or all of 0..L.
-
-    `layers` defaults to the lower half, 0..L/2, where names are resolved. Raises PscopeError for a layer out of range.
-    """
-    layers = range(model.n_layers // 2 + 1) if layers is None else layers
-    if not layers:
-        raise PscopeError("no layer is asked for")
-    if target == "same":
-        pairs = [(layer, layer) for layer in layers]
-    else:
-        targets = range(model.n_layers + 1) if target == "all" else [target]
-        pairs = [(layer, to) for layer in layers for to in targets]
-    for layer in {layer for pair in pairs for layer in pair}:
-        check_layer(model, layer)
-    return pairs
 
 
 def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: str | int = "last") -> Prompt:
@@ -76,7 +52,7 @@ def describe_layers(
     """
     if reference is not None and not any(character.isalnum() for character in reference):
         raise PscopeError(f"the reference {reference!r} holds no word")
-    layers, columns = _columns(pairs)
+    layers, columns = source_layers(pairs)
     states = capture(scope.model, [source], layers=layers)[0, columns]  # (pairs, hidden)
     spoken = scope.generate(states, [target for _, target in pairs], decoding)
     texts = [decoding.text(tokens, scope.model.tokenizer) for tokens in [*spoken.patched, spoken.clean]]
@@ -201,18 +177,6 @@ def _by_entity(rows: pd.DataFrame) -> pd.DataFrame:
     )
 
 
-def _columns(pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
-    """The source layers to capture, each once, and for every pair the place of its own among them."""
-    layers = list(dict.fromkeys(layer for layer, _ in pairs))
-    return layers, [layers.index(layer) for layer, _ in pairs]
-
-
-def _same_norm(states: Tensor, generator: torch.Generator) -> Tensor:
-    """Vectors of random direction, each as long as the state in its place."""
-    random = torch.randn(states.shape, generator=generator).to(states)
-    return random * (states.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
-
-
 def _written_out(
     scope: Patchscope, entities: Sequence[Entity], prompts: Sequence[Prompt], decoding: Decoding
 ) -> Iterator[pd.DataFrame]:
@@ -235,18 +199,18 @@ def _patched(
     seed: int,
 ) -> Iterator[pd.DataFrame]:
     """The conditions in which the target is patched, and the clean one, which comes with every pass."""
-    layers, columns = _columns(pairs)
-    targets = [target for _, target in pairs]
+    layers, columns = source_layers(pairs)
     generator = torch.Generator().manual_seed(seed)
     together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs)))
     previous: tuple[Entity, list[str]] | None = None
     for start in range(0, len(entities), together):
         part = entities[start : start + together]
         states = capture(scope.model, sources[start : start + together], layers=layers)  # (entities, layers, hidden)
-        states = torch.stack([states, _same_norm(states, generator)])[:, :, columns]  # (2, entities, pairs, hidden)
-        texts, clean = _speak(scope, states, part, pairs, targets, decoding)
+        states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 entities, pairs, hidden)
+        names = [f"{entity.name!r} ({condition})" for condition in (PATCHED, RANDOM) for entity in part]
+        texts, clean = speak(scope, states, names, pairs, decoding)
         frames = []
-        for entity, (own, random) in zip(part, zip(*texts, strict=True), strict=True):
+        for entity, own, random in zip(part, texts[: len(part)], texts[len(part) :], strict=True):
             frames.append(_scored(entity, PATCHED, pairs, own, entity.name))
             frames.append(_scored(entity, RANDOM, pairs, random))
             frames.append(_scored(entity, CLEAN, [(None, None)], [clean]))
@@ -258,34 +222,6 @@ def _patched(
         if start + together >= len(entities) > 1:
             frames.append(_scored(entities[0], ANOTHER, pairs, previous[1], previous[0].name))
         yield pd.concat(frames, ignore_index=True)
-
-
-def _speak(
-    scope: Patchscope,
-    states: Tensor,
-    entities: Sequence[Entity],
-    pairs: Sequence[Pair],
-    targets: Sequence[int],
-    decoding: Decoding,
-) -> tuple[list[list[list[str]]], str]:
-    """What own and random states, (2, entities, pairs, hidden), say in lists of that shape, and the clean row."""
-    rows = states.reshape(-1, states.shape[-1])
-    try:
-        spoken = scope.generate(rows, list(targets) * (2 * len(entities)), decoding)
-    except RowError as error:
-        if error.row < 0:
-            raise
-        place, pair = divmod(error.row, len(pairs))
-        kind, entity = divmod(place, len(entities))
-        raise PscopeError(
-            f"{entities[entity].name!r} ({(PATCHED, RANDOM)[kind]}) failed at layer {pairs[pair][0]}, "
-            f"target layer {pairs[pair][1]}: {error.reason}"
-        ) from error
-    texts = iter(decoding.text(tokens, scope.model.tokenizer) for tokens in spoken.patched)
-    return (
-        [[[next(texts) for _ in pairs] for _ in entities] for _ in (PATCHED, RANDOM)],
-        decoding.text(spoken.clean, scope.model.tokenizer),
-    )
 
 
 def _scored(

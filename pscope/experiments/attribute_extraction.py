@@ -1,0 +1,392 @@
+"""Attribute extraction: what a subject's hidden state tells of it, by a question patched with it and by a probe.
+
+The paper's section 4.2 (Table 2). The state of a subject, read in a sentence that only mentions it, is patched over the
+placeholder of a prompt that asks for one of its attributes, "The official currency of x"; an answer counts when it
+stands in the continuation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from scipy.stats import permutation_test
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.linear_model import LogisticRegression
+from sklearn.model_selection import GroupKFold
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import StandardScaler
+from torch import Tensor
+
+from pscope.bootstrap import mean_bands
+from pscope.errors import PromptError, PscopeError, RowError
+from pscope.experiments.grid import Pair, chosen_elsewhere, same_norm, source_layers, speak
+from pscope.generate import GREEDY, Decoding
+from pscope.metrics import answer_found
+from pscope.models import LanguageModel
+from pscope.patchscope import MEMORY, Patchscope
+from pscope.prompts import Prompt, continuing_token, written_out
+from pscope.relations import Relation, Sample
+from pscope.residual import capture
+from pscope.unpatched import continue_prompts
+
+PATCHED, ANOTHER, RANDOM, CLEAN = "patched", "another subject", "random vector", "clean target"
+PROBE, MAJORITY = "probe", "majority class"
+FOLDS = 3
+
+
+@dataclass(frozen=True)
+class Question:
+    """A relation, ready to be asked of a model: the scope that asks, and the samples it is asked of.
+
+    `subjects` were in the file; the model itself answers for `answered` of them when asked in plain words; of these
+    `samples` were drawn.
+    """
+
+    relation: Relation
+    scope: Patchscope
+    samples: tuple[Sample, ...]
+    sources: tuple[tuple[Prompt, ...], ...]
+    subjects: int
+    answered: int
+
+
+def ask(
+    model: LanguageModel,
+    relation: Relation,
+    *,
+    samples: int,
+    contexts: int,
+    decoding: Decoding = GREEDY,
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> Question:
+    """Keep what the model knows: the samples whose answer stands in its own continuation of the unpatched question.
+
+    Of those, `samples` are drawn by the seed, each with its first `contexts` source prompts. Raises PscopeError, naming
+    the relation, for what cannot be read.
+    """
+    try:
+        scope = Patchscope(model, model.prompt(relation.target.text, relation.target.at), memory=memory)
+        plain = [
+            model.prompt(written_out(model.tokenizer, scope.target, sample.subject)) for sample in relation.samples
+        ]
+        spoken = dict(continue_prompts(model, plain, decoding, memory=memory, cached=scope.check.path == "staircase"))
+        known = [
+            sample
+            for index, sample in enumerate(relation.samples)
+            if answer_found(decoding.text(spoken[index], model.tokenizer), sample.answers)
+        ]
+        order = np.random.default_rng(seed).permutation(len(known))
+        drawn = tuple(known[index] for index in sorted(order[:samples].tolist()))
+        sources = tuple(
+            tuple(model.prompt(marked.text, marked.at) for marked in sample.sources[:contexts]) for sample in drawn
+        )
+    except RowError as error:
+        raise PscopeError(f"{relation.name}: {relation.samples[error.row].subject!r} failed: {error.reason}") from error
+    except PromptError as error:
+        raise PromptError(f"{relation.name}: {error}") from error
+    return Question(relation, scope, drawn, sources, len(relation.samples), len(known))
+
+
+def extract(
+    question: Question, pairs: Sequence[Pair], decoding: Decoding = GREEDY, seed: int = 0
+) -> Iterator[pd.DataFrame]:
+    """Ask the question of every source state at every (ℓ, ℓ*), beside controls and a probe.
+
+    Yields chunks of the table; a row is one source × pair × condition: `relation`, `subject`, `object`, `context` (the
+    number of the source prompt), `fold`, `condition`, `layer`, `target_layer`, `state_of`, `continuation`, `found`, and
+    for patched and random states `rank` (from 1) and `probability` of the answer's first token right after the target
+    prompt. The conditions:
+
+    - "patched": the state of the subject;
+    - "another subject": that of one with another answer, drawn by the seed (where there is one);
+    - "random vector": a random direction of the same norm;
+    - "clean target": the target unpatched;
+    - "probe": per layer, a logistic regression from states to answers, fitted on the other folds, and "majority
+      class", the answer most frequent there. Both belong to no target layer.
+
+    The folds are of whole subjects. A row leaves the batch as soon as its answer is found, and those of all who borrow
+    its state. Raises PscopeError, naming the subject, for a row that fails.
+    """
+    folds = _folds(question.samples, seed)
+    yield from _read_states(question, pairs, folds, decoding, seed)
+    yield _probed(question, source_layers(pairs)[0], folds)
+
+
+def rows_to_decode(questions: Sequence[Question], pairs: Sequence[Pair]) -> int:
+    """How many patched rows `extract` decodes, for all the questions."""
+    return sum(2 * len(pairs) * len(sources) for question in questions for sources in question.sources)
+
+
+def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """One row per relation: how often the answer is found, by oracle and by choice on other subjects.
+
+    `subjects` and `samples` (subject × context) count what was read. The paper's number is `oracle`, with
+    `oracle_std`: at each ℓ the share of samples for which any ℓ* gives the answer, mean and standard deviation over ℓ;
+    `random_oracle` and `another_oracle` are those of the controls. `held_out` is the accuracy at the (ℓ, ℓ*) that was
+    best for the subjects of the other folds, with its band, and `random_held_out` and `another_held_out` those of the
+    controls at the same pairs. `probe` and `probe_std` are over ℓ, `probe_held_out` is at the layer that was best for
+    the other folds. `p` is that of a paired permutation test of held_out against probe_held_out over subjects, times
+    the number of relations (Bonferroni).
+    """
+    relations = list(dict.fromkeys(table["relation"]))
+    found = []
+    for relation in relations:
+        rows = table[table["relation"] == relation].astype({"found": float})
+        folds = rows.drop_duplicates(["subject", "context"]).set_index(["subject", "context"])["fold"]
+        grid = {
+            condition: _cells(rows, condition, ["layer", "target_layer"]) for condition in (PATCHED, RANDOM, ANOTHER)
+        }
+        any_target = {name: cells.T.groupby(level="layer").max().T for name, cells in grid.items() if not cells.empty}
+        probe = _cells(rows, PROBE, ["layer"])
+        held_out = chosen_elsewhere(grid[PATCHED], folds.loc[grid[PATCHED].index])
+        probed = chosen_elsewhere(probe, folds.loc[probe.index])["score"]
+        per_subject = held_out["score"].groupby("subject").agg(["sum", "count"])
+        (low,), (high,) = mean_bands(per_subject[["sum"]].to_numpy(), per_subject["count"].to_numpy(), seed)
+        result = {
+            "relation": relation,
+            "subjects": len(per_subject),
+            "samples": len(held_out),
+            "oracle": any_target[PATCHED].mean().mean(),
+            "oracle_std": any_target[PATCHED].mean().std(ddof=0),
+            "held_out": held_out["score"].mean(),
+            "held_out_low": low,
+            "held_out_high": high,
+            "probe": probe.mean().mean(),
+            "probe_std": probe.mean().std(ddof=0),
+            "probe_held_out": probed.mean(),
+            "majority": rows.loc[rows["condition"] == MAJORITY, "found"].mean(),
+            "clean": rows.loc[rows["condition"] == CLEAN, "found"].mean(),
+        }
+        for condition, name in ((RANDOM, "random"), (ANOTHER, "another")):
+            cells = grid[condition]
+            result[f"{name}_oracle"] = any_target[condition].mean().mean() if len(cells) else np.nan
+            at_chosen = [cells.loc[unit, pair] for unit, pair in held_out["chosen"].items() if unit in cells.index]
+            result[f"{name}_held_out"] = np.mean(at_chosen) if at_chosen else np.nan
+        result["p"] = min(1.0, len(relations) * _paired_p(held_out["score"], probed, seed))
+        found.append(result)
+    return pd.DataFrame(found)
+
+
+def over_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Accuracy over source layers: per relation × condition × layer the mean `found`, with its band `low` and `high`.
+
+    For patched states and controls it is the oracle, any ℓ* of the grid; bands are from resampling subjects.
+    """
+    frames = []
+    for (relation, condition), rows in table.dropna(subset=["layer"]).groupby(["relation", "condition"], sort=False):
+        units = rows.astype({"found": float}).groupby(["subject", "context", "layer"])["found"].max().unstack("layer")
+        sums, counts = units.groupby("subject").sum(), units.groupby("subject").size()
+        low, high = mean_bands(sums.to_numpy(), counts.to_numpy(), seed)
+        frames.append(
+            pd.DataFrame(
+                {
+                    "relation": relation,
+                    "condition": condition,
+                    "layer": units.columns,
+                    "found": units.mean().to_numpy(),
+                    "low": low,
+                    "high": high,
+                }
+            )
+        )
+    return pd.concat(frames, ignore_index=True)
+
+
+def _cells(rows: pd.DataFrame, condition: str, columns: list[str]) -> pd.DataFrame:
+    """Found or not, (subject × context, layers)."""
+    here = rows[rows["condition"] == condition].dropna(subset=columns).astype(dict.fromkeys(columns, int))
+    return here.pivot(index=["subject", "context"], columns=columns, values="found").sort_index(axis=1)
+
+
+def _paired_p(one: pd.Series, other: pd.Series, seed: int) -> float:
+    difference = (one.groupby("subject").mean() - other.groupby("subject").mean()).to_numpy()
+    if not difference.any():
+        return 1.0
+    test = permutation_test(
+        (difference,),
+        lambda values, axis: values.mean(axis=axis),
+        permutation_type="samples",
+        vectorized=True,
+        n_resamples=9999,
+        rng=np.random.default_rng(seed),
+    )
+    return float(test.pvalue)
+
+
+def _folds(samples: Sequence[Sample], seed: int) -> list[int]:
+    if len(samples) < FOLDS:
+        raise PscopeError(f"{len(samples)} subjects are fewer than the {FOLDS} folds")
+    split = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(samples, groups=range(len(samples)))
+    fold_of = {index: fold for fold, (_, held_out) in enumerate(split) for index in held_out.tolist()}
+    return [fold_of[index] for index in range(len(samples))]
+
+
+def _read_states(
+    question: Question, pairs: Sequence[Pair], folds: Sequence[int], decoding: Decoding, seed: int
+) -> Iterator[pd.DataFrame]:
+    scope, samples = question.scope, question.samples
+    layers, columns = source_layers(pairs)
+    generator = torch.Generator().manual_seed(seed)
+    lenders = _lenders(samples, seed)
+    borrowers = [[index for index, lender in enumerate(lenders) if lender == sample] for sample in range(len(samples))]
+    # Units are (sample, context); a chunk holds as many samples, with all their contexts, as share a pass.
+    widest = max(len(sources) for sources in question.sources)
+    together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs) * widest))
+    said: dict[int, list[list[str]]] = {}
+    for start in range(0, len(samples), together):
+        part = range(start, min(start + together, len(samples)))
+        units = [(sample, context) for sample in part for context in range(len(question.sources[sample]))]
+        states = capture(scope.model, [question.sources[sample][context] for sample, context in units], layers=layers)
+        states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 units, pairs, hidden)
+        wanted = [[samples[index].answers for index in (sample, *borrowers[sample])] for sample, _ in units] + [
+            [samples[sample].answers] for sample, _ in units
+        ]
+        names = [
+            f"{question.relation.name}: {samples[sample].subject!r} ({condition}, context {context})"
+            for condition in (PATCHED, RANDOM)
+            for sample, context in units
+        ]
+        texts, clean = speak(
+            scope,
+            states,
+            names,
+            pairs,
+            decoding,
+            lambda unit, text, wanted=wanted: all(answer_found(text, answers) for answers in wanted[unit]),
+        )
+        ranks, probabilities = _first_token(question, states, [samples[sample] for sample, _ in units] * 2, pairs)
+        frames = []
+        for row, (sample, context) in enumerate(units):
+            said.setdefault(sample, []).append(texts[row])
+            base = _base(question, folds, sample, context)
+            for condition, place in ((PATCHED, row), (RANDOM, len(units) + row)):
+                frame = _answered(base, condition, pairs, texts[place], samples[sample].answers)
+                frames.append(frame.assign(rank=ranks[place], probability=probabilities[place]))
+            frames.append(_answered(base, CLEAN, [(None, None)], [clean], samples[sample].answers))
+        for sample, lender in enumerate(lenders):
+            # As soon as both have spoken.
+            if lender is not None and {sample, lender} <= said.keys() and not part.isdisjoint({sample, lender}):
+                for context in range(min(len(said[sample]), len(said[lender]))):
+                    base = {**_base(question, folds, sample, context), "state_of": samples[lender].subject}
+                    frames.append(_answered(base, ANOTHER, pairs, said[lender][context], samples[sample].answers))
+        yield _table(frames)
+
+
+def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
+    """For each sample the number of another with another answer, None where there is none."""
+    random = np.random.default_rng(seed)
+    lenders = []
+    for sample in samples:
+        others = [
+            index
+            for index, other in enumerate(samples)
+            if other is not sample and not answer_found(" , ".join(other.answers), sample.answers)
+        ]
+        lenders.append(int(random.choice(others)) if others else None)
+    return lenders
+
+
+def _first_token(
+    question: Question, states: Tensor, samples: Sequence[Sample], pairs: Sequence[Pair]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """Rank and probability of the first token of each unit's answer right after the patched prompt, [unit][pair]."""
+    scope = question.scope
+    tokenizer = scope.model.tokenizer
+    tokens = torch.tensor([continuing_token(tokenizer, scope.target, sample.object) for sample in samples])
+    wanted = tokens.repeat_interleave(len(pairs))[:, None]  # (units × pairs, 1)
+    ranks, probabilities = [], []
+    rows = states.reshape(-1, states.shape[-1])
+    for part in scope.logits(rows, [target for _, target in pairs] * len(samples)):
+        logits = part.patched.float()
+        own = logits.gather(1, wanted[part.rows].to(logits.device))
+        ranks.append(1 + (logits > own).sum(dim=1))
+        probabilities.append((own - logits.logsumexp(dim=1, keepdim=True)).exp().squeeze(1))
+    shape = (len(samples), len(pairs))
+    return torch.cat(ranks).reshape(shape).tolist(), torch.cat(probabilities).reshape(shape).tolist()
+
+
+def _probed(question: Question, layers: Sequence[int], folds: Sequence[int]) -> pd.DataFrame:
+    """A logistic regression per layer, and the majority class, each fitted on the other folds."""
+    units = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
+    states = capture(
+        question.scope.model, [question.sources[sample][context] for sample, context in units], layers=layers
+    )
+    features = states.float().cpu().numpy()  # (units, layers, hidden)
+    classes = np.array([question.samples[sample].object for sample, _ in units])
+    fold = np.array([folds[sample] for sample, _ in units])
+    frames = []
+    for held_out in sorted(set(folds)):
+        train, test = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
+        names, counts = np.unique(classes[train], return_counts=True)
+        guesses = {None: np.full(len(test), names[counts.argmax()])}
+        for place, layer in enumerate(layers):
+            guesses[layer] = _predicted(features[train, place], classes[train], features[test, place])
+        for layer, guess in guesses.items():
+            for unit, word in zip(test.tolist(), guess.tolist(), strict=True):
+                base = _base(question, folds, *units[unit])
+                condition = MAJORITY if layer is None else PROBE
+                told = {"layer": layer, "continuation": word, "found": word == classes[unit]}
+                frames.append({**base, "condition": condition, **told})
+    return _table([pd.DataFrame(frames)])
+
+
+def _predicted(features: np.ndarray, classes: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    if len(set(classes)) == 1:
+        return np.full(len(unseen), classes[0])
+    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
+    with warnings.catch_warnings():
+        # With more features than samples the loss goes on falling; the predictions do not change any more.
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        return probe.fit(features, classes).predict(unseen)
+
+
+def _base(question: Question, folds: Sequence[int], sample: int, context: int) -> dict:
+    read = question.samples[sample]
+    return {
+        "relation": question.relation.name,
+        "subject": read.subject,
+        "object": read.object,
+        "context": context,
+        "fold": folds[sample],
+        "state_of": None,
+    }
+
+
+def _answered(
+    base: dict,
+    condition: str,
+    pairs: Sequence[Pair] | Sequence[tuple[None, None]],
+    texts: Sequence[str],
+    answers: Sequence[str],
+) -> pd.DataFrame:
+    frame = pd.DataFrame({"continuation": texts, "found": [answer_found(text, answers) for text in texts]})
+    layers, targets = zip(*pairs, strict=True)
+    state_of = base["subject"] if condition == PATCHED else base["state_of"]
+    return frame.assign(**{**base, "state_of": state_of}, condition=condition, layer=layers, target_layer=targets)
+
+
+def _table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """One table with the columns of them all, of one type whatever is missing in some."""
+    dtypes = {
+        "relation": "string",
+        "subject": "string",
+        "object": "string",
+        "context": "int64",
+        "fold": "int64",
+        "condition": "string",
+        "layer": "Int64",
+        "target_layer": "Int64",
+        "state_of": "string",
+        "continuation": "string",
+        "found": "bool",
+        "rank": "Int64",
+        "probability": "Float64",
+    }
+    whole = [frame.reindex(columns=list(dtypes)).astype(dtypes) for frame in frames]
+    return pd.concat(whole, ignore_index=True)

@@ -1,0 +1,94 @@
+"""What experiments over source and target layers share: the grid, its rows, controls, and the choice of a best pair."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pscope.errors import PscopeError, RowError
+from pscope.generate import Decoding
+from pscope.models import LanguageModel
+from pscope.patchscope import Patchscope
+from pscope.residual import check_layer
+
+Pair = tuple[int, int]
+"""A source layer ℓ and a target layer ℓ*."""
+
+
+def layer_pairs(
+    model: LanguageModel, layers: Sequence[int] | None, targets: Sequence[int] | Literal["same", "all"] = "same"
+) -> list[Pair]:
+    """Every source layer with its target layers: the same one, those given, or all of 0..L.
+
+    `layers` defaults to the lower half, 0..L/2. Raises PscopeError for a layer out of range.
+    """
+    layers = range(model.n_layers // 2 + 1) if layers is None else layers
+    if not layers or not targets:
+        raise PscopeError("no layer is asked for")
+    if targets == "same":
+        pairs = [(layer, layer) for layer in layers]
+    else:
+        targets = range(model.n_layers + 1) if targets == "all" else targets
+        pairs = [(layer, target) for layer in layers for target in targets]
+    for layer in {layer for pair in pairs for layer in pair}:
+        check_layer(model, layer)
+    return pairs
+
+
+def source_layers(pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
+    """The source layers to capture, each once, and for every pair the place of its own among them."""
+    layers = list(dict.fromkeys(layer for layer, _ in pairs))
+    return layers, [layers.index(layer) for layer, _ in pairs]
+
+
+def same_norm(states: Tensor, generator: torch.Generator) -> Tensor:
+    """Vectors of random direction, each as long as the state in its place: (…, hidden)."""
+    random = torch.randn(states.shape, generator=generator).to(states)
+    return random * (states.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+
+def speak(
+    scope: Patchscope,
+    states: Tensor,
+    names: Sequence[str],
+    pairs: Sequence[Pair],
+    decoding: Decoding,
+    settled: Callable[[int, str], bool] | None = None,
+) -> tuple[list[list[str]], str]:
+    """What each of `states` (units, pairs, hidden) says, [unit][pair], and what the clean row says.
+
+    A row leaves the batch when `settled(unit, text)` says so. Raises PscopeError, naming the unit, for a row that
+    fails.
+    """
+    rows = states.reshape(-1, states.shape[-1])
+    targets = [target for _, target in pairs] * len(names)
+    settled_row = None if settled is None else lambda row, text: settled(row // len(pairs), text)
+    try:
+        spoken = scope.generate(rows, targets, decoding, settled_row)
+    except RowError as error:
+        if error.row < 0:
+            raise
+        unit, pair = divmod(error.row, len(pairs))
+        raise PscopeError(
+            f"{names[unit]} failed at layer {pairs[pair][0]}, target layer {pairs[pair][1]}: {error.reason}"
+        ) from error
+    texts = iter([decoding.text(tokens, scope.model.tokenizer) for tokens in spoken.patched])
+    return [[next(texts) for _ in pairs] for _ in names], decoding.text(spoken.clean, scope.model.tokenizer)
+
+
+def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:
+    """For each unit its score in the column that was best on the other folds, which it had no part in choosing.
+
+    `scores` is (units, pairs), `folds` (units,) says which fold each is in. One row per unit: `score` and `chosen`, the
+    column. Of columns that tie the first is taken.
+    """
+    parts = []
+    for fold in folds.unique():
+        best = scores[folds != fold].mean().idxmax()
+        here = scores[folds == fold]
+        parts.append(pd.DataFrame({"score": here[best], "chosen": [best] * len(here)}, index=here.index))
+    return pd.concat(parts).loc[scores.index]

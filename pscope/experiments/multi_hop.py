@@ -1,0 +1,310 @@
+"""Multi-hop correction: a question of two hops, answered by patching the state of its first hop into its second.
+
+The paper's section 5 (Figure 4). π1 describes something, "the company that created Visual Basic Script"; π2 asks about
+it, "The current CEO of". The whole question is what a model often gets wrong although it answers either hop alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+from sklearn.model_selection import KFold
+
+from pscope.bootstrap import mean_bands
+from pscope.errors import PscopeError, RowError
+from pscope.experiments.grid import Pair, chosen_elsewhere, same_norm, source_layers, speak
+from pscope.generate import GREEDY, Decoding
+from pscope.metrics import answer_found
+from pscope.models import LanguageModel
+from pscope.patchscope import MEMORY, Patchscope
+from pscope.prompts import Prompt
+from pscope.relations import PLACEHOLDER, Query
+from pscope.residual import capture
+from pscope.unpatched import continue_prompts
+
+VANILLA, STEP_BY_STEP = "vanilla", "step by step"
+COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
+WIRINGS = (COT, WITH_PLACEHOLDER, BACKPATCH)
+PATCHED, RANDOM, CLEAN = "patched", "random vector", "clean target"
+FOLDS = 3
+
+
+@dataclass(frozen=True)
+class Hops:
+    """What the model says to each hop of a query alone, and whether that is right."""
+
+    query: Query
+    one: str
+    two: str
+    one_found: bool
+    two_found: bool
+
+    @property
+    def solvable(self) -> bool:
+        return self.one_found and self.two_found
+
+
+def answer_hops(
+    model: LanguageModel,
+    queries: Sequence[Query],
+    decoding: Decoding = GREEDY,
+    *,
+    memory: int = MEMORY,
+    cached: bool = True,
+) -> list[Hops]:
+    """Ask the model each hop of every query by itself; prompts that coincide are run once.
+
+    Raises PscopeError for a query without a bridge: its second hop cannot be asked alone.
+    """
+    for query in queries:
+        if not query.bridge:
+            raise PscopeError(f'{query.text!r} has no "bridge", so its hops cannot be asked alone; keep all queries')
+    one = [query.hop_one for query in queries]
+    two = [f"{query.second} {query.bridge[0]}" for query in queries]
+    spoken = _continued(model, [*one, *two], decoding, memory, cached)
+    return [
+        Hops(
+            query,
+            spoken[first],
+            spoken[second],
+            answer_found(spoken[first], query.bridge),
+            answer_found(spoken[second], query.answers),
+        )
+        for query, first, second in zip(queries, one, two, strict=True)
+    ]
+
+
+def step_by_step(model: LanguageModel, query: Query, chat: bool) -> str:
+    """The prompt that asks the whole query with "Let's think step by step.", as a user of a chat model would, or bare."""
+    if not chat:
+        return f"Let's think step by step. {query.text}"
+    message = {"role": "user", "content": f"{query.text}? Let's think step by step."}
+    return model.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+
+
+def correct(
+    model: LanguageModel,
+    queries: Sequence[Query],
+    pairs: Sequence[Pair],
+    decoding: Decoding = GREEDY,
+    *,
+    chat: bool = False,
+    reasoning: Decoding = GREEDY,
+    wirings: Sequence[str] = WIRINGS,
+    seed: int = 0,
+    memory: int = MEMORY,
+) -> Iterator[pd.DataFrame]:
+    """Ask every query as it stands, step by step, and by Patchscopes of three wirings at every (ℓ, ℓ*).
+
+    Yields chunks of the table; a row is one query × method × pair × condition: `query` (its number), `text`, `source`,
+    `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation` and `found`. The methods:
+
+    - "vanilla": the whole query, unpatched; "step by step": with that request, continued as `reasoning` says;
+    - "cot": the state of π1's last token, patched over the last token of π2;
+    - "placeholder": the same state, patched over the placeholder of "π2 x is";
+    - "backpatch": the whole query's last token at layer ℓ, patched over itself at a lower ℓ*.
+
+    The condition is "patched", "random vector" (a random direction of the same norm), or "clean target" for what is not
+    patched. Raises PscopeError, naming the query, for a row that fails.
+    """
+    if not queries:
+        raise PscopeError("there is no query to ask")
+    folds = _folds(len(queries), seed)
+    first = Patchscope(model, model.prompt(queries[0].text), memory=memory)
+    cached = first.check.path == "staircase"
+    for method, prompts, how in (
+        (VANILLA, [query.text for query in queries], decoding),
+        (STEP_BY_STEP, [step_by_step(model, query, chat) for query in queries], reasoning),
+    ):
+        spoken = _continued(model, prompts, how, memory, cached)
+        yield pd.concat(
+            [
+                _rows(query, number, folds, method, CLEAN, [(None, None)], [spoken[prompt]])
+                for number, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
+            ],
+            ignore_index=True,
+        )
+    generator = torch.Generator().manual_seed(seed)
+    for wiring in wirings:
+        grid = pairs_of(wiring, pairs)
+        if not grid:
+            continue
+        for target, members in _by_target(model, queries, wiring).items():
+            # A target for each query: those of one form are checked once.
+            path = first.check.path if wiring == BACKPATCH else "auto"
+            scope = Patchscope(model, target, memory=memory, path=path)
+            together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(grid)))
+            for start in range(0, len(members), together):
+                part = members[start : start + together]
+                yield _patched(scope, wiring, queries, part, folds, grid, decoding, generator)
+
+
+def pairs_of(wiring: str, pairs: Sequence[Pair]) -> list[Pair]:
+    """The pairs that make sense for a wiring: back-patching goes from a later layer into an earlier one."""
+    return [(layer, target) for layer, target in pairs if wiring != BACKPATCH or target < layer]
+
+
+def rows_to_decode(queries: int, pairs: Sequence[Pair], wirings: Sequence[str] = WIRINGS) -> int:
+    """How many patched rows `correct` decodes."""
+    return sum(2 * queries * len(pairs_of(wiring, pairs)) for wiring in wirings)
+
+
+def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """How often each method answers: one row per method × measure, the share of queries `found`, `low` and `high`.
+
+    Vanilla and step by step have one measure, "accuracy". A wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives the answer,
+    and "held-out pair", the (ℓ, ℓ*) that was best for the queries of the other folds; and of both what random vectors give. The pair is
+    that of most folds, in `layer` and `target_layer`. Bands are from resampling queries; below three queries nothing is held out.
+    """
+    found = []
+    for method, rows in table.groupby("method", sort=False):
+        if method in (VANILLA, STEP_BY_STEP):
+            found.append(_measured(method, "accuracy", rows.set_index("query")["found"].astype(float), seed))
+            continue
+        own, random = (_grid(rows, condition) for condition in (PATCHED, RANDOM))
+        found.append(_measured(method, "oracle", own.max(axis=1), seed))
+        found.append(_measured(method, "oracle, random vector", random.max(axis=1), seed))
+        if len(own) >= FOLDS:
+            folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+            chosen = chosen_elsewhere(own, folds)
+            pair = chosen["chosen"].mode().iloc[0]
+            at_chosen = pd.Series({query: random.loc[query, cell] for query, cell in chosen["chosen"].items()})
+            layers = {"layer": pair[0], "target_layer": pair[1]}
+            found.append({**_measured(method, "held-out pair", chosen["score"], seed), **layers})
+            found.append({**_measured(method, "held-out pair, random vector", at_chosen, seed), **layers})
+    columns = ["method", "measure", "found", "low", "high", "queries", "layer", "target_layer"]
+    return pd.DataFrame(found).reindex(columns=columns).astype({"layer": "Int64", "target_layer": "Int64"})
+
+
+def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict]:
+    """Every text of every query: what was asked, what is right, and what each method said, by pair."""
+    told = []
+    for number, rows in table.groupby("query"):
+        query = queries[number]
+        said: dict[str, object] = {}
+        for method, texts in rows.groupby("method", sort=False):
+            if method in (VANILLA, STEP_BY_STEP):
+                said[method] = texts["continuation"].iloc[0]
+                continue
+            said[method] = {
+                condition: {
+                    "clean" if row.condition == CLEAN else f"{row.layer} → {row.target_layer}": row.continuation
+                    for row in of_condition.itertuples()
+                }
+                for condition, of_condition in texts.groupby("condition", sort=False)
+            }
+        asked = {"query": query.text, "first": query.first, "second": query.second, "source": query.source}
+        told.append({**asked, "answers": query.answers, "bridge": query.bridge, **said})
+    return told
+
+
+def _by_target(model: LanguageModel, queries: Sequence[Query], wiring: str) -> dict[Prompt, list[int]]:
+    """The queries' numbers by the target prompt that they share."""
+    members: dict[Prompt, list[int]] = {}
+    for number, query in enumerate(queries):
+        if wiring == WITH_PLACEHOLDER:
+            target = model.prompt(f"{query.second} {PLACEHOLDER} is", PLACEHOLDER)
+        else:
+            target = model.prompt(query.second if wiring == COT else query.text)
+        members.setdefault(target, []).append(number)
+    return members
+
+
+def _patched(
+    scope: Patchscope,
+    wiring: str,
+    queries: Sequence[Query],
+    members: Sequence[int],
+    folds: Sequence[int],
+    pairs: Sequence[Pair],
+    decoding: Decoding,
+    generator: torch.Generator,
+) -> pd.DataFrame:
+    asked = [queries[number] for number in members]
+    layers, columns = source_layers(pairs)
+    sources = [scope.model.prompt(query.text if wiring == BACKPATCH else query.first) for query in asked]
+    states = capture(scope.model, sources, layers=layers)  # (queries, layers, hidden)
+    states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 queries, pairs, hidden)
+    names = [f"{query.text!r} ({wiring}, {condition})" for condition in (PATCHED, RANDOM) for query in asked]
+    texts, clean = speak(
+        scope,
+        states,
+        names,
+        pairs,
+        decoding,
+        lambda unit, text: answer_found(text, asked[unit % len(asked)].answers),
+    )
+    frames = []
+    for place, (number, query) in enumerate(zip(members, asked, strict=True)):
+        frames.append(_rows(query, number, folds, wiring, PATCHED, pairs, texts[place]))
+        frames.append(_rows(query, number, folds, wiring, RANDOM, pairs, texts[len(asked) + place]))
+        frames.append(_rows(query, number, folds, wiring, CLEAN, [(None, None)], [clean]))
+    return pd.concat(frames, ignore_index=True)
+
+
+def _continued(
+    model: LanguageModel, texts: Sequence[str], decoding: Decoding, memory: int, cached: bool
+) -> dict[str, str]:
+    """What the model says after each text; those that coincide are run once."""
+    once = list(dict.fromkeys(texts))
+    prompts = [model.prompt(text) for text in once]
+    try:
+        spoken = dict(continue_prompts(model, prompts, decoding, memory=memory, cached=cached))
+    except RowError as error:
+        raise PscopeError(f"{once[error.row]!r} failed: {error.reason}") from error
+    return {text: decoding.text(spoken[index], model.tokenizer) for index, text in enumerate(once)}
+
+
+def _folds(queries: int, seed: int) -> list[int]:
+    if queries < FOLDS:
+        return [0] * queries
+    split = KFold(FOLDS, shuffle=True, random_state=seed).split(range(queries))
+    fold_of = {index: fold for fold, (_, held_out) in enumerate(split) for index in held_out.tolist()}
+    return [fold_of[index] for index in range(queries)]
+
+
+def _grid(rows: pd.DataFrame, condition: str) -> pd.DataFrame:
+    """Found or not, (queries, layer × target layer)."""
+    here = rows[rows["condition"] == condition].astype({"layer": int, "target_layer": int, "found": float})
+    return here.pivot(index="query", columns=["layer", "target_layer"], values="found").sort_index(axis=1)
+
+
+def _measured(method: str, measure: str, found: pd.Series, seed: int) -> dict:
+    (low,), (high,) = mean_bands(found.to_numpy()[:, None], np.ones(len(found)), seed)
+    return {
+        "method": method,
+        "measure": measure,
+        "found": found.mean(),
+        "low": low,
+        "high": high,
+        "queries": len(found),
+    }
+
+
+def _rows(
+    query: Query,
+    number: int,
+    folds: Sequence[int],
+    method: str,
+    condition: str,
+    pairs: Sequence[Pair] | Sequence[tuple[None, None]],
+    texts: Sequence[str],
+) -> pd.DataFrame:
+    return pd.DataFrame(
+        {
+            "query": number,
+            "text": query.text,
+            "source": query.source,
+            "fold": folds[number],
+            "method": method,
+            "condition": condition,
+            "layer": pd.array([layer for layer, _ in pairs], dtype="Int64"),
+            "target_layer": pd.array([target for _, target in pairs], dtype="Int64"),
+            "continuation": pd.array(texts, dtype="string"),
+            "found": [answer_found(text, query.answers) for text in texts],
+        }
+    )
