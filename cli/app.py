@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
-from pscope.cli import fig1, fig2, fig3, table3
+from pscope.cli import fig1, fig2, fig3, fig4, table2, table3
 from typer.core import TyperGroup
 
 from pscope.errors import PscopeError
@@ -61,5 +61,7 @@ def pscope(
 
 app.command()(fig1.fig1)
 app.command()(fig2.fig2)
+app.command()(table2.table2)
 app.command()(table3.table3)
 app.command()(fig3.fig3)
+app.command()(fig4.fig4)

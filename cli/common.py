@@ -7,7 +7,8 @@ import math
 import re
 import shlex
 import sys
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
@@ -30,6 +31,8 @@ from rich.table import Table
 from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pscope.models import LanguageModel
     from pscope.runs import Run
 
@@ -66,7 +69,7 @@ OutOption = Annotated[
 MemoryOption = Annotated[float, typer.Option(help="Memory for the rows of one pass, in GiB, beside the model.")]
 
 
-def parse_layers(text: str | None) -> list[int] | None:
+def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None:
     """ "0-3,8" as [0, 1, 2, 3, 8]; None stays None. Raises PscopeError."""
     if text is None:
         return None
@@ -75,7 +78,7 @@ def parse_layers(text: str | None) -> list[int] | None:
         match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise PscopeError(f"--layers {text!r}: {part.strip()!r} is neither a layer (8) nor a range of them (0-15)")
+            raise PscopeError(f"{option} {text!r}: {part.strip()!r} is neither a layer (8) nor a range of them (0-15)")
         layers.update(range(first, last + 1))
     return sorted(layers)
 
@@ -124,6 +127,28 @@ def progress_bar() -> Progress:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     # Work comes in chunks of many seconds, of which the estimate must see several.
     return Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, speed_estimate_period=300)
+
+
+def collect(run: Run, chunks: Iterable[pd.DataFrame], total: int, count: Callable[[pd.DataFrame], int]) -> pd.DataFrame:
+    """The whole table, each chunk written as it comes, under a progress bar of `total` rows.
+
+    A chunk does `count` of them. After the first ones it says how long the others will take.
+    """
+    import pandas as pd
+
+    frames = []
+    done, began = 0, time.monotonic()
+    with progress_bar() as progress:
+        task = progress.add_task("rows", total=total)
+        for chunk in chunks:
+            run.add(chunk)
+            frames.append(chunk)
+            if not done and count(chunk):
+                left = (time.monotonic() - began) / count(chunk) * (total - count(chunk))
+                progress.console.print(f"about {math.ceil(left / 60)} min left")
+            done += count(chunk)
+            progress.update(task, completed=done)
+    return pd.concat(frames, ignore_index=True)
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -61,7 +61,7 @@ def fig1(
 
     import pscope
     from pscope.experiments.layer_readout import read_layers
-    from pscope.plots import layer_readout_figure
+    from pscope.plots.layer_readout import layer_readout_figure
 
     source_prompt = lm.prompt(source, parse_position(at))
     target_prompt = lm.prompt(pscope.TOKEN_IDENTITY if target is None else target, parse_position(target_at))

@@ -78,7 +78,7 @@ def fig2(
 
     import pscope
     from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
-    from pscope.plots import next_token_figure
+    from pscope.plots.next_token import next_token_figure
     from pscope.residual import check_layer
 
     chosen = list(range(lm.n_layers + 1)) if chosen is None else chosen

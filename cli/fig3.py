@@ -16,6 +16,7 @@ from pscope.cli.common import (
     ModelOption,
     OutOption,
     RevisionOption,
+    collect,
     digest,
     err,
     load_model,
@@ -24,7 +25,6 @@ from pscope.cli.common import (
     parse_layers,
     parse_memory,
     parse_position,
-    progress_bar,
     run_folder,
     started,
 )
@@ -89,12 +89,10 @@ def fig3(
     listed = shipped_entities() if entities is None else read_entities(entities)
     lm = load_model(model, dtype, device, device_map, revision)
 
-    import pandas as pd
-
     import pscope
     from pscope.experiments.entity_resolution import best_layers, describe_entities, rows_of, summarise
     from pscope.experiments.grid import layer_pairs
-    from pscope.plots import entity_figure
+    from pscope.plots.entity_resolution import entity_figure
 
     pairs = layer_pairs(lm, chosen, to)
     target_prompt = lm.prompt(pscope.ENTITY_DESCRIPTION if prompt is None else prompt, parse_position(target_at))
@@ -124,14 +122,7 @@ def fig3(
         err.print(f"left out, since the target prompt speaks of them: {names}", soft_wrap=True, markup=False)
     err.print(str(scope.check), markup=False)
     with started(folder, "fig3", lm, settings) as run:
-        chunks = []
-        with progress_bar() as progress:
-            task = progress.add_task("rows", total=rows_of(kept, pairs))
-            for chunk in described:
-                run.add(chunk)
-                chunks.append(chunk)
-                progress.advance(task, len(chunk))
-        table = pd.concat(chunks, ignore_index=True)
+        table = collect(run, described, rows_of(kept, pairs), len)
         summary, best = summarise(table, seed), best_layers(table, seed)
         run.note("summary", summary)
         run.note("best_layers", best)

@@ -110,8 +110,17 @@ def answer_found(text: str, answers: Sequence[str]) -> bool:
     Letters are compared as Unicode's NFKC folds them. In scripts that write no blanks between words an answer must
     be set off by something else.
     """
+    return _stands(text, answers, r"(?!\w)")
+
+
+def answer_settled(text: str, answers: Sequence[str]) -> bool:
+    """Whether `answer_found` holds however the text goes on: at its very end a word may yet become another one."""
+    return _stands(text, answers, r"(?=\W)")
+
+
+def _stands(text: str, answers: Sequence[str], after: str) -> bool:
     text = _folded(text)
-    return any(re.search(rf"(?<!\w){re.escape(_folded(answer))}(?!\w)", text) for answer in answers)
+    return any(re.search(rf"(?<!\w){re.escape(_folded(answer))}{after}", text) for answer in answers)
 
 
 class AnswerFound(evaluate.Metric):

@@ -56,8 +56,8 @@ class Query:
     """A question of two hops: `second` asks something of what `first` describes.
 
     As in the paper's section 5, `first` is π1, "the company that created Visual Basic Script", and `second` is π2, "The
-    current CEO of". `bridge` are the answers to the first hop, `answers` those to both; `hop_one` asks for the
-    first alone. `source` says which relations it is composed of.
+    current CEO of". `bridge` are the answers to the first hop, `answers` those to both; `hop_one` and `hop_two` ask
+    for either hop alone. `source` says which relations it is composed of.
     """
 
     first: str
@@ -65,6 +65,7 @@ class Query:
     answers: tuple[str, ...]
     bridge: tuple[str, ...] = ()
     hop_one: str = ""
+    hop_two: str = ""
     source: str = ""
 
     @property
@@ -117,13 +118,14 @@ def read_relations(path: Path) -> tuple[list[Relation], list[str]]:
 def compose(relations: Sequence[Relation]) -> list[Query]:
     """Every query of two hops: all pairs of relations of which objects of the one are subjects of the other.
 
-    The first needs a phrase, the second a template that ends with its slot. A query whose answer stands in it already,
-    or is its bridge, is left out.
+    The first needs a phrase, the second a template that ends with its slot, or with its slot and "is". A query whose
+    answer stands in it already, or in its bridge, is left out.
     """
     queries = []
     for one in relations:
         for two in relations:
-            if one is two or not one.phrase or not two.template.endswith(SLOT):
+            second, _, rest = two.template.partition(SLOT)
+            if one is two or not one.phrase or not second.strip() or rest.strip() not in ("", "is"):
                 continue
             subjects = {_bare(sample.subject): sample for sample in two.samples}
             for sample in one.samples:
@@ -132,10 +134,11 @@ def compose(relations: Sequence[Relation]) -> list[Query]:
                     continue
                 query = Query(
                     first=one.phrase.replace(SLOT, sample.subject),
-                    second=two.template.removesuffix(SLOT).strip(),
+                    second=second.strip(),
                     answers=bridge.answers,
                     bridge=(bridge.subject, *sample.answers),
                     hop_one=one.template.replace(SLOT, sample.subject),
+                    hop_two=two.template.replace(SLOT, bridge.subject),
                     source=f"{one.name} → {two.name}",
                 )
                 if not answer_found(query.text, query.answers) and not answer_found(bridge.subject, query.answers):
@@ -166,11 +169,13 @@ def _queries(records: list, source: str) -> list[Query]:
     for number, record in enumerate(records, 1):
         where = f"{source}, entry {number}"
         first, second, answer = (text_of(record, key, where) for key in ("first", "second", "answer"))
+        bridge = _texts(record, "bridge", where)
         query = Query(
             first=first,
             second=second,
             answers=(answer, *_texts(record, "aliases", where)),
-            bridge=_texts(record, "bridge", where),
+            bridge=bridge,
+            hop_two=f"{second} {bridge[0]} is" if bridge else "",
             hop_one=f"{first[:1].upper()}{first[1:]} is",
             source=source,
         )

@@ -65,21 +65,25 @@ class Run:
         self._table.write_table(table.cast(self._table.schema))
         self.rows += len(frame)
 
-    def note(self, name: str, frame: pd.DataFrame) -> Path:
-        """Save a small table that was made from the large one, as `NAME.csv`; returns its path."""
-        path = self.folder / f"{name}.csv"
-        frame.to_csv(path, index=False)
+    def note(self, name: str, what: pd.DataFrame | list) -> Path:
+        """Save something made from the table: a frame as `NAME.csv`, anything else as `NAME.json`; returns its path."""
+        if isinstance(what, pd.DataFrame):
+            path = self.folder / f"{name}.csv"
+            what.to_csv(path, index=False)
+        else:
+            path = self.folder / f"{name}.json"
+            path.write_text(json.dumps(what, indent=1, ensure_ascii=False) + "\n", "utf-8")
         return path
 
-    def draw(self, figure: Figure) -> Path:
-        """Save the figure; returns the path of the PNG."""
+    def draw(self, figure: Figure, name: str = "figure") -> Path:
+        """Save a figure as `NAME.png` and `NAME.svg`; returns the path of the PNG."""
         # Text stays text in the SVG, drawn with the reader's fonts; in the PNG, scripts that matplotlib's own font
         # lacks are boxes, which needs no warning for every character.
         with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")
             for suffix in ("png", "svg"):
-                figure.savefig(self.folder / f"figure.{suffix}", dpi=150, bbox_inches="tight")
-        return self.folder / "figure.png"
+                figure.savefig(self.folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
+        return self.folder / f"{name}.png"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

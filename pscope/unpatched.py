@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from pscope.errors import RowError
-from pscope.generate import GREEDY, CachedRows, Decoding, Rows, continue_rows
+from pscope.generate import GREEDY, CachedRows, Decoding, Rows, Settled, continue_rows
 from pscope.models import LanguageModel
 from pscope.patchscope import MEMORY
 from pscope.prompts import Prompt
@@ -21,19 +21,21 @@ def continue_prompts(
     prompts: Sequence[Prompt],
     decoding: Decoding = GREEDY,
     *,
+    settled: Settled | None = None,
     memory: int = MEMORY,
     cached: bool = True,
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt; yields its index and its new token ids, batch by batch, the shortest prompts first.
 
-    Prompts of one length share a batch, so that none is padded, in about `memory` bytes beside the model. Without
-    `cached`, the whole text is run again for every token: slow, and right for models whose cache cannot be relied on.
+    A prompt of which `settled(index, text)` says so need not go on. Prompts of one length share a batch, so that none
+    is padded, in about `memory` bytes beside the model. Without `cached`, the whole text is run again for every token:
+    slow, and right for models whose cache cannot be relied on.
+
     Raises PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite.
     """
     for prompt in prompts:
         model.check_window(len(prompt) + decoding.new_tokens)
     draws = decoding.draws(len(prompts))
-    ends = decoding.ends(model.end_tokens, model.tokenizer)
     start = _start_cached if cached else _UncachedRows
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for length, same_length in groupby(by_length, key=lambda index: len(prompts[index])):
@@ -41,12 +43,17 @@ def continue_prompts(
         together = max(1, memory // _row_bytes(model, length + decoding.new_tokens))
         for first in range(0, len(indices), together):
             batch = indices[first : first + together]
+            ends = decoding.ends(model.end_tokens, model.tokenizer, settled and _renumbered(settled, batch))
             ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)
             try:
                 spoken = continue_rows(start(model, ids), decoding, draws[batch], ends)
             except RowError as error:
                 raise RowError(batch[error.row], error.reason) from error
             yield from zip(batch, spoken, strict=True)
+
+
+def _renumbered(settled: Settled, batch: Sequence[int]) -> Settled:
+    return lambda row, text: settled(batch[row], text)
 
 
 def _start_cached(model: LanguageModel, ids: Tensor) -> Rows:

@@ -23,7 +23,7 @@ from pscope.experiments.entity_resolution import (
     summarise,
 )
 from pscope.experiments.grid import layer_pairs
-from pscope.plots import entity_figure
+from pscope.plots.entity_resolution import entity_figure
 
 NAMES = ["Albert Einstein", "Nile", "東京", "Beyoncé", "Mount Everest"]
 ENTITIES = [

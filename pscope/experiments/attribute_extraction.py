@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,7 +27,7 @@ from pscope.bootstrap import mean_bands
 from pscope.errors import PromptError, PscopeError, RowError
 from pscope.experiments.grid import Pair, chosen_elsewhere, same_norm, source_layers, speak
 from pscope.generate import GREEDY, Decoding
-from pscope.metrics import answer_found
+from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
 from pscope.patchscope import MEMORY, Patchscope
 from pscope.prompts import Prompt, continuing_token, written_out
@@ -41,71 +42,99 @@ FOLDS = 3
 
 @dataclass(frozen=True)
 class Question:
-    """A relation, ready to be asked of a model: the scope that asks, and the samples it is asked of.
+    """A relation, ready to be asked of a model: the target prompt that asks, and the samples it is asked of.
 
     `subjects` were in the file; the model itself answers for `answered` of them when asked in plain words; of these
-    `samples` were drawn.
+    `samples` were drawn, each with its `sources`.
     """
 
     relation: Relation
-    scope: Patchscope
+    target: Prompt
     samples: tuple[Sample, ...]
     sources: tuple[tuple[Prompt, ...], ...]
     subjects: int
     answered: int
 
+    @property
+    def enough(self) -> bool:
+        """Whether there is a subject for every fold."""
+        return len(self.samples) >= FOLDS
 
-def ask(
+
+def ask_plainly(
     model: LanguageModel,
-    relation: Relation,
+    relations: Sequence[Relation],
     *,
     samples: int,
     contexts: int,
     decoding: Decoding = GREEDY,
     seed: int = 0,
     memory: int = MEMORY,
-) -> Question:
+    cached: bool = True,
+) -> list[Question]:
     """Keep what the model knows: the samples whose answer stands in its own continuation of the unpatched question.
 
-    Of those, `samples` are drawn by the seed, each with its first `contexts` source prompts. Raises PscopeError, naming
-    the relation, for what cannot be read.
+    Of those, `samples` of each relation are drawn by the seed, each with its first `contexts` source prompts; the
+    questions of all relations share their passes. Raises PscopeError, naming the relation, for what cannot be read.
     """
+    targets, asked, plain = [], [], []
+    for relation in relations:
+        with _naming(relation):
+            targets.append(model.prompt(relation.target.text, relation.target.at))
+            for sample in relation.samples:
+                asked.append((relation, sample))
+                plain.append(model.prompt(written_out(model.tokenizer, targets[-1], sample.subject)))
+    known: dict[str, list[Sample]] = {relation.name: [] for relation in relations}
+    spoken = continue_prompts(
+        model,
+        plain,
+        decoding,
+        settled=lambda index, text: answer_settled(text, asked[index][1].answers),
+        memory=memory,
+        cached=cached,
+    )
     try:
-        scope = Patchscope(model, model.prompt(relation.target.text, relation.target.at), memory=memory)
-        plain = [
-            model.prompt(written_out(model.tokenizer, scope.target, sample.subject)) for sample in relation.samples
-        ]
-        spoken = dict(continue_prompts(model, plain, decoding, memory=memory, cached=scope.check.path == "staircase"))
-        known = [
-            sample
-            for index, sample in enumerate(relation.samples)
-            if answer_found(decoding.text(spoken[index], model.tokenizer), sample.answers)
-        ]
-        order = np.random.default_rng(seed).permutation(len(known))
-        drawn = tuple(known[index] for index in sorted(order[:samples].tolist()))
-        sources = tuple(
-            tuple(model.prompt(marked.text, marked.at) for marked in sample.sources[:contexts]) for sample in drawn
-        )
+        for index, tokens in sorted(spoken):
+            relation, sample = asked[index]
+            if answer_found(decoding.text(tokens, model.tokenizer), sample.answers):
+                known[relation.name].append(sample)
     except RowError as error:
-        raise PscopeError(f"{relation.name}: {relation.samples[error.row].subject!r} failed: {error.reason}") from error
+        relation, sample = asked[error.row]
+        raise PscopeError(f"{relation.name}: {sample.subject!r} failed: {error.reason}") from error
+    questions = []
+    for relation, target in zip(relations, targets, strict=True):
+        answered = known[relation.name]
+        order = np.random.default_rng(seed).permutation(len(answered))
+        drawn = tuple(answered[index] for index in sorted(order[:samples].tolist()))
+        with _naming(relation):
+            sources = tuple(
+                tuple(model.prompt(marked.text, marked.at) for marked in sample.sources[:contexts]) for sample in drawn
+            )
+        questions.append(Question(relation, target, drawn, sources, len(relation.samples), len(answered)))
+    return questions
+
+
+@contextmanager
+def _naming(relation: Relation) -> Iterator[None]:
+    try:
+        yield
     except PromptError as error:
         raise PromptError(f"{relation.name}: {error}") from error
-    return Question(relation, scope, drawn, sources, len(relation.samples), len(known))
 
 
 def extract(
-    question: Question, pairs: Sequence[Pair], decoding: Decoding = GREEDY, seed: int = 0
+    scope: Patchscope, question: Question, pairs: Sequence[Pair], decoding: Decoding = GREEDY, seed: int = 0
 ) -> Iterator[pd.DataFrame]:
     """Ask the question of every source state at every (ℓ, ℓ*), beside controls and a probe.
 
-    Yields chunks of the table; a row is one source × pair × condition: `relation`, `subject`, `object`, `context` (the
-    number of the source prompt), `fold`, `condition`, `layer`, `target_layer`, `state_of`, `continuation`, `found`, and
-    for patched and random states `rank` (from 1) and `probability` of the answer's first token right after the target
-    prompt. The conditions:
+    `scope` is a Patchscope of the question's target. Yields chunks of the table; a row is one source × pair ×
+    condition: `relation`, `subject`, `object`, `context` (the number of the source prompt), `fold`, `condition`,
+    `layer`, `target_layer`, `state_of`, `continuation`, `found`, and for patched and random states `rank` (from 1) and
+    `probability` of the answer's first token right after the target prompt. The conditions:
 
     - "patched": the state of the subject;
     - "another subject": that of one with another answer, drawn by the seed (where there is one);
-    - "random vector": a random direction of the same norm;
+    - "random vector": a random direction of the same norm, in the place of each subject's first context;
     - "clean target": the target unpatched;
     - "probe": per layer, a logistic regression from states to answers, fitted on the other folds, and "majority
       class", the answer most frequent there. Both belong to no target layer.
@@ -114,13 +143,13 @@ def extract(
     its state. Raises PscopeError, naming the subject, for a row that fails.
     """
     folds = _folds(question.samples, seed)
-    yield from _read_states(question, pairs, folds, decoding, seed)
-    yield _probed(question, source_layers(pairs)[0], folds)
+    yield from _read_states(scope, question, pairs, folds, decoding, seed)
+    yield _probed(scope.model, question, source_layers(pairs)[0], folds)
 
 
 def rows_to_decode(questions: Sequence[Question], pairs: Sequence[Pair]) -> int:
     """How many patched rows `extract` decodes, for all the questions."""
-    return sum(2 * len(pairs) * len(sources) for question in questions for sources in question.sources)
+    return sum(len(pairs) * (len(sources) + 1) for question in questions for sources in question.sources)
 
 
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -228,29 +257,31 @@ def _folds(samples: Sequence[Sample], seed: int) -> list[int]:
 
 
 def _read_states(
-    question: Question, pairs: Sequence[Pair], folds: Sequence[int], decoding: Decoding, seed: int
+    scope: Patchscope, question: Question, pairs: Sequence[Pair], folds: Sequence[int], decoding: Decoding, seed: int
 ) -> Iterator[pd.DataFrame]:
-    scope, samples = question.scope, question.samples
+    samples = question.samples
     layers, columns = source_layers(pairs)
     generator = torch.Generator().manual_seed(seed)
     lenders = _lenders(samples, seed)
     borrowers = [[index for index, lender in enumerate(lenders) if lender == sample] for sample in range(len(samples))]
-    # Units are (sample, context); a chunk holds as many samples, with all their contexts, as share a pass.
-    widest = max(len(sources) for sources in question.sources)
-    together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs) * widest))
+    # A chunk holds as many samples, with all their contexts, as share a pass.
+    widest = max(len(sources) for sources in question.sources) + 1
+    together = max(1, scope.rows_per_pass(decoding.new_tokens) // (len(pairs) * widest))
     said: dict[int, list[list[str]]] = {}
     for start in range(0, len(samples), together):
         part = range(start, min(start + together, len(samples)))
-        units = [(sample, context) for sample in part for context in range(len(question.sources[sample]))]
-        states = capture(scope.model, [question.sources[sample][context] for sample, context in units], layers=layers)
-        states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 units, pairs, hidden)
-        wanted = [[samples[index].answers for index in (sample, *borrowers[sample])] for sample, _ in units] + [
-            [samples[sample].answers] for sample, _ in units
+        own = [(sample, context) for sample in part for context in range(len(question.sources[sample]))]
+        firsts = [place for place, (_, context) in enumerate(own) if context == 0]
+        units = [(*unit, PATCHED) for unit in own] + [(*own[place], RANDOM) for place in firsts]
+        states = capture(scope.model, [question.sources[sample][context] for sample, context in own], layers=layers)
+        states = torch.cat([states, same_norm(states[firsts], generator)])[:, columns]  # (units, pairs, hidden)
+        wanted = [
+            [samples[index].answers for index in (sample, *(borrowers[sample] if condition == PATCHED else ()))]
+            for sample, _, condition in units
         ]
         names = [
             f"{question.relation.name}: {samples[sample].subject!r} ({condition}, context {context})"
-            for condition in (PATCHED, RANDOM)
-            for sample, context in units
+            for sample, context, condition in units
         ]
         texts, clean = speak(
             scope,
@@ -258,20 +289,20 @@ def _read_states(
             names,
             pairs,
             decoding,
-            lambda unit, text, wanted=wanted: all(answer_found(text, answers) for answers in wanted[unit]),
+            lambda unit, text, wanted=wanted: all(answer_settled(text, answers) for answers in wanted[unit]),
         )
-        ranks, probabilities = _first_token(question, states, [samples[sample] for sample, _ in units] * 2, pairs)
+        ranks, probabilities = _first_token(scope, states, [samples[sample] for sample, _, _ in units], pairs)
         frames = []
-        for row, (sample, context) in enumerate(units):
-            said.setdefault(sample, []).append(texts[row])
+        for unit, (sample, context, condition) in enumerate(units):
             base = _base(question, folds, sample, context)
-            for condition, place in ((PATCHED, row), (RANDOM, len(units) + row)):
-                frame = _answered(base, condition, pairs, texts[place], samples[sample].answers)
-                frames.append(frame.assign(rank=ranks[place], probability=probabilities[place]))
-            frames.append(_answered(base, CLEAN, [(None, None)], [clean], samples[sample].answers))
+            frame = _answered(base, condition, pairs, texts[unit], samples[sample].answers)
+            frames.append(frame.assign(rank=ranks[unit], probability=probabilities[unit]))
+            if condition == PATCHED:
+                said.setdefault(sample, []).append(texts[unit])
+                frames.append(_answered(base, CLEAN, [(None, None)], [clean], samples[sample].answers))
         for sample, lender in enumerate(lenders):
             # As soon as both have spoken.
-            if lender is not None and {sample, lender} <= said.keys() and not part.isdisjoint({sample, lender}):
+            if lender is not None and {sample, lender} <= said.keys() and (sample in part or lender in part):
                 for context in range(min(len(said[sample]), len(said[lender]))):
                     base = {**_base(question, folds, sample, context), "state_of": samples[lender].subject}
                     frames.append(_answered(base, ANOTHER, pairs, said[lender][context], samples[sample].answers))
@@ -293,10 +324,9 @@ def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
 
 
 def _first_token(
-    question: Question, states: Tensor, samples: Sequence[Sample], pairs: Sequence[Pair]
+    scope: Patchscope, states: Tensor, samples: Sequence[Sample], pairs: Sequence[Pair]
 ) -> tuple[list[list[int]], list[list[float]]]:
     """Rank and probability of the first token of each unit's answer right after the patched prompt, [unit][pair]."""
-    scope = question.scope
     tokenizer = scope.model.tokenizer
     tokens = torch.tensor([continuing_token(tokenizer, scope.target, sample.object) for sample in samples])
     wanted = tokens.repeat_interleave(len(pairs))[:, None]  # (units × pairs, 1)
@@ -311,12 +341,10 @@ def _first_token(
     return torch.cat(ranks).reshape(shape).tolist(), torch.cat(probabilities).reshape(shape).tolist()
 
 
-def _probed(question: Question, layers: Sequence[int], folds: Sequence[int]) -> pd.DataFrame:
+def _probed(model: LanguageModel, question: Question, layers: Sequence[int], folds: Sequence[int]) -> pd.DataFrame:
     """A logistic regression per layer, and the majority class, each fitted on the other folds."""
     units = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
-    states = capture(
-        question.scope.model, [question.sources[sample][context] for sample, context in units], layers=layers
-    )
+    states = capture(model, [question.sources[sample][context] for sample, context in units], layers=layers)
     features = states.float().cpu().numpy()  # (units, layers, hidden)
     classes = np.array([question.samples[sample].object for sample, _ in units])
     fold = np.array([folds[sample] for sample, _ in units])

@@ -39,6 +39,11 @@ def layer_pairs(
     return pairs
 
 
+def spread_layers(model: LanguageModel, fractions: Sequence[float]) -> list[int]:
+    """The layers at these fractions of the model's depth, each once."""
+    return sorted({round(fraction * model.n_layers) for fraction in fractions})
+
+
 def source_layers(pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
     """The source layers to capture, each once, and for every pair the place of its own among them."""
     layers = list(dict.fromkeys(layer for layer, _ in pairs))

@@ -6,7 +6,7 @@ it, "The current CEO of". The whole question is what a model often gets wrong al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,7 +18,7 @@ from pscope.bootstrap import mean_bands
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.grid import Pair, chosen_elsewhere, same_norm, source_layers, speak
 from pscope.generate import GREEDY, Decoding
-from pscope.metrics import answer_found
+from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
 from pscope.patchscope import MEMORY, Patchscope
 from pscope.prompts import Prompt
@@ -64,8 +64,10 @@ def answer_hops(
         if not query.bridge:
             raise PscopeError(f'{query.text!r} has no "bridge", so its hops cannot be asked alone; keep all queries')
     one = [query.hop_one for query in queries]
-    two = [f"{query.second} {query.bridge[0]}" for query in queries]
-    spoken = _continued(model, [*one, *two], decoding, memory, cached)
+    two = [query.hop_two for query in queries]
+    right = {text: query.bridge for text, query in zip(one, queries, strict=True)}
+    right.update({text: query.answers for text, query in zip(two, queries, strict=True)})
+    spoken = _continued(model, [*one, *two], decoding, memory, cached, right)
     return [
         Hops(
             query,
@@ -79,7 +81,7 @@ def answer_hops(
 
 
 def step_by_step(model: LanguageModel, query: Query, chat: bool) -> str:
-    """The prompt that asks the whole query with "Let's think step by step.", as a user of a chat model would, or bare."""
+    """The prompt that asks the whole query "step by step": in the model's chat template, or bare."""
     if not chat:
         return f"Let's think step by step. {query.text}"
     message = {"role": "user", "content": f"{query.text}? Let's think step by step."}
@@ -120,7 +122,8 @@ def correct(
         (VANILLA, [query.text for query in queries], decoding),
         (STEP_BY_STEP, [step_by_step(model, query, chat) for query in queries], reasoning),
     ):
-        spoken = _continued(model, prompts, how, memory, cached)
+        right = {prompt: query.answers for prompt, query in zip(prompts, queries, strict=True)}
+        spoken = _continued(model, prompts, how, memory, cached, right)
         yield pd.concat(
             [
                 _rows(query, number, folds, method, CLEAN, [(None, None)], [spoken[prompt]])
@@ -156,9 +159,10 @@ def rows_to_decode(queries: int, pairs: Sequence[Pair], wirings: Sequence[str] =
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """How often each method answers: one row per method × measure, the share of queries `found`, `low` and `high`.
 
-    Vanilla and step by step have one measure, "accuracy". A wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives the answer,
-    and "held-out pair", the (ℓ, ℓ*) that was best for the queries of the other folds; and of both what random vectors give. The pair is
-    that of most folds, in `layer` and `target_layer`. Bands are from resampling queries; below three queries nothing is held out.
+    Vanilla and step by step have one measure, "accuracy". A wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives
+    the answer, and "held-out pair", at the (ℓ, ℓ*) that was best for the queries of the other folds; and of both what
+    random vectors give. `layer` and `target_layer` are the pair that most folds chose. Bands are from resampling
+    queries; below three queries nothing is held out.
     """
     found = []
     for method, rows in table.groupby("method", sort=False):
@@ -236,7 +240,7 @@ def _patched(
         names,
         pairs,
         decoding,
-        lambda unit, text: answer_found(text, asked[unit % len(asked)].answers),
+        lambda unit, text: answer_settled(text, asked[unit % len(asked)].answers),
     )
     frames = []
     for place, (number, query) in enumerate(zip(members, asked, strict=True)):
@@ -247,13 +251,22 @@ def _patched(
 
 
 def _continued(
-    model: LanguageModel, texts: Sequence[str], decoding: Decoding, memory: int, cached: bool
+    model: LanguageModel,
+    texts: Sequence[str],
+    decoding: Decoding,
+    memory: int,
+    cached: bool,
+    right: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
-    """What the model says after each text; those that coincide are run once."""
+    """What the model says after each text, until it has said what is `right`; texts that coincide are run once."""
     once = list(dict.fromkeys(texts))
     prompts = [model.prompt(text) for text in once]
+
+    def settled(index: int, text: str) -> bool:
+        return answer_settled(text, right[once[index]])
+
     try:
-        spoken = dict(continue_prompts(model, prompts, decoding, memory=memory, cached=cached))
+        spoken = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, cached=cached))
     except RowError as error:
         raise PscopeError(f"{once[error.row]!r} failed: {error.reason}") from error
     return {text: decoding.text(spoken[index], model.tokenizer) for index, text in enumerate(once)}

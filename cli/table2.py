@@ -1,0 +1,190 @@
+"""`pscope table2`: what subjects' hidden states tell of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pscope.cli.common import (
+    DeviceMapOption,
+    DeviceOption,
+    Dtype,
+    DtypeOption,
+    MemoryOption,
+    ModelOption,
+    OutOption,
+    RevisionOption,
+    collect,
+    digest,
+    err,
+    load_model,
+    narrow_table,
+    out,
+    parse_memory,
+    run_folder,
+    started,
+)
+from pscope.cli.grids import (
+    FullOption,
+    NewTokensOption,
+    QuickOption,
+    SourceLayersOption,
+    TargetLayersOption,
+    check_grid,
+    chosen_pairs,
+    tell_price,
+)
+from rich.table import Table
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+GRID = (1 / 15, 1 / 5, 1 / 3, 1 / 2, 2 / 3), (1 / 30, 2 / 15, 4 / 15, 2 / 5, 8 / 15)
+
+
+def table2(
+    relations: Annotated[
+        Path | None,
+        typer.Argument(
+            help="A relation (.json, or .tsv as the paper's), or a folder of them. [default: those that ship]",
+            show_default=False,
+        ),
+    ] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=3, help="Subjects of each relation. [default: 12; 6 with --quick]")
+    ] = None,
+    contexts: Annotated[
+        int | None, typer.Option(min=1, help="Sentences to read each subject in. [default: 2; 1 with --quick]")
+    ] = None,
+    layers: SourceLayersOption = None,
+    target_layers: TargetLayersOption = None,
+    full: FullOption = False,
+    quick: QuickOption = False,
+    new_tokens: NewTokensOption = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Draws subjects, folds, random vectors and bands.")] = 0,
+    memory: MemoryOption = 1.0,
+    model: ModelOption = "smollm2",
+    revision: RevisionOption = None,
+    dtype: DtypeOption = Dtype.auto,
+    device: DeviceOption = None,
+    device_map: DeviceMapOption = None,
+    out_folder: OutOption = None,
+) -> None:
+    """Table 2: attributes of subjects, extracted by Patchscopes and by a logistic-regression probe.
+
+    A subject's state, read in a sentence that mentions it, is patched over the placeholder of "The official currency of
+    x is". Of the subjects whose answer the model knows, some of each relation are read. Beside the accuracy stand
+    those of a probe per layer, the majority class, another subject's state, a random vector and the target unpatched.
+    """
+    check_grid(layers, target_layers, full)
+    budget = parse_memory(memory)
+    folder = run_folder("table2", out_folder)
+    samples, contexts = samples or (6 if quick else 12), contexts or (1 if quick else 2)
+
+    from pscope.relations import read_relations, shipped_relations
+
+    read, skipped = (shipped_relations(), []) if relations is None else read_relations(relations)
+    lm = load_model(model, dtype, device, device_map, revision)
+
+    import pscope
+    from pscope.experiments.attribute_extraction import (
+        FOLDS,
+        PATCHED,
+        RANDOM,
+        ask_plainly,
+        extract,
+        over_layers,
+        rows_to_decode,
+        summarise,
+    )
+    from pscope.plots.attribute_extraction import accuracy_figure, accuracy_heatmaps
+
+    pairs = chosen_pairs(lm, layers, target_layers, full=full, quick=quick, default=GRID)
+    decoding = pscope.Decoding(new_tokens)
+    check = pscope.Patchscope(lm, lm.prompt(read[0].target.text, read[0].target.at)).check
+    with err.status("Asking the model in plain words what it knows …"):
+        asked = ask_plainly(
+            lm,
+            read,
+            samples=samples,
+            contexts=contexts,
+            decoding=decoding,
+            seed=seed,
+            memory=budget,
+            cached=check.path == "staircase",
+        )
+    for line in skipped:
+        err.print(line, soft_wrap=True, markup=False)
+    for question in asked:
+        known = f"{question.relation.name}: {question.answered} of {question.subjects} subjects are known"
+        fate = f"{len(question.samples)} are read" if question.enough else f"skipped, fewer than the {FOLDS} folds"
+        err.print(f"{known}, {fate}", soft_wrap=True, markup=False)
+    questions = [question for question in asked if question.enough]
+    if not questions:
+        raise PscopeError("no relation is left: the model knows too few subjects of each")
+    rows = rows_to_decode(questions, pairs)
+    err.print(str(check), markup=False)
+    tell_price(rows, new_tokens)
+    settings = {
+        "relations": str(relations or "shipped with pscope"),
+        "relations_sha256": digest(repr(relation) for relation in read),
+        "counts": {
+            question.relation.name: [question.subjects, question.answered, len(question.samples)] for question in asked
+        },
+        "samples": samples,
+        "contexts": contexts,
+        "pairs": pairs,
+        "new_tokens": new_tokens,
+        "folds": FOLDS,
+        "seed": seed,
+        "memory": budget,
+        "revision": revision,
+        "path": str(check),
+    }
+    chunks = (
+        chunk
+        for question in questions
+        for chunk in extract(pscope.Patchscope(lm, question.target, memory=budget), question, pairs, decoding, seed)
+    )
+    with started(folder, "table2", lm, settings) as run:
+        table = collect(run, chunks, rows, lambda chunk: int(chunk["condition"].isin([PATCHED, RANDOM]).sum()))
+        summary, accuracy = summarise(table, seed), over_layers(table, seed)
+        run.note("summary", summary)
+        run.note("accuracy", accuracy)
+        figure = run.draw(accuracy_figure(accuracy, lm.name))
+        heatmaps = run.draw(accuracy_heatmaps(table, lm.name), "heatmaps")
+    out.print(_as_table(summary))
+    err.print(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}", soft_wrap=True, markup=False)
+
+
+def _as_table(summary: pd.DataFrame) -> Table:
+    shown = narrow_table(
+        "oracle: any target layer gives the answer, mean ± std over source layers (the paper's number); held out: at "
+        "the pair of layers that was best for other subjects; p: of held out against the probe at the layer that was "
+        "best for other subjects, times the number of relations (Bonferroni)"
+    )
+    headings = ("n", "oracle", "random\noracle", "another\noracle", "held\nout", "probe", "majo-\nrity", "clean", "p")
+    shown.add_column("relation")
+    for heading in headings:
+        shown.add_column(heading, justify="right", no_wrap=True)
+    for row in summary.itertuples():
+        shown.add_row(
+            row.relation,
+            str(row.samples),
+            f"{row.oracle:.2f}±{row.oracle_std:.2f}",
+            _number(row.random_oracle),
+            _number(row.another_oracle),
+            _number(row.held_out),
+            f"{row.probe:.2f}±{row.probe_std:.2f}",
+            _number(row.majority),
+            _number(row.clean),
+            "<.001" if row.p < 0.001 else f"{row.p:.2g}",
+        )
+    return shown
+
+
+def _number(value: float) -> str:
+    return "" if value != value else f"{value:.2f}"

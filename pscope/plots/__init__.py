@@ -1,0 +1,1 @@
+"""Figures from tidy tables, one file per experiment: table in, matplotlib figure out."""

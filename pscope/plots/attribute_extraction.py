@@ -1,0 +1,51 @@
+"""Table 2, as figures: accuracy over the source layers, and over source and target layers."""
+
+from __future__ import annotations
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from pscope.experiments.attribute_extraction import ANOTHER, PATCHED, PROBE, RANDOM
+from pscope.plots.common import drawable, fill, layer_heatmaps
+
+_LABELS = {
+    PATCHED: "patched, any target layer (oracle)",
+    PROBE: "probe",
+    ANOTHER: "another subject (oracle)",
+    RANDOM: "random vector (oracle)",
+}
+
+
+def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Figure:
+    """From `attribute_extraction.over_layers`: a panel for each relation, a line and band for each condition."""
+    relations = list(dict.fromkeys(accuracy["relation"]))
+    rows = -(-len(relations) // columns)
+    columns = min(columns, len(relations))
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
+        figure = Figure(figsize=(1 + 3.2 * columns, 1.4 + 2.7 * rows), layout="constrained")
+        panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
+        for axes, relation in zip(panels, relations, strict=False):
+            here = accuracy[accuracy["relation"] == relation]
+            for (condition, label), colour in zip(_LABELS.items(), sns.color_palette("deep"), strict=False):
+                line = here[here["condition"] == condition].astype({"layer": int})
+                axes.plot(line["layer"], line["found"], color=colour, label=label)
+                fill(axes, line["layer"], line["low"], line["high"], colour)
+            axes.set(title=drawable(relation), ylim=(0, 1.02))
+        for axes in panels[len(relations) :]:
+            axes.remove()
+        figure.supxlabel("Source layer")
+        figure.supylabel("Accuracy")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        figure.suptitle(drawable(title))
+    return figure
+
+
+def accuracy_heatmaps(table: pd.DataFrame, title: str) -> Figure:
+    """From the table of `attribute_extraction.extract`: the share of samples answered at every (ℓ, ℓ*)."""
+    patched = table[table["condition"] == PATCHED].astype({"found": float})
+    means = {
+        relation: rows.groupby(["layer", "target_layer"])["found"].mean()
+        for relation, rows in patched.groupby("relation", sort=False)
+    }
+    return layer_heatmaps(means, "Accuracy", title)

@@ -1,0 +1,69 @@
+"""Figure 3."""
+
+from __future__ import annotations
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pscope.entities import ALL
+from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
+from pscope.plots.common import drawable, fill, layer_heatmaps
+
+
+def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
+    """Figure 3 from `entity_resolution.summarise`: mean ROUGE-L of the descriptions over the source layers.
+
+    On the left each group of entities, with its ceiling, the name written out; on the right all entities beside the
+    controls. With several target layers for a source layer it is a heatmap for each group: source on x, target on y.
+    """
+    patched = summary[summary["condition"] == PATCHED]
+    if patched.duplicated(["group", "layer"]).any():
+        return _heatmaps(patched, title)
+    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
+        figure = Figure(figsize=(11, 5.2), layout="constrained")
+        by_group, by_condition = figure.subplots(1, 2, sharey=True)
+        colours = sns.color_palette("deep")
+        groups = [group for group in dict.fromkeys(summary["group"]) if group != ALL] or [ALL]
+        for group, colour in zip(groups, sns.color_palette("deep", len(groups)), strict=True):
+            rows = summary[summary["group"] == group]
+            _line(by_group, rows, PATCHED, colour, group)
+            _line(by_group, rows, WRITTEN_OUT, colour, f"{group}, {WRITTEN_OUT}", linestyle="--")
+        everything = summary[summary["group"] == ALL]
+        for condition, colour, style in (
+            (PATCHED, colours[2], "-"),
+            (WRITTEN_OUT, colours[2], "--"),
+            (ANOTHER, colours[3], "-"),
+            (RANDOM, colours[4], "-"),
+            (CLEAN, colours[7], ":"),
+        ):
+            _line(by_condition, everything, condition, colour, condition, linestyle=style)
+        by_group.set(title="groups", ylabel="ROUGE-L")
+        by_condition.set(title="all entities and controls")
+        for axes in (by_group, by_condition):
+            axes.set(xlabel="Layer of the hidden state", ylim=(0, None))
+            axes.legend(title=None, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
+        figure.suptitle(drawable(title))
+    return figure
+
+
+def _heatmaps(patched: pd.DataFrame, title: str) -> Figure:
+    by_group = {
+        group: rows.set_index(["layer", "target_layer"])["rouge_l"]
+        for group, rows in patched.groupby("group", sort=False)
+    }
+    return layer_heatmaps(by_group, "ROUGE-L", title)
+
+
+def _line(axes: Axes, summary: pd.DataFrame, condition: str, colour: tuple, label: str, linestyle: str = "-") -> None:
+    """One condition over the layers with its band; level where it belongs to no layer."""
+    rows = summary[summary["condition"] == condition]
+    if rows.empty:
+        return
+    if rows["layer"].isna().all():
+        layers = summary["layer"].dropna()
+        rows = pd.concat([rows.assign(layer=layers.min()), rows.assign(layer=layers.max())])
+    layers = rows["layer"].astype(int)
+    axes.plot(layers, rows["rouge_l"], color=colour, linestyle=linestyle, label=drawable(label))
+    fill(axes, layers, rows["low"], rows["high"], colour)

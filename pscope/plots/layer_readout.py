@@ -1,0 +1,44 @@
+"""Figure 1."""
+
+from __future__ import annotations
+
+import pandas as pd
+import seaborn as sns
+from matplotlib.figure import Figure
+
+from pscope.experiments.layer_readout import CLEAN, LOGIT_LENS, PATCHSCOPE
+from pscope.plots.common import drawable
+
+
+def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:
+    """Figure 1 from `layer_readout.read_layers`: the most probable token of each layer, shaded by its probability."""
+    best = table[table["rank"] == 1].assign(
+        layer=lambda frame: frame["layer"].astype("string").fillna(CLEAN),
+        reading=lambda frame: frame["reading"].replace(CLEAN, PATCHSCOPE),
+    )
+    order = list(dict.fromkeys(best["layer"]))
+    shade, spoken = (best.pivot(index="layer", columns="reading", values=value) for value in ("probability", "token"))
+    columns = [PATCHSCOPE, LOGIT_LENS]
+    labels = spoken.loc[order, columns].map(lambda token: "" if pd.isna(token) else drawable(repr(token)[1:-1]))
+    continuations = best[best["reading"] == PATCHSCOPE].set_index("layer").loc[order, "continuation"]
+    with sns.axes_style("white"), sns.plotting_context("notebook"):
+        figure = Figure(figsize=(9, 1.4 + 0.3 * len(order)), layout="constrained")
+        axes = figure.subplots()
+        sns.heatmap(
+            shade.loc[order, columns].astype(float),
+            annot=labels,
+            fmt="",
+            cmap="crest",
+            vmin=0,
+            vmax=1,
+            cbar_kws={"label": "Probability", "pad": 0.32},
+            ax=axes,
+        )
+        for place, text in enumerate(continuations):
+            axes.text(2.04, place + 0.5, drawable(repr(text)[1:-1]), va="center", fontsize="small")
+        axes.text(2.04, -0.25, "patchscope goes on", fontsize="medium")
+        axes.tick_params(axis="y", rotation=0)
+        axes.xaxis.tick_top()
+        axes.set(xlabel=None, ylabel="Layer")
+        figure.suptitle(drawable(title))
+    return figure
