@@ -188,6 +188,8 @@ def fig4(
 
 
 def _as_table(summary: pd.DataFrame) -> Table:
+    import pandas as pd
+
     shown = narrow_table(
         "share of queries answered (95 % band from resampling queries); oracle: any pair of layers gives the answer; "
         "held-out pair: the one that was best for other queries"
@@ -196,7 +198,7 @@ def _as_table(summary: pd.DataFrame) -> Table:
         shown.add_column(heading, justify="right" if heading == "answered" else "left")
     previous = None
     for row in summary.itertuples():
-        layers = "" if row.layer != row.layer or row.layer is None else f"{row.layer} → {row.target_layer}"
+        layers = "" if row.layer is pd.NA else f"{row.layer} → {row.target_layer}"
         answered = f"{row.found:.2f} ({row.low:.2f}–{row.high:.2f})"
         shown.add_row("" if row.method == previous else row.method, row.measure, answered, layers)
         previous = row.method

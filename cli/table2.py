@@ -167,7 +167,7 @@ def _as_table(summary: pd.DataFrame) -> Table:
         "best for other subjects, times the number of relations (Bonferroni)"
     )
     headings = ("n", "oracle", "random\noracle", "another\noracle", "held\nout", "probe", "majo-\nrity", "clean", "p")
-    shown.add_column("relation")
+    shown.add_column("relation", no_wrap=True)
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in summary.itertuples():

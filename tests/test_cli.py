@@ -193,6 +193,98 @@ def test_fig3_with_all_target_layers_and_whole_continuations(tiny_folder, tmp_pa
     assert (tmp_path / "run" / "figure.png").exists()
 
 
+CAPITALS = {"Japan": "Tokyo", "France": "Paris", "Germany": "Berlin", "Egypt": "Cairo", "Portugal": "Lisbon"}
+FOODS = {"sushi": "Japan", "baguette": "France", "a pretzel": "Germany", "koshari": "Egypt"}
+
+
+@pytest.fixture
+def relations() -> Path:
+    """Two relations that compose."""
+    folder = Path("relations")
+    folder.mkdir()
+    for name, template, phrase, pairs in (
+        ("capital", "The capital city of {} is", None, CAPITALS),
+        ("food", "The country of origin of {} is", "the country of origin of {}", FOODS),
+    ):
+        samples = [
+            {"subject": subject, "object": answer, "contexts": [f"We saw {subject} then.", f"It was {subject}."]}
+            for subject, answer in pairs.items()
+        ]
+        record = {"name": name, "kind": "factual", "template": template, "phrase": phrase, "samples": samples}
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder
+
+
+def test_table2_on_the_users_relations(relations, tmp_path):
+    result = run("table2", relations, "--quick", "--layers", "4", "--target-layers", "1,8", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "capital: 4 of 5 subjects are known, 4 are read" in result.stderr
+    assert "patched rows will be decoded, at most" in result.stderr
+    assert "min left" in result.stderr
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    folder = tmp_path / "run"
+    kept = {path.name for path in folder.iterdir()}
+    figures = {f"{name}.{suffix}" for name in ("figure", "heatmaps") for suffix in ("png", "svg")}
+    assert kept == {"settings.json", "table.parquet", "summary.csv", "accuracy.csv"} | figures
+    table = pd.read_parquet(folder / "table.parquet")
+    capitals = table[(table["relation"] == "capital") & (table["condition"] == "patched")]
+    assert capitals["found"].mean() > 0.5
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    assert settings["counts"]["capital"] == [5, 4, 4]
+    assert settings["pairs"] == [[4, 1], [4, 8]]
+    summary = pd.read_csv(folder / "summary.csv").set_index("relation")
+    assert summary.loc["capital", "subjects"] == 4
+
+
+def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_path):
+    (relations / "more.tsv").write_text(
+        "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\nA\ta\t\tx\t0\t0\nB\tc\tB\tx\t0\t0\n"
+    )
+    result = run("table2", relations, "--model", tiny_folder, "--quick", "--out", tmp_path / "run")
+    assert result.exit_code == 2
+    assert "line 2: skipped, its prompt_source is empty" in result.stderr
+    assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds" in result.stderr
+    assert "pscope: no relation is left: the model knows too few subjects of each" in result.stderr
+    assert not (tmp_path / "run").exists()
+
+
+def test_fig4_composes_the_users_relations(relations, tmp_path):
+    command = ["fig4", relations, "--layers", "20", "--target-layers", "4,7", "--cot-tokens", 10]
+    result = run(*command, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert "queries: 4 composed" in result.stderr
+    for shown in ("vanilla", "step by step", "cot", "placeholder", "backpatch", "oracle"):
+        assert shown in result.stdout
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    folder = tmp_path / "run"
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    asked = settings["counts"]["asked"]
+    assert 0 < asked == settings["counts"]["both answered"] <= 4
+    told = json.loads((folder / "queries.json").read_text("utf-8"))
+    assert len(told) == asked
+    assert set(told[0]["cot"]["patched"]) == {"20 → 4", "20 → 7"}
+    for name in ("figure.png", "heatmaps.svg", "summary.csv", "table.parquet"):
+        assert (folder / name).exists()
+    walk = run(*command, "--example", 1)
+    assert walk.exit_code == 0, walk.output
+    assert told[0]["query"] in walk.stdout
+    assert not Path("runs").exists()
+    beyond = run(*command, "--example", 5)
+    assert (beyond.exit_code, beyond.stderr.count("\n")) == (2, 1)
+    assert "--example 5" in beyond.stderr
+
+
+def test_fig4_walks_through_a_query(tiny_folder):
+    result = run(
+        *("fig4", "--query", "The capital of", "the land of sushi", "--model", tiny_folder, "--no-chat"),
+        *("--layers", "1,3", "--target-layers", "0", "--new-tokens", 3, "--cot-tokens", 3),
+    )
+    assert result.exit_code == 0, result.output
+    assert "The capital of the land of sushi" in result.stdout
+    assert result.stdout.count("unpatched") == 5
+    assert "1 → 0" in result.stdout
+
+
 def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
@@ -260,6 +352,17 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig3", "mine.csv", "--model", "TINY", "--new-tokens", "300"], "more than the window"),
         (["fig3", "long.csv", "--model", "TINY"], "cannot be read: 300 tokens are more than the window"),
         (["fig3", "mine.csv", "--target-layer", "-1"], "--target-layer '-1' is neither"),
+        (["table2", "empty.txt"], "empty.txt holds no relation"),
+        (["table2", "broken.json"], "broken.json, line 2, column 19: not JSON"),
+        (["table2", "slotless.json"], "slotless.json: the template 'a' has 0 slots {}"),
+        (["table2", "--full", "--layers", "3"], "--full is all pairs of layers"),
+        (["table2", "--target-layers", "b"], "--target-layers 'b': 'b' is neither a layer"),
+        (["table2", "--samples", "2"], "'--samples': Input should be greater"),
+        (["fig4", "queries.json", "--model", "TINY"], 'has no "bridge", so its hops cannot be asked alone'),
+        (["fig4", "queries.json", "--query", "a", "b"], "--query stands by itself"),
+        (["fig4", "queries.json", "--keep", "some"], "'some' is not one of"),
+        (["fig4", "queries.json", "--keep", "all", "--model", "TINY", "--layers", "9"], "layer 9 is out of range"),
+        (["fig4", "missing"], "missing holds no relation"),
         (["fig1", "--device", "nonsense", "--model", "TINY"], "the device 'nonsense' cannot be used"),
         (["fig1", "--device", "cuda:9", "--model", "TINY"], "the device 'cuda:9' cannot be used"),
     ],
@@ -276,6 +379,8 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_folder):
     Path("bare.csv").write_text("entity\nA\n")
     Path("syria.csv").write_text("entity,reference\nSyria,Country\n")
     Path("long.csv").write_text(f"entity,reference\nA,a\n{'long ' * 300},b\n")
+    Path("slotless.json").write_text('{"name": "a", "kind": "b", "template": "a"}')
+    Path("queries.json").write_text('[{"first": "the a", "second": "The b of", "answer": "c"}]')
     Path("mine.csv").write_text("entity,reference\nA,a\n")
     Path("full").mkdir()
     Path("full/mine").touch()
@@ -297,8 +402,8 @@ def test_a_traceback_only_when_asked_for():
 
 def test_help_names_every_option_and_command():
     assert run().exit_code == 0
-    assert all(command in run().stdout for command in ("fig1", "fig2", "table3", "fig3"))
-    for command in ("fig1", "fig2", "table3", "fig3"):
+    assert all(command in run().stdout for command in ("fig1", "fig2", "table2", "table3", "fig3", "fig4"))
+    for command in ("fig1", "fig2", "table2", "table3", "fig3", "fig4"):
         shown = run(command, "--help")
         assert shown.exit_code == 0
         for option in ("--model", "--layers", "--out", "--dtype"):

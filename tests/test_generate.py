@@ -140,3 +140,23 @@ def test_a_row_that_is_not_finite_is_named_and_not_read(tiny, path):
     tight = Patchscope(tiny, tiny.prompt(TARGET, 7), path=path, memory=1)
     with pytest.raises(RowError, match="row 3 failed"):
         tight.generate(states, layers)
+
+
+@pytest.mark.parametrize("memory", [1, 2**30])
+def test_rows_that_are_settled_leave_the_batch(tiny, memory):
+    states, layers = rows_for_every_layer(tiny)
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7), memory=memory)
+    whole = scope.generate(states, layers, Decoding(6))
+    asked = []
+
+    def settled(row, text):
+        asked.append(row)
+        assert tiny.tokenizer.decode(whole.patched[row]).startswith(text)
+        return row % 2 == 0 and len(text) > 5
+
+    spoken = scope.generate(states, layers, Decoding(6), settled)
+    assert set(asked) == set(range(len(states)))
+    for row, (cut, full) in enumerate(zip(spoken.patched, whole.patched, strict=True)):
+        ends = [end for end in range(1, 7) if len(tiny.tokenizer.decode(full[:end])) > 5]
+        assert cut == full[: ends[0] if row % 2 == 0 and ends else 6]
+    assert spoken.clean == whole.clean

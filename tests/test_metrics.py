@@ -5,7 +5,16 @@ import pytest
 import torch
 from rouge_score.rouge_scorer import RougeScorer
 
-from pscope.metrics import PrecisionAt1, RougeL, Surprisal, rouge_l, surprisal
+from pscope.metrics import (
+    AnswerFound,
+    PrecisionAt1,
+    RougeL,
+    Surprisal,
+    answer_found,
+    answer_settled,
+    rouge_l,
+    surprisal,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -60,3 +69,23 @@ def test_rouge_l_is_that_of_rouge_score_on_ascii_and_counts_words_of_any_script(
             expected = standard.score(reference, prediction)["rougeL"].fmeasure
             assert rouge_l([prediction], [reference]) == [expected]
     assert rouge_l(["Столица Франции"], [texts[3]]) == [0.5]
+
+
+def test_an_answer_is_found_as_whole_words():
+    assert answer_found("It is the Yen, said he", ["yen"])
+    assert answer_found("in New\n  York.", ["Boston", "new york"])
+    assert answer_found("C++ and (A.B.) are", ["a.b."])
+    assert answer_found("the Cafe\u0301 closed", ["café"])
+    assert not answer_found("Yenisei and doyen", ["yen"])
+    assert not answer_found("", ["yen"])
+    assert not answer_found("anything", [])
+    predictions, references = ["the yen", "the dollar", "euro"], [["yen"], ["euro", "franc"], ["franc", "euro"]]
+    assert AnswerFound().compute(predictions=predictions, references=references) == {"answer_found": 2 / 3}
+
+
+def test_an_answer_is_settled_once_its_last_word_cannot_grow():
+    assert answer_found("a fish", ["fish"])
+    assert not answer_settled("a fish", ["fish"])
+    assert not answer_settled("a fishing", ["fish"])
+    assert answer_settled("a fish,", ["fish"])
+    assert answer_settled("a fish in the fish", ["fish"])

@@ -31,10 +31,10 @@ def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Fig
                 line = here[here["condition"] == condition].astype({"layer": int})
                 axes.plot(line["layer"], line["found"], color=colour, label=label)
                 fill(axes, line["layer"], line["low"], line["high"], colour)
-            axes.set(title=drawable(relation), ylim=(0, 1.02))
+            axes.set(title=drawable(relation), ylim=(0, 1.02), xlabel="Source layer")
+            axes.label_outer()
         for axes in panels[len(relations) :]:
             axes.remove()
-        figure.supxlabel("Source layer")
         figure.supylabel("Accuracy")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(drawable(title))

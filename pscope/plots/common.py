@@ -33,7 +33,7 @@ def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, title: str, colum
             axes.tick_params(axis="y", rotation=0)
         for axes in panels[len(cells) :]:
             axes.remove()
-        figure.colorbar(panels[0].collections[0], ax=panels[: len(cells)].tolist(), label=label)
+        figure.colorbar(panels[0].collections[0], ax=panels[: len(cells)].tolist(), label=label, aspect=40, shrink=0.8)
         figure.suptitle(drawable(title))
     return figure
 

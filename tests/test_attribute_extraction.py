@@ -1,0 +1,255 @@
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from conftest import random_model, without_a_number
+from reference import hidden_states, patched_continuation, patched_logits
+from sklearn.linear_model import LogisticRegression
+from sklearn.preprocessing import StandardScaler
+from test_unpatched import greedy
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from pscope import Decoding, Patchscope, PromptError, PscopeError
+from pscope.experiments.attribute_extraction import (
+    ANOTHER,
+    CLEAN,
+    MAJORITY,
+    PATCHED,
+    PROBE,
+    RANDOM,
+    Question,
+    ask_plainly,
+    extract,
+    over_layers,
+    rows_to_decode,
+    summarise,
+)
+from pscope.metrics import answer_found
+from pscope.plots.attribute_extraction import accuracy_figure, accuracy_heatmaps
+from pscope.relations import Marked, Relation, Sample
+
+PAIRS = [(0, 0), (0, 3), (3, 1), (4, 4)]
+SUBJECTS = ["Japan", "Peru", "Chile", "Egypt", "Kenya"]
+
+
+def relation_of(answers, target="one x two"):
+    samples = [
+        Sample(subject, answer, (Marked(f"We saw {subject} then", subject), Marked(f"In {subject}", subject)))
+        for subject, answer in zip(SUBJECTS, answers, strict=True)
+    ]
+    return Relation("planted", "factual", Marked(target, "x"), tuple(samples))
+
+
+def question_of(model, relation):
+    sources = tuple(tuple(model.prompt(source.text, source.at) for source in s.sources) for s in relation.samples)
+    target = model.prompt(relation.target.text, relation.target.at)
+    return Question(relation, target, relation.samples, sources, len(sources), len(sources))
+
+
+def state(model, source, layer):
+    return hidden_states(model.hf, model.layers, source.ids)[layer, source.position]
+
+
+def endless(model, target, vector, layer, new_tokens):
+    ids = patched_continuation(model.hf, model.layers, target.ids, target.position, layer, vector, new_tokens)
+    return model.tokenizer.decode(ids)
+
+
+@pytest.fixture(scope="module")
+def asked(tiny):
+    """A question about which a random model says the right thing now and then: answers are words that it says."""
+    target = tiny.prompt("one x two", "x")
+    words = []
+    for subject in SUBJECTS:
+        source = tiny.prompt(f"We saw {subject} then", subject)
+        said = endless(tiny, target, state(tiny, source, 3), 1, 6)
+        words.append(
+            tuple(dict.fromkeys(word for word in said.replace("_", " ").split() if word.isalpha()))[:2] or ("no",)
+        )
+    return question_of(tiny, relation_of(words))
+
+
+def table_of(scope, question, new_tokens=6, **options):
+    return pd.concat(extract(scope, question, PAIRS, Decoding(new_tokens), **options), ignore_index=True)
+
+
+def test_every_row_against_the_one_row_loop(tiny, asked):
+    # So little memory that subjects come in several chunks.
+    table = table_of(Patchscope(tiny, asked.target, memory=9_000_000), asked, seed=2)
+    samples = {sample.subject: (sample, sources) for sample, sources in zip(asked.samples, asked.sources, strict=True)}
+    assert table.groupby("condition").size().to_dict() == {
+        PATCHED: 5 * 2 * 4,
+        RANDOM: 5 * 4,
+        ANOTHER: 5 * 2 * 4,
+        CLEAN: 5 * 2,
+        PROBE: 5 * 2 * 3,
+        MAJORITY: 5 * 2,
+    }
+    assert rows_to_decode([asked], PAIRS) == 5 * 3 * 4
+    assert not table.duplicated(["subject", "context", "condition", "layer", "target_layer"]).any()
+    clean = tiny.tokenizer.decode(greedy(tiny, asked.target.ids, 6))
+    settled = 0
+    for row in table.itertuples():
+        sample, sources = samples[row.subject]
+        assert row.object == sample.object
+        if row.condition in (PATCHED, ANOTHER):
+            lender, sources = samples[row.state_of]
+            vector = state(tiny, sources[row.context], row.layer)
+            whole = endless(tiny, asked.target, vector, row.target_layer, 6)
+            # A row that left the batch said the beginning of it, and what is found in it is found in the whole.
+            assert whole.startswith(row.continuation)
+            assert row.found == answer_found(whole, sample.answers)
+            settled += row.continuation != whole
+            assert (row.condition == PATCHED) == (row.state_of == row.subject)
+            if row.condition == ANOTHER:
+                assert not set(lender.answers) & set(sample.answers)
+        if row.condition == PATCHED:
+            logits = patched_logits(
+                tiny.hf, tiny.layers, asked.target.ids, asked.target.position, row.target_layer, vector
+            )[-1]
+            first = tiny.tokenizer(f" {sample.object}").input_ids[0]
+            assert row.probability == pytest.approx(logits.softmax(0)[first].item(), rel=1e-3)
+            assert row.rank == 1 + (logits > logits[first]).sum()
+        if row.condition == CLEAN:
+            assert (row.continuation, row.found) == (clean, answer_found(clean, sample.answers))
+    assert settled > 0
+    assert table[table["condition"] == PATCHED]["found"].any()
+
+
+def test_the_probe_against_scikit_learn_alone(tiny, asked):
+    table = table_of(Patchscope(tiny, asked.target), asked, new_tokens=1)
+    folds = table.drop_duplicates("subject").set_index("subject")["fold"]
+    assert sorted(folds.value_counts()) == [1, 2, 2]
+    units = [(i, context) for i in range(5) for context in range(2)]
+    for layer in (0, 3, 4):
+        features = np.stack([state(tiny, asked.sources[i][context], layer).numpy() for i, context in units])
+        classes = np.array([asked.samples[i].object for i, _ in units])
+        fold = np.array([folds[asked.samples[i].subject] for i, _ in units])
+        for held_out in range(3):
+            train, test = fold != held_out, fold == held_out
+            scaler = StandardScaler().fit(features[train])
+            probe = LogisticRegression(max_iter=200).fit(scaler.transform(features[train]), classes[train])
+            guesses = probe.predict(scaler.transform(features[test]))
+            rows = table[(table["condition"] == PROBE) & (table["layer"] == layer) & (table["fold"] == held_out)]
+            rows = rows.set_index(["subject", "context"])
+            for (i, context), guess in zip(np.array(units)[test], guesses, strict=True):
+                row = rows.loc[(asked.samples[i].subject, context)]
+                assert (row["continuation"], row["found"]) == (guess, guess == asked.samples[i].object)
+
+
+def test_a_planted_relation_on_a_model_whose_answer_is_known(tokenizer):
+    # Layers that add nothing: every state is an embedding, and the output answers each subject with its object.
+    model = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, hidden_size=64, tie_word_embeddings=False)
+    subjects = [tokenizer(f" {subject}").input_ids[0] for subject in SUBJECTS]
+    objects = [tokenizer(f" {word}").input_ids[0] for word in ("gold", "silver", "iron", "paper", "stone")]
+    full_stop = tokenizer(".").input_ids[0]
+    with torch.no_grad():
+        for layer in model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+        embed, unembed = model.hf.get_input_embeddings().weight, model.hf.lm_head.weight
+        # What is not planted says any of the other tokens.
+        unembed.mul_(2)
+        unembed[objects] = 3 * embed[subjects]
+        unembed[full_stop] = 3 * embed[objects].sum(dim=0)
+    relation = relation_of([(tokenizer.decode([token]).strip(),) for token in objects], target="The money of x")
+    (question,) = ask_plainly(model, [relation], samples=9, contexts=2, decoding=Decoding(3))
+    assert (question.subjects, question.answered, len(question.samples)) == (5, 5, 5)
+    table = table_of(Patchscope(model, question.target), question, new_tokens=3)
+    shares = table.groupby("condition")["found"].mean()
+    assert shares[PATCHED] == 1
+    assert (table[table["condition"] == PATCHED]["rank"] == 1).all()
+    assert shares[[ANOTHER, CLEAN]].max() == 0
+    assert shares[RANDOM] <= 0.1
+    # Each answer belongs to one subject, so that a probe has never seen those of the other fold.
+    assert shares[[PROBE, MAJORITY]].max() == 0
+    (row,) = summarise(table).to_dict("records")
+    assert (row["oracle"], row["held_out"], row["probe_held_out"], row["another_oracle"]) == (1, 1, 0, 0)
+
+
+def test_what_the_model_knows_is_kept(smollm2):
+    capitals = {"Japan": "Tokyo", "France": "Paris", "Italy": "Milan", "Germany": "Berlin"}
+    samples = [
+        Sample(subject, (answer,), (Marked(f"A trip to {subject}", subject),)) for subject, answer in capitals.items()
+    ]
+    relation = Relation("capital", "factual", Marked("The capital city of x is", "x"), tuple(samples))
+    (question,) = ask_plainly(smollm2, [relation], samples=2, contexts=1, decoding=Decoding(5))
+    assert (question.subjects, question.answered, len(question.samples)) == (4, 3, 2)
+    assert not question.enough
+    for sample in (everything := ask_plainly(smollm2, [relation], samples=9, contexts=1)[0]).samples:
+        ids = smollm2.prompt(f"The capital city of {sample.subject} is").ids
+        assert sample.object in smollm2.tokenizer.decode(greedy(smollm2, ids, 20))
+    with pytest.raises(PscopeError, match="2 subjects are fewer than the 3 folds"):
+        list(extract(Patchscope(smollm2, question.target), question, [(1, 1)]))
+    assert everything.enough
+
+
+def test_what_fails_is_named(tiny, asked):
+    relation = relation_of([("a",)] * 5)
+    lost = Sample("Japan", ("a",), (Marked("We saw Peru", "Japan"),))
+    with without_a_number(tiny, tiny.prompt("one Egypt").ids[-1]):
+        with pytest.raises(PscopeError, match="planted: 'Egypt' failed: its logits are not finite"):
+            ask_plainly(tiny, [relation], samples=9, contexts=2)
+        with pytest.raises(
+            PscopeError, match=r"planted: 'Egypt' \(patched, context 0\) failed at layer 0, target layer 0"
+        ):
+            table_of(Patchscope(tiny, asked.target), asked)
+    with pytest.raises(PromptError, match="planted: 'y' stands nowhere"):
+        ask_plainly(tiny, [Relation("planted", "factual", Marked("one x", "y"), (lost,))], samples=9, contexts=1)
+
+
+def planted() -> pd.DataFrame:
+    """Two relations of four subjects at two layers and two target layers."""
+    rows = []
+    for relation in ("a", "b"):
+        for number, subject in enumerate("ABCD"):
+            base = {"relation": relation, "subject": subject, "object": "o", "context": 0, "fold": number % 3}
+            for layer in (1, 3):
+                for target in (0, 2):
+                    # In relation a everybody is answered at (3, 0), A and B also at (1, 2); in b nobody.
+                    found = relation == "a" and (
+                        (layer, target) == (3, 0) or ((layer, target) == (1, 2) and number < 2)
+                    )
+                    at = {**base, "layer": layer, "target_layer": target}
+                    rows += [{**at, "condition": PATCHED, "found": found}, {**at, "condition": RANDOM, "found": False}]
+                rows.append({**base, "layer": layer, "condition": PROBE, "found": number == 0})
+            rows += [
+                {**base, "condition": CLEAN, "found": False},
+                {**base, "condition": MAJORITY, "found": number == 1},
+            ]
+    return pd.DataFrame(rows).astype({"layer": "Int64", "target_layer": "Int64"})
+
+
+def test_the_summary_by_hand():
+    summary = summarise(planted()).set_index("relation")
+    a = summary.loc["a"]
+    # Any target layer: half of them at ℓ = 1, all at ℓ = 3.
+    assert (a["oracle"], a["oracle_std"]) == (0.75, 0.25)
+    assert (a["held_out"], a["held_out_low"], a["subjects"], a["samples"]) == (1, 1, 4, 4)
+    assert (a["probe"], a["probe_std"], a["probe_held_out"]) == (0.25, 0, 0.25)
+    assert (a["majority"], a["clean"], a["random_oracle"], a["random_held_out"]) == (0.25, 0, 0, 0)
+    assert np.isnan(a["another_oracle"])
+    # Differences of 0, 1, 1, 1: of 16 flips of sign two give a mean of 0.75 or more, and two of -0.75 or less; times 2.
+    assert a["p"] == pytest.approx(2 * 4 / 16)
+    assert summary.loc["b", ["oracle", "held_out"]].tolist() == [0, 0]
+    accuracy = over_layers(planted()).set_index(["relation", "condition", "layer"])
+    assert accuracy.loc[("a", PATCHED, 1), "found"] == 0.5
+    assert accuracy.loc[("a", PATCHED, 3), ["found", "low", "high"]].tolist() == [1, 1, 1]
+    assert accuracy.loc[("a", PROBE, 1), "found"] == 0.25
+
+
+def test_a_planted_cell_proves_the_axes_of_the_heatmap():
+    first, second = accuracy_heatmaps(planted(), "title").axes[:2]
+    assert (first.get_xlabel(), first.get_ylabel()) == ("Source layer", "Target layer")
+    assert [label.get_text() for label in first.get_xticklabels()] == ["1", "3"]
+    assert [label.get_text() for label in first.get_yticklabels()] == ["2", "0"]
+    assert first.collections[0].get_array().reshape(2, 2).tolist() == [[0.5, 0], [0, 1]]
+    assert second.collections[0].get_array().reshape(2, 2).tolist() == [[0, 0], [0, 0]]
+
+
+def test_the_figure_shows_the_accuracies():
+    panels = accuracy_figure(over_layers(planted()), "title").axes
+    assert [axes.get_title() for axes in panels] == ["a", "b"]
+    lines = {line.get_label(): line.get_ydata().tolist() for line in panels[0].get_lines()}
+    assert lines["patched, any target layer (oracle)"] == [0.5, 1]
+    assert lines["probe"] == [0.25, 0.25]

@@ -1,0 +1,36 @@
+import pandas as pd
+import pytest
+import torch
+
+from pscope import PscopeError
+from pscope.experiments.grid import chosen_elsewhere, layer_pairs, same_norm, source_layers, spread_layers
+
+
+def test_layer_pairs(tiny):
+    assert layer_pairs(tiny, None) == [(0, 0), (1, 1), (2, 2)]
+    assert layer_pairs(tiny, [1, 4], [0, 2]) == [(1, 0), (1, 2), (4, 0), (4, 2)]
+    assert layer_pairs(tiny, [3], "all") == [(3, 0), (3, 1), (3, 2), (3, 3), (3, 4)]
+    for layers, target in (([5], "same"), ([0], [5]), ([0, 5], "all")):
+        with pytest.raises(PscopeError, match="layer 5 is out of range"):
+            layer_pairs(tiny, layers, target)
+    with pytest.raises(PscopeError, match="no layer"):
+        layer_pairs(tiny, [])
+    assert source_layers([(3, 0), (3, 1), (1, 0)]) == ([3, 1], [0, 0, 1])
+    assert spread_layers(tiny, (0, 0.1, 0.5, 1)) == [0, 2, 4]
+
+
+def test_random_vectors_are_as_long_as_what_they_stand_for():
+    states = torch.randn(3, 4, 50) * torch.tensor([1.0, 10, 100])[:, None, None]
+    random = same_norm(states, torch.Generator().manual_seed(0))
+    torch.testing.assert_close(random.norm(dim=-1), states.norm(dim=-1))
+    assert torch.nn.functional.cosine_similarity(random, states, dim=-1).abs().max() < 0.6
+
+
+def test_nobody_chooses_for_himself():
+    # Column b is best for fold 0, column a for the others: so fold 0 gets a, and the others, by a majority, b.
+    scores = pd.DataFrame({"a": [0, 0, 0, 1, 1], "b": [1, 1, 1, 0.5, 0.5]}, index=list("uvwxy"))
+    folds = pd.Series([0, 0, 0, 1, 1], index=list("uvwxy"))
+    chosen = chosen_elsewhere(scores, folds)
+    assert chosen["chosen"].tolist() == ["a", "a", "a", "b", "b"]
+    assert chosen["score"].tolist() == [0, 0, 0, 0.5, 0.5]
+    assert chosen.index.tolist() == list("uvwxy")

@@ -1,0 +1,173 @@
+import numpy as np
+import pandas as pd
+import pytest
+from conftest import without_a_number
+from reference import hidden_states, patched_continuation
+from test_unpatched import greedy
+
+from pscope import Decoding, PscopeError
+from pscope.experiments.multi_hop import (
+    BACKPATCH,
+    CLEAN,
+    COT,
+    PATCHED,
+    RANDOM,
+    STEP_BY_STEP,
+    VANILLA,
+    WITH_PLACEHOLDER,
+    answer_hops,
+    correct,
+    pairs_of,
+    rows_to_decode,
+    step_by_step,
+    summarise,
+    transcripts,
+)
+from pscope.metrics import answer_found
+from pscope.plots.multi_hop import answers_figure, answers_heatmaps
+from pscope.relations import Query
+
+PAIRS = [(0, 0), (3, 1), (4, 2), (1, 4)]
+QUERIES = [
+    Query("the land of sushi", "The money of", ("yen",), ("Japan",), "The land of sushi is", "The money of Japan is"),
+    Query(
+        "the land of tacos", "The money of", ("peso",), ("Mexico",), "The land of tacos is", "The money of Mexico is"
+    ),
+    Query("the land of sushi", "A city in", ("Tokyo",), ("Japan",), "The land of sushi is", "A city in Japan is"),
+    Query("the maker of the big phone", "A city in", ("Rome",), ("X",), "The maker is", "A city in X is"),
+]
+
+
+def table_of(model, queries, **options):
+    return pd.concat(correct(model, queries, PAIRS, Decoding(5), reasoning=Decoding(7), **options), ignore_index=True)
+
+
+@pytest.mark.parametrize("memory", [1, 2**30])
+def test_every_row_against_the_one_row_loop(tiny, memory):
+    table = table_of(tiny, QUERIES, memory=memory)
+    assert rows_to_decode(4, PAIRS) == 4 * 2 * (4 + 4 + 2) == table["layer"].notna().sum()
+    assert not table.duplicated(["query", "method", "condition", "layer", "target_layer"]).any()
+    assert set(table["method"]) == {VANILLA, STEP_BY_STEP, COT, WITH_PLACEHOLDER, BACKPATCH}
+    decode = tiny.tokenizer.decode
+    for row in table.itertuples():
+        query = QUERIES[row.query]
+        assert (row.text, row.found) == (query.text, answer_found(row.continuation, query.answers))
+        if row.method == VANILLA:
+            assert row.continuation == decode(greedy(tiny, tiny.prompt(query.text).ids, 5))
+            continue
+        if row.method == STEP_BY_STEP:
+            ids = tiny.prompt(f"Let's think step by step. {query.text}").ids
+            assert row.continuation == decode(greedy(tiny, ids, 7))
+            continue
+        # Source and target of each wiring, in so many words.
+        source = {BACKPATCH: query.text}.get(row.method, query.first)
+        target, position = {
+            COT: (query.second, -1),
+            WITH_PLACEHOLDER: (f"{query.second} x is", -2),
+            BACKPATCH: (query.text, -1),
+        }[row.method]
+        ids = tiny.prompt(target).ids
+        assert tiny.prompt(target).tokens[position] in (" of", " in", " x", " sushi", "os", " phone")
+        if row.condition == CLEAN:
+            assert row.continuation == decode(greedy(tiny, ids, 5))
+        if row.condition == PATCHED:
+            vector = hidden_states(tiny.hf, tiny.layers, tiny.prompt(source).ids)[row.layer, -1]
+            place = len(ids) + position
+            said = patched_continuation(tiny.hf, tiny.layers, ids, place, row.target_layer, vector, 5)
+            assert row.continuation == decode(said)
+        if row.method == BACKPATCH and row.condition != CLEAN:
+            assert row.target_layer < row.layer
+    same = [table_of(tiny, QUERIES, memory=memory, seed=seed) for seed in (3, 3, 4)]
+    pd.testing.assert_frame_equal(same[0], same[1])
+    assert not same[0].equals(same[2])
+
+
+def test_both_hops_are_asked_alone(smollm2):
+    capital = Query(
+        "the country of sushi", "The capital city of", ("Tokyo",), ("Japan", "Japanese"), "Sushi comes from",
+        "The capital city of Japan is",
+    )  # fmt: skip
+    wrong = Query(
+        "the country of sushi", "The capital city of", ("Osaka",), ("Peru",), "Sushi comes from", "Two and two"
+    )
+    right, lost = answer_hops(smollm2, [capital, wrong])
+    assert (right.one_found, right.two_found, right.solvable) == (True, True, True)
+    assert (lost.one_found, lost.two_found, lost.solvable) == (False, False, False)
+    assert "Tokyo" in right.two
+    with pytest.raises(PscopeError, match='has no "bridge"'):
+        answer_hops(smollm2, [Query("a", "b", ("c",))])
+
+
+def test_steps_are_asked_for_in_the_chat_template_with_one_start_token(smollm2):
+    text = step_by_step(smollm2, QUERIES[0], chat=True)
+    assert "The money of the land of sushi? Let's think step by step." in text
+    expected = smollm2.tokenizer.apply_chat_template(
+        [{"role": "user", "content": "The money of the land of sushi? Let's think step by step."}],
+        add_generation_prompt=True,
+    )["input_ids"]
+    assert list(smollm2.prompt(text).ids) == list(expected)
+    assert step_by_step(smollm2, QUERIES[0], chat=False) == "Let's think step by step. The money of the land of sushi"
+
+
+def test_what_fails_is_named(tiny):
+    with without_a_number(tiny, tiny.prompt(" tacos").ids[-1]), pytest.raises(PscopeError, match="tacos.* failed"):
+        table_of(tiny, QUERIES)
+    with pytest.raises(PscopeError, match="no query"):
+        table_of(tiny, [])
+
+
+def planted(queries=6) -> pd.DataFrame:
+    rows = []
+    for query in range(queries):
+        base = {"query": query, "text": "t", "source": "s", "fold": query % 3, "continuation": "c"}
+        rows.append({**base, "method": VANILLA, "condition": CLEAN, "found": query == 0})
+        rows.append({**base, "method": STEP_BY_STEP, "condition": CLEAN, "found": query < 2})
+        for method in (COT, BACKPATCH):
+            for layer, target in pairs_of(method, [(1, 0), (3, 0), (1, 2), (3, 2)]):
+                found = (layer, target) == (3, 0) or query == layer
+                at = {**base, "method": method, "layer": layer, "target_layer": target}
+                rows.append({**at, "condition": PATCHED, "found": found and method == COT})
+                rows.append({**at, "condition": RANDOM, "found": query == 5})
+            rows.append({**base, "method": method, "condition": CLEAN, "found": False})
+    return pd.DataFrame(rows).astype({"layer": "Int64", "target_layer": "Int64"})
+
+
+def test_the_summary_by_hand():
+    summary = summarise(planted()).set_index(["method", "measure"])
+    assert summary.loc[(VANILLA, "accuracy"), "found"] == pytest.approx(1 / 6)
+    assert summary.loc[(STEP_BY_STEP, "accuracy"), "found"] == pytest.approx(2 / 6)
+    cot = summary.loc[COT]
+    assert cot.loc["oracle", "found"] == 1
+    assert cot.loc["oracle, random vector", "found"] == pytest.approx(1 / 6)
+    assert cot.loc["held-out pair", ["found", "layer", "target_layer"]].tolist() == [1, 3, 0]
+    assert cot.loc["held-out pair, random vector", "found"] == pytest.approx(1 / 6)
+    assert summary.loc[(BACKPATCH, "held-out pair"), "found"] == 0
+    random = np.random.default_rng(0)
+    means = (np.arange(6) == 0).astype(float)[random.integers(6, size=(20_000, 6))].mean(axis=1)
+    band = summary.loc[(VANILLA, "accuracy"), ["low", "high"]].tolist()
+    assert band == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    few = summarise(planted(2))
+    assert not few["measure"].str.startswith("held-out").any()
+
+
+def test_transcripts_hold_every_text():
+    told = transcripts(planted(), [QUERIES[0]] * 6)
+    assert len(told) == 6
+    assert told[0]["query"] == QUERIES[0].text
+    assert told[0]["answers"] == ("yen",)
+    assert set(told[0][COT][PATCHED]) == {"1 → 0", "3 → 0", "1 → 2", "3 → 2"}
+    assert told[0][BACKPATCH][CLEAN] == {"clean": "c"}
+
+
+def test_the_figures_show_the_table():
+    summary = summarise(planted())
+    (axes,) = answers_figure(summary, "$").axes
+    widths = [round(bar.get_width(), 3) for container in axes.containers for bar in getattr(container, "patches", [])]
+    assert sorted(widths) == sorted(summary["found"].round(3))
+    assert [label.get_text() for label in axes.get_yticklabels()] == summary["method"].tolist()
+    cot, backpatch = answers_heatmaps(planted(), "title").axes[:2]
+    # Source layers 1 and 3 to the right, target layers 0 and 2 upwards.
+    assert [label.get_text() for label in cot.get_xticklabels()] == ["1", "3"]
+    assert [label.get_text() for label in cot.get_yticklabels()] == ["2", "0"]
+    np.testing.assert_allclose(cot.collections[0].get_array().reshape(2, 2), [[1 / 6, 1 / 6], [1 / 6, 1]])
+    assert backpatch.collections[0].get_array().reshape(2, 2)[1].tolist() == [0, 0]
