@@ -43,7 +43,7 @@ def _tell(message: str, exit_code: int) -> int:
     return exit_code
 
 
-app = typer.Typer(cls=OneLineErrors, add_completion=False, invoke_without_command=True)
+app = typer.Typer(cls=OneLineErrors, add_completion=False, invoke_without_command=True, rich_markup_mode="markdown")
 
 
 @app.callback()

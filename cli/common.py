@@ -61,10 +61,10 @@ DeviceMapOption = Annotated[
 ]
 LayersOption = Annotated[
     str | None,
-    typer.Option(help="Layers to read, as 0-15 or 0,4,8; 0 is the embedding output. [default: all]"),
+    typer.Option(help="Layers to read, as 0-15 or 0,4,8; 0 is the embedding output.", show_default="all"),
 ]
 OutOption = Annotated[
-    Path | None, typer.Option("--out", help="Folder for the run, new or empty. [default: runs/COMMAND-DATE-TIME]")
+    Path | None, typer.Option("--out", help="Folder for the run, new or empty.", show_default="runs/COMMAND-DATE-TIME")
 ]
 MemoryOption = Annotated[float, typer.Option(help="Memory for the rows of one pass, in GiB, beside the model.")]
 
@@ -136,18 +136,22 @@ def collect(run: Run, chunks: Iterable[pd.DataFrame], total: int, count: Callabl
     """
     import pandas as pd
 
-    frames = []
-    done, began = 0, time.monotonic()
+    frames: list[pd.DataFrame] = []
+    done, told = 0, False
     with progress_bar() as progress:
         task = progress.add_task("rows", total=total)
+        began = time.monotonic()
         for chunk in chunks:
             run.add(chunk)
             frames.append(chunk)
-            if not done and count(chunk):
-                left = (time.monotonic() - began) / count(chunk) * (total - count(chunk))
-                progress.console.print(f"about {math.ceil(left / 60)} min left")
-            done += count(chunk)
+            now, rows = time.monotonic(), count(chunk)
+            done += rows
             progress.update(task, completed=done)
+            if rows and not told and done < total:
+                told = True
+                minutes = math.ceil((now - began) / rows * (total - done) / 60)
+                progress.console.print(f"about {minutes} min left")
+            began = now
     return pd.concat(frames, ignore_index=True)
 
 

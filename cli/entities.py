@@ -13,7 +13,7 @@ from pscope.errors import PscopeError
 LowerLayersOption = Annotated[
     str | None,
     typer.Option(
-        "--layers", help="Layers to read, as 0-15 or 0,4,8; 0 is the embedding output. [default: the lower half]"
+        "--layers", help="Layers to read, as 0-15 or 0,4,8; 0 is the embedding output.", show_default="the lower half"
     ),
 ]
 TargetLayerOption = Annotated[
@@ -23,16 +23,16 @@ TargetOption = Annotated[
     str | None,
     typer.Option(
         metavar="FILE|TEXT",
-        help="The prompt that is patched, or a file that holds it. [default: the paper's descriptions of entities]",
+        help="The prompt that is patched, or a file that holds it.",
+        show_default="the paper's descriptions of entities",
     ),
 ]
 TargetAtOption = Annotated[str, typer.Option(help="Its placeholder, which is overwritten: text, an index, or last.")]
 BeforeOption = Annotated[
     str | None,
     typer.Option(
-        help="What stands before the name. [default: a line break where the tokenizer adds no start token; the state "
-        "of a text's first token says nothing]",
-        show_default=False,
+        help="What stands before the name: the state of a text's first token says nothing of it.",
+        show_default="a line break where the tokenizer adds no start token",
     ),
 ]
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens the patched prompt goes on for, at most.")]

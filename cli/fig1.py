@@ -36,7 +36,7 @@ def fig1(
     ] = "Amazon's former CEO attended the Oscars",
     at: Annotated[str, typer.Option(help="Which token of it: its text, an index, or last.")] = "CEO",
     target: Annotated[
-        str | None, typer.Option(help="The prompt it is patched into. [default: the paper's token identity]")
+        str | None, typer.Option(help="The prompt it is patched into.", show_default="the paper's token identity")
     ] = None,
     target_at: Annotated[str, typer.Option(help="Which token of that is overwritten.")] = "last",
     layers: LayersOption = None,

@@ -51,9 +51,8 @@ def fig3(
     entities: Annotated[
         Path | None,
         typer.Argument(
-            help='A .json, .jsonl or .csv file of "entity", "reference" and perhaps "group". '
-            "[default: those that ship]",
-            show_default=False,
+            help='A .json, .jsonl or .csv file of "entity", "reference" and perhaps "group".',
+            show_default="those that ship",
         ),
     ] = None,
     layers: LowerLayersOption = None,
@@ -122,7 +121,9 @@ def fig3(
         err.print(f"left out, since the target prompt speaks of them: {names}", soft_wrap=True, markup=False)
     err.print(str(scope.check), markup=False)
     with started(folder, "fig3", lm, settings) as run:
-        table = collect(run, described, rows_of(kept, pairs), len)
+        # Those that belong to no layer are few, and most of the controls are free.
+        patched = rows_of(kept, pairs) - 2 * len(kept)
+        table = collect(run, described, patched, lambda chunk: int(chunk["layer"].notna().sum()))
         summary, best = summarise(table, seed), best_layers(table, seed)
         run.note("summary", summary)
         run.note("best_layers", best)

@@ -61,14 +61,16 @@ def fig4(
         Path | None,
         typer.Argument(
             help='A .json list of "first", "second", "answer" and perhaps "bridge", or a folder of relations to '
-            "compose. [default: those that ship, composed]",
-            show_default=False,
+            "compose.",
+            show_default="those that ship, composed",
         ),
     ] = None,
     keep: Annotated[
         Keep, typer.Option(help="Ask only queries of which the model answers both hops alone, or all.")
     ] = Keep.solvable,
-    samples: Annotated[int | None, typer.Option(min=1, help="Queries to ask. [default: 60; 15 with --quick]")] = None,
+    samples: Annotated[
+        int | None, typer.Option(min=1, help="Queries to ask.", show_default="60; 15 with --quick")
+    ] = None,
     layers: SourceLayersOption = None,
     target_layers: TargetLayersOption = None,
     full: FullOption = False,
@@ -77,7 +79,7 @@ def fig4(
     cot_tokens: Annotated[int, typer.Option(min=1, help='Tokens to think for, "step by step".')] = 60,
     chat: Annotated[
         bool | None,
-        typer.Option("--chat/--no-chat", help="Ask for steps in the chat template. [default: where there is one]"),
+        typer.Option("--chat/--no-chat", help="Ask for steps in the chat template.", show_default="where there is one"),
     ] = None,
     example: Annotated[
         int | None, typer.Option(min=1, help="Walk through one of the kept queries, by its number, and stop.")

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
     from pscope.models import LanguageModel
 
 SourceLayersOption = Annotated[
-    str | None, typer.Option("--layers", help="Source layers, as 0-15 or 0,4,8. [default: five, spread]")
+    str | None, typer.Option("--layers", help="Source layers, as 0-15 or 0,4,8.", show_default="five, spread")
 ]
 TargetLayersOption = Annotated[
-    str | None, typer.Option("--target-layers", help="Target layers, likewise. [default: five or four early ones]")
+    str | None, typer.Option("--target-layers", help="Target layers, likewise.", show_default="five or four early ones")
 ]
 FullOption = Annotated[bool, typer.Option("--full", help="All pairs of layers: hours where the default takes minutes.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A smaller grid and fewer samples: a few minutes.")]

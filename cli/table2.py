@@ -49,15 +49,15 @@ def table2(
     relations: Annotated[
         Path | None,
         typer.Argument(
-            help="A relation (.json, or .tsv as the paper's), or a folder of them. [default: those that ship]",
-            show_default=False,
+            help="A relation (.json, or .tsv as the paper's), or a folder of them.",
+            show_default="those that ship",
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=3, help="Subjects of each relation. [default: 12; 6 with --quick]")
+        int | None, typer.Option(min=3, help="Subjects of each relation.", show_default="12; 6 with --quick")
     ] = None,
     contexts: Annotated[
-        int | None, typer.Option(min=1, help="Sentences to read each subject in. [default: 2; 1 with --quick]")
+        int | None, typer.Option(min=1, help="Sentences to read each subject in.", show_default="2; 1 with --quick")
     ] = None,
     layers: SourceLayersOption = None,
     target_layers: TargetLayersOption = None,

@@ -410,6 +410,12 @@ def test_help_names_every_option_and_command():
             assert option in shown.stdout
 
 
+def test_help_tells_defaults_that_are_not_constants(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "200")
+    for command, default in (("fig1", "all"), ("table3", "the lower half"), ("fig4", "60; 15 with --quick")):
+        assert f"[default: ({default})]" in run(command, "--help").stdout
+
+
 def test_an_answer_to_bad_usage_needs_no_torch():
     code = """
 import sys

@@ -3,7 +3,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pscope import PromptError
-from pscope.prompts import TOKEN_IDENTITY, tokenize
+from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, continuing_token, tokenize, written_out
 
 
 @pytest.fixture(scope="module")
@@ -86,3 +86,29 @@ def test_a_tokenizer_without_offsets_still_takes_indices():
     assert tokenize(tokenizer, "abc", 1).token == "b"
     with pytest.raises(PromptError, match="ByT5Tokenizer tells no offsets"):
         tokenize(tokenizer, "abc", "b")
+
+
+def test_words_written_out_in_the_place_of_the_marked_token(tokenizer, bos_eos_tokenizer):
+    described = tokenize(tokenizer, ENTITY_DESCRIPTION)
+    assert described.token == " x"
+    assert written_out(tokenizer, described, "Diana, Princess of Wales").endswith(
+        "corporation, Diana, Princess of Wales"
+    )
+    for tok in (tokenizer, bos_eos_tokenizer):
+        # The marked x, not the first one.
+        prompt = tokenize(tok, "tax x is x too", -2)
+        assert prompt.token == " x"
+        assert written_out(tok, prompt, "New York") == "tax x is New York too"
+    with pytest.raises(PromptError, match="nothing can be written in the place of token 0"):
+        written_out(bos_eos_tokenizer, tokenize(bos_eos_tokenizer, "one x", 0), "a")
+    slow = ByT5Tokenizer()
+    with pytest.raises(PromptError, match="nothing can be written"):
+        written_out(slow, tokenize(slow, "one x"), "a")
+
+
+def test_the_token_that_goes_on_after_a_prompt(tokenizer, bos_eos_tokenizer):
+    for tok in (tokenizer, bos_eos_tokenizer):
+        prompt = tokenize(tok, "The capital of x is")
+        assert tok.convert_ids_to_tokens(continuing_token(tok, prompt, "Tokyo")) == "ĠTokyo"
+    with pytest.raises(PromptError, match="is not tokenised as its continuation"):
+        continuing_token(tokenizer, tokenize(tokenizer, "x  "), "  \n")

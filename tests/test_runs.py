@@ -29,6 +29,17 @@ def test_a_run_leaves_settings_table_and_figure(tmp_path):
     )
 
 
+def test_a_run_keeps_what_was_made_from_its_table(tmp_path):
+    with Run(tmp_path / "run", {}) as run:
+        run.add(FRAME)
+        run.draw(matplotlib.figure.Figure(), "more")
+        pd.testing.assert_frame_equal(pd.read_csv(run.note("summary", FRAME)), FRAME)
+        assert json.loads(run.note("texts", [{"é": 1}]).read_text("utf-8")) == [{"é": 1}]
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        *("settings.json", "table.parquet", "summary.csv", "texts.json", "more.png", "more.svg")
+    }
+
+
 def test_any_script_can_stand_in_a_figure(tmp_path):
     figure = matplotlib.figure.Figure()
     figure.suptitle("東京")

@@ -183,9 +183,13 @@ def _written_out(
     cached = scope.check.path == "staircase"
     spoken = continue_prompts(scope.model, prompts, decoding, memory=scope.memory, cached=cached)
     try:
-        for index, tokens in spoken:
-            text = decoding.text(tokens, scope.model.tokenizer)
-            yield _scored(entities[index], WRITTEN_OUT, [(None, None)], [text])
+        yield pd.concat(
+            [
+                _scored(entities[index], WRITTEN_OUT, [(None, None)], [decoding.text(tokens, scope.model.tokenizer)])
+                for index, tokens in spoken
+            ],
+            ignore_index=True,
+        )
     except RowError as error:
         raise PscopeError(f"{entities[error.row].name!r}, written out, failed: {error.reason}") from error
 
