@@ -166,6 +166,8 @@ def _as_table(summary: pd.DataFrame) -> Table:
         "the pair of layers that was best for other subjects; p: of held out against the probe at the layer that was "
         "best for other subjects, times the number of relations (Bonferroni)"
     )
+    # One blank between columns is all that fits.
+    shown.padding = 0
     headings = ("n", "oracle", "random\noracle", "another\noracle", "held\nout", "probe", "majo-\nrity", "clean", "p")
     shown.add_column("relation", no_wrap=True)
     for heading in headings:
@@ -178,7 +180,7 @@ def _as_table(summary: pd.DataFrame) -> Table:
             _number(row.random_oracle),
             _number(row.another_oracle),
             _number(row.held_out),
-            f"{row.probe:.2f}±{row.probe_std:.2f}",
+            _number(row.probe),
             _number(row.majority),
             _number(row.clean),
             "<.001" if row.p < 0.001 else f"{row.p:.2g}",

@@ -2,7 +2,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from conftest import without_a_number
-from reference import hidden_states, patched_continuation
+from reference import hidden_states, patched_continuation, patched_logits
 from test_unpatched import greedy
 
 from pscope import Decoding, PscopeError
@@ -75,6 +75,10 @@ def test_every_row_against_the_one_row_loop(tiny, memory):
             place = len(ids) + position
             said = patched_continuation(tiny.hf, tiny.layers, ids, place, row.target_layer, vector, 5)
             assert row.continuation == decode(said)
+            logits = patched_logits(tiny.hf, tiny.layers, ids, place, row.target_layer, vector)[-1]
+            answer = tiny.tokenizer(f" {query.answers[0]}").input_ids[0]
+            assert row.rank == 1 + (logits > logits[answer]).sum()
+            assert row.probability == pytest.approx(logits.softmax(0)[answer].item(), rel=1e-3)
         if row.method == BACKPATCH and row.condition != CLEAN:
             assert row.target_layer < row.layer
     same = [table_of(tiny, QUERIES, memory=memory, seed=seed) for seed in (3, 3, 4)]

@@ -21,16 +21,15 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
-from torch import Tensor
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PromptError, PscopeError, RowError
-from pscope.experiments.grid import Pair, chosen_elsewhere, same_norm, source_layers, speak
+from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, speak
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
 from pscope.patchscope import MEMORY, Patchscope
-from pscope.prompts import Prompt, continuing_token, written_out
+from pscope.prompts import Prompt, written_out
 from pscope.relations import Relation, Sample
 from pscope.residual import capture
 from pscope.unpatched import continue_prompts
@@ -291,7 +290,7 @@ def _read_states(
             decoding,
             lambda unit, text, wanted=wanted: all(answer_settled(text, answers) for answers in wanted[unit]),
         )
-        ranks, probabilities = _first_token(scope, states, [samples[sample] for sample, _, _ in units], pairs)
+        ranks, probabilities = first_token(scope, states, [samples[sample].object for sample, _, _ in units], pairs)
         frames = []
         for unit, (sample, context, condition) in enumerate(units):
             base = _base(question, folds, sample, context)
@@ -321,24 +320,6 @@ def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
         ]
         lenders.append(int(random.choice(others)) if others else None)
     return lenders
-
-
-def _first_token(
-    scope: Patchscope, states: Tensor, samples: Sequence[Sample], pairs: Sequence[Pair]
-) -> tuple[list[list[int]], list[list[float]]]:
-    """Rank and probability of the first token of each unit's answer right after the patched prompt, [unit][pair]."""
-    tokenizer = scope.model.tokenizer
-    tokens = torch.tensor([continuing_token(tokenizer, scope.target, sample.object) for sample in samples])
-    wanted = tokens.repeat_interleave(len(pairs))[:, None]  # (units × pairs, 1)
-    ranks, probabilities = [], []
-    rows = states.reshape(-1, states.shape[-1])
-    for part in scope.logits(rows, [target for _, target in pairs] * len(samples)):
-        logits = part.patched.float()
-        own = logits.gather(1, wanted[part.rows].to(logits.device))
-        ranks.append(1 + (logits > own).sum(dim=1))
-        probabilities.append((own - logits.logsumexp(dim=1, keepdim=True)).exp().squeeze(1))
-    shape = (len(samples), len(pairs))
-    return torch.cat(ranks).reshape(shape).tolist(), torch.cat(probabilities).reshape(shape).tolist()
 
 
 def _probed(model: LanguageModel, question: Question, layers: Sequence[int], folds: Sequence[int]) -> pd.DataFrame:

@@ -13,6 +13,7 @@ from pscope.errors import PscopeError, RowError
 from pscope.generate import Decoding
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
+from pscope.prompts import continuing_token
 from pscope.residual import check_layer
 
 Pair = tuple[int, int]
@@ -83,6 +84,26 @@ def speak(
         ) from error
     texts = iter([decoding.text(tokens, scope.model.tokenizer) for tokens in spoken.patched])
     return [[next(texts) for _ in pairs] for _ in names], decoding.text(spoken.clean, scope.model.tokenizer)
+
+
+def first_token(
+    scope: Patchscope, states: Tensor, words: Sequence[str], pairs: Sequence[Pair]
+) -> tuple[list[list[int]], list[list[float]]]:
+    """How near each unit's word is without decoding: rank (from 1) and probability of its first token, [unit][pair].
+
+    `states` are (units, pairs, hidden), with one word for each unit; the token is the one right after the patched
+    prompt. Raises PromptError for a word that cannot follow it.
+    """
+    tokens = torch.tensor([continuing_token(scope.model.tokenizer, scope.target, word) for word in words])
+    wanted = tokens.repeat_interleave(len(pairs))[:, None]  # (units × pairs, 1)
+    ranks, probabilities = [], []
+    for part in scope.logits(states.reshape(-1, states.shape[-1]), [target for _, target in pairs] * len(words)):
+        logits = part.patched.float()
+        own = logits.gather(1, wanted[part.rows].to(logits.device))
+        ranks.append(1 + (logits > own).sum(dim=1))
+        probabilities.append((own - logits.logsumexp(dim=1, keepdim=True)).exp().squeeze(1))
+    shape = (len(words), len(pairs))
+    return torch.cat(ranks).reshape(shape).tolist(), torch.cat(probabilities).reshape(shape).tolist()
 
 
 def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:

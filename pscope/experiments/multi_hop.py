@@ -13,10 +13,11 @@ import numpy as np
 import pandas as pd
 import torch
 from sklearn.model_selection import KFold
+from torch import Tensor
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.grid import Pair, chosen_elsewhere, same_norm, source_layers, speak
+from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, speak
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
@@ -103,7 +104,8 @@ def correct(
     """Ask every query as it stands, step by step, and by Patchscopes of three wirings at every (ℓ, ℓ*).
 
     Yields chunks of the table; a row is one query × method × pair × condition: `query` (its number), `text`, `source`,
-    `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation` and `found`. The methods:
+    `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation`, `found`, and for patched rows the `rank`
+    (from 1) and `probability` of the answer's first token right after the target prompt. The methods:
 
     - "vanilla": the whole query, unpatched; "step by step": with that request, continued as `reasoning` says;
     - "cot": the state of π1's last token, patched over the last token of π2;
@@ -132,10 +134,17 @@ def correct(
             ignore_index=True,
         )
     generator = torch.Generator().manual_seed(seed)
+    layers, _ = source_layers(pairs)
+    # Read once: two wirings share the states of π1.
+    read = {
+        text: capture(model, [model.prompt(getattr(query, text)) for query in queries], layers=layers)
+        for text in dict.fromkeys(_source_of(wiring) for wiring in wirings)
+    }  # (queries, layers, hidden)
     for wiring in wirings:
         grid = pairs_of(wiring, pairs)
         if not grid:
             continue
+        columns = [layers.index(layer) for layer, _ in grid]
         for target, members in _by_target(model, queries, wiring).items():
             # A target for each query: those of one form are checked once.
             path = first.check.path if wiring == BACKPATCH else "auto"
@@ -143,7 +152,14 @@ def correct(
             together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(grid)))
             for start in range(0, len(members), together):
                 part = members[start : start + together]
-                yield _patched(scope, wiring, queries, part, folds, grid, decoding, generator)
+                states = read[_source_of(wiring)][part]
+                states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 queries, pairs, hidden)
+                yield _patched(scope, states, wiring, queries, part, folds, grid, decoding)
+
+
+def _source_of(wiring: str) -> str:
+    """Which text of a query is the source: the whole of it, or π1."""
+    return "text" if wiring == BACKPATCH else "first"
 
 
 def pairs_of(wiring: str, pairs: Sequence[Pair]) -> list[Pair]:
@@ -220,19 +236,15 @@ def _by_target(model: LanguageModel, queries: Sequence[Query], wiring: str) -> d
 
 def _patched(
     scope: Patchscope,
+    states: Tensor,
     wiring: str,
     queries: Sequence[Query],
     members: Sequence[int],
     folds: Sequence[int],
     pairs: Sequence[Pair],
     decoding: Decoding,
-    generator: torch.Generator,
 ) -> pd.DataFrame:
     asked = [queries[number] for number in members]
-    layers, columns = source_layers(pairs)
-    sources = [scope.model.prompt(query.text if wiring == BACKPATCH else query.first) for query in asked]
-    states = capture(scope.model, sources, layers=layers)  # (queries, layers, hidden)
-    states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 queries, pairs, hidden)
     names = [f"{query.text!r} ({wiring}, {condition})" for condition in (PATCHED, RANDOM) for query in asked]
     texts, clean = speak(
         scope,
@@ -242,10 +254,17 @@ def _patched(
         decoding,
         lambda unit, text: answer_settled(text, asked[unit % len(asked)].answers),
     )
+    # Who walks through a query of his own need not know its answer.
+    answered = all(query.answers for query in asked)
+    if answered:
+        ranks, probabilities = first_token(scope, states, [query.answers[0] for query in asked] * 2, pairs)
     frames = []
     for place, (number, query) in enumerate(zip(members, asked, strict=True)):
-        frames.append(_rows(query, number, folds, wiring, PATCHED, pairs, texts[place]))
-        frames.append(_rows(query, number, folds, wiring, RANDOM, pairs, texts[len(asked) + place]))
+        for condition, unit in ((PATCHED, place), (RANDOM, len(asked) + place)):
+            frame = _rows(query, number, folds, wiring, condition, pairs, texts[unit])
+            if answered:
+                frame = frame.assign(rank=_whole(ranks[unit]), probability=probabilities[unit])
+            frames.append(frame)
         frames.append(_rows(query, number, folds, wiring, CLEAN, [(None, None)], [clean]))
     return pd.concat(frames, ignore_index=True)
 
@@ -315,9 +334,15 @@ def _rows(
             "fold": folds[number],
             "method": method,
             "condition": condition,
-            "layer": pd.array([layer for layer, _ in pairs], dtype="Int64"),
-            "target_layer": pd.array([target for _, target in pairs], dtype="Int64"),
+            "layer": _whole([layer for layer, _ in pairs]),
+            "target_layer": _whole([target for _, target in pairs]),
             "continuation": pd.array(texts, dtype="string"),
             "found": [answer_found(text, query.answers) for text in texts],
+            "rank": _whole([None] * len(texts)),
+            "probability": np.full(len(texts), np.nan),
         }
     )
+
+
+def _whole(numbers: Sequence[int | None]) -> pd.arrays.IntegerArray:
+    return pd.array(numbers, dtype="Int64")
