@@ -143,6 +143,8 @@ def _layers_table(summary: pd.DataFrame) -> Table:
     groups = list(dict.fromkeys(summary["group"]))
     rows = summary.set_index(["condition", "group", "layer"])[["rouge_l", "low", "high"]].to_dict("index")
     shown = narrow_table("mean ROUGE-L (95 % band from resampling entities); controls: of all entities")
+    # One blank between columns is all that fits.
+    shown.padding = 0
     shown.add_column("layer", justify="right", no_wrap=True)
     for heading in (*groups, ANOTHER.replace(" ", "\n"), RANDOM.replace(" ", "\n")):
         shown.add_column(heading, justify="right")
