@@ -116,6 +116,19 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
     assert table[table["condition"] == PATCHED]["found"].any()
 
 
+def test_a_row_goes_on_until_everybody_who_borrows_it_has_his_answer(tiny):
+    target = tiny.prompt("one x two", "x")
+    source = tiny.prompt("We saw Japan then", "Japan")
+    said = endless(tiny, target, state(tiny, source, 3), 1, 12)
+    early, *_, late = [word for word in said.replace("_", " ").split() if word.isalpha() and said.count(word) == 1]
+    # All but Japan have one answer, so that they borrow from nobody else, and it comes after Japan's own.
+    question = question_of(tiny, relation_of([(early,), *[(late,)] * 4]))
+    table = table_of(Patchscope(tiny, question.target), question, new_tokens=12)
+    borrowed = table[(table["condition"] == ANOTHER) & (table["subject"] != "Japan") & (table["layer"] == 3)]
+    assert set(borrowed["state_of"]) == {"Japan"}
+    assert borrowed[borrowed["context"] == 0]["found"].all()
+
+
 def test_the_probe_against_scikit_learn_alone(tiny, asked):
     table = table_of(Patchscope(tiny, asked.target), asked, new_tokens=1)
     folds = table.drop_duplicates("subject").set_index("subject")["fold"]
