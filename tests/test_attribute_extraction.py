@@ -219,9 +219,9 @@ def planted() -> pd.DataFrame:
             base = {"relation": relation, "subject": subject, "object": "o", "context": 0, "fold": number % 3}
             for layer in (1, 3):
                 for target in (0, 2):
-                    # In relation a everybody is answered at (3, 0), A and B also at (1, 2); in b nobody.
+                    # In relation a everybody is answered at (3, 0), A and B also at (1, 0); in b nobody.
                     found = relation == "a" and (
-                        (layer, target) == (3, 0) or ((layer, target) == (1, 2) and number < 2)
+                        (layer, target) == (3, 0) or ((layer, target) == (1, 0) and number < 2)
                     )
                     at = {**base, "layer": layer, "target_layer": target}
                     rows += [{**at, "condition": PATCHED, "found": found}, {**at, "condition": RANDOM, "found": False}]
@@ -256,7 +256,7 @@ def test_a_planted_cell_proves_the_axes_of_the_heatmap():
     assert (first.get_xlabel(), first.get_ylabel()) == ("Source layer", "Target layer")
     assert [label.get_text() for label in first.get_xticklabels()] == ["1", "3"]
     assert [label.get_text() for label in first.get_yticklabels()] == ["2", "0"]
-    assert first.collections[0].get_array().reshape(2, 2).tolist() == [[0.5, 0], [0, 1]]
+    assert first.collections[0].get_array().reshape(2, 2).tolist() == [[0, 0], [0.5, 1]]
     assert second.collections[0].get_array().reshape(2, 2).tolist() == [[0, 0], [0, 0]]
 
 
