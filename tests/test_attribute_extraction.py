@@ -109,7 +109,8 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
             )[-1]
             first = tiny.tokenizer(f" {sample.object}").input_ids[0]
             assert row.probability == pytest.approx(logits.softmax(0)[first].item(), rel=1e-3)
-            assert row.rank == 1 + (logits > logits[first]).sum()
+            # Among 49,152 random logits some are equal but for rounding.
+            assert abs(row.rank - 1 - (logits > logits[first]).sum()) <= 2
         if row.condition == CLEAN:
             assert (row.continuation, row.found) == (clean, answer_found(clean, sample.answers))
     assert settled > 0

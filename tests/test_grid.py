@@ -3,7 +3,14 @@ import pytest
 import torch
 
 from pscope import PscopeError
-from pscope.experiments.grid import chosen_elsewhere, layer_pairs, same_norm, source_layers, spread_layers
+from pscope.experiments.grid import (
+    chosen_elsewhere,
+    layer_pairs,
+    same_norm,
+    source_layers,
+    source_prompt,
+    spread_layers,
+)
 
 
 def test_layer_pairs(tiny):
@@ -34,3 +41,12 @@ def test_nobody_chooses_for_himself():
     assert chosen["chosen"].tolist() == ["a", "a", "a", "b", "b"]
     assert chosen["score"].tolist() == [0, 0, 0, 0.5, 0.5]
     assert chosen.index.tolist() == list("uvwxy")
+
+
+def test_no_state_is_read_at_the_first_token_of_a_text(smollm2):
+    assert source_prompt(smollm2, "Japan is far", "Japan").tokens[:2] == ("\n", "Japan")
+    assert source_prompt(smollm2, "Japan is far", "Japan").position == 1
+    assert source_prompt(smollm2, "Japan").position == 1
+    assert source_prompt(smollm2, "Far is Japan", "Japan").tokens == ("Far", " is", " Japan")
+    assert source_prompt(smollm2, "Japan is far", 0).tokens == ("Japan", " is", " far")
+    assert source_prompt(smollm2, "<|im_start|>Japan", 0).position == 0

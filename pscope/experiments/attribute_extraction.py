@@ -24,7 +24,7 @@ from sklearn.preprocessing import StandardScaler
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PromptError, PscopeError, RowError
-from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, speak
+from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, source_prompt, speak
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
@@ -107,7 +107,8 @@ def ask_plainly(
         drawn = tuple(answered[index] for index in sorted(order[:samples].tolist()))
         with _naming(relation):
             sources = tuple(
-                tuple(model.prompt(marked.text, marked.at) for marked in sample.sources[:contexts]) for sample in drawn
+                tuple(source_prompt(model, marked.text, marked.at) for marked in sample.sources[:contexts])
+                for sample in drawn
             )
         questions.append(Question(relation, target, drawn, sources, len(relation.samples), len(answered)))
     return questions

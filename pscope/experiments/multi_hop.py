@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, speak
+from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, source_prompt, speak
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
@@ -137,7 +137,7 @@ def correct(
     layers, _ = source_layers(pairs)
     # Read once: two wirings share the states of π1.
     read = {
-        text: capture(model, [model.prompt(getattr(query, text)) for query in queries], layers=layers)
+        text: capture(model, [source_prompt(model, getattr(query, text)) for query in queries], layers=layers)
         for text in dict.fromkeys(_source_of(wiring) for wiring in wirings)
     }  # (queries, layers, hidden)
     for wiring in wirings:
