@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import math
 import re
 import shlex
@@ -153,6 +154,11 @@ def collect(run: Run, chunks: Iterable[pd.DataFrame], total: int, count: Callabl
                 progress.console.print(f"about {minutes} min left")
             began = now
     return pd.concat(frames, ignore_index=True)
+
+
+def print_json(table: pd.DataFrame) -> None:
+    """The rows of a table as a JSON list on standard output; what is missing is null."""
+    typer.echo(json.dumps(json.loads(table.to_json(orient="records")), ensure_ascii=False, indent=2))
 
 
 def digest(parts: Iterable[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -20,6 +19,7 @@ from pscope.cli.common import (
     out,
     parse_layers,
     parse_position,
+    print_json,
     run_folder,
     started,
 )
@@ -84,7 +84,7 @@ def fig1(
         run.add(table)
         figure = run.draw(layer_readout_figure(table, f"{title}\n{lm.name}"))
     if as_json:
-        typer.echo(json.dumps(json.loads(table.to_json(orient="records")), ensure_ascii=False, indent=2))
+        print_json(table)
     else:
         out.print(_as_table(table, title))
     err.print(f"{scope.check}\nfigure: {figure}", soft_wrap=True, markup=False)

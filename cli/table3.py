@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -19,6 +18,7 @@ from pscope.cli.common import (
     out,
     parse_layers,
     parse_position,
+    print_json,
     run_folder,
     started,
 )
@@ -97,7 +97,7 @@ def table3(
     with started(folder, "table3", lm, settings) as run:
         run.add(table)
     if as_json:
-        typer.echo(json.dumps(json.loads(table.to_json(orient="records")), ensure_ascii=False, indent=2))
+        print_json(table)
     else:
         out.print(_as_table(table, entity, one_target=to != "all", scored=reference is not None))
     err.print(f"{scope.check}\ntable: {folder / 'table.parquet'}", soft_wrap=True, markup=False)

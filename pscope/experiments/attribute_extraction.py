@@ -7,7 +7,6 @@ stands in the continuation.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,15 +15,12 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import permutation_test
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.linear_model import LogisticRegression
 from sklearn.model_selection import GroupKFold
-from sklearn.pipeline import make_pipeline
-from sklearn.preprocessing import StandardScaler
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PromptError, PscopeError, RowError
 from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, source_prompt, speak
+from pscope.experiments.probe import probe_elsewhere
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
@@ -327,33 +323,17 @@ def _probed(model: LanguageModel, question: Question, layers: Sequence[int], fol
     """A logistic regression per layer, and the majority class, each fitted on the other folds."""
     units = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
     states = capture(model, [question.sources[sample][context] for sample, context in units], layers=layers)
-    features = states.float().cpu().numpy()  # (units, layers, hidden)
-    classes = np.array([question.samples[sample].object for sample, _ in units])
+    answers = np.array([question.samples[sample].object for sample, _ in units])
     fold = np.array([folds[sample] for sample, _ in units])
-    frames = []
-    for held_out in sorted(set(folds)):
-        train, test = np.flatnonzero(fold != held_out), np.flatnonzero(fold == held_out)
-        names, counts = np.unique(classes[train], return_counts=True)
-        guesses = {None: np.full(len(test), names[counts.argmax()])}
-        for place, layer in enumerate(layers):
-            guesses[layer] = _predicted(features[train, place], classes[train], features[test, place])
-        for layer, guess in guesses.items():
-            for unit, word in zip(test.tolist(), guess.tolist(), strict=True):
-                base = _base(question, folds, *units[unit])
-                condition = MAJORITY if layer is None else PROBE
-                told = {"layer": layer, "continuation": word, "found": word == classes[unit]}
-                frames.append({**base, "condition": condition, **told})
-    return _table([pd.DataFrame(frames)])
-
-
-def _predicted(features: np.ndarray, classes: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    if len(set(classes)) == 1:
-        return np.full(len(unseen), classes[0])
-    probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
-    with warnings.catch_warnings():
-        # With more features than samples the loss goes on falling; the predictions do not change any more.
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        return probe.fit(features, classes).predict(unseen)
+    predicted, majority = probe_elsewhere(states.float().cpu().numpy(), answers, fold)
+    guesses = [(PROBE, layer, predicted[:, place]) for place, layer in enumerate(layers)]
+    guesses.append((MAJORITY, None, majority))
+    rows = []
+    for condition, layer, words in guesses:
+        for unit, word, answer in zip(units, words.tolist(), answers.tolist(), strict=True):
+            told = {"condition": condition, "layer": layer, "continuation": word, "found": word == answer}
+            rows.append({**_base(question, folds, *unit), **told})
+    return _table([pd.DataFrame(rows)])
 
 
 def _base(question: Question, folds: Sequence[int], sample: int, context: int) -> dict:
