@@ -91,9 +91,9 @@ def test_random_vectors_are_as_long_as_the_states_they_stand_for(tiny, monkeypat
     given = []
     original = Patchscope.generate
 
-    def generate(self, states, layers, decoding):
+    def generate(self, states, *others):
         given.append(states)
-        return original(self, states, layers, decoding)
+        return original(self, states, *others)
 
     monkeypatch.setattr(Patchscope, "generate", generate)
     scope = Patchscope(tiny, tiny.prompt("one x"))
