@@ -23,6 +23,10 @@ Edit = Callable[[Tensor], Tensor | None]
 """Gets the residual stream (batch, tokens, hidden) of one forward pass; what it returns, unless None, replaces it."""
 
 
+Rewrite = Callable[[int, tuple, dict], tuple[tuple, dict]]
+"""Gets the number of a decoder layer and the arguments it is called with; what it returns replaces them."""
+
+
 @contextmanager
 def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Within the block, every forward pass shows the residual stream of layer k to `edits[k]`.
@@ -36,6 +40,22 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     with ExitStack() as stack:
         for layer, edit in edits.items():
             stack.callback(_register(model, layer, edit).remove)
+        yield
+
+
+@contextmanager
+def calling(model: LanguageModel, rewrite: Rewrite) -> Iterator[None]:
+    """Within the block, decoder layer k, from 0 to L - 1, is called with what `rewrite(k, args, kwargs)` returns.
+
+    Within a block of `editing`, it gets the streams that were edited.
+    """
+    with ExitStack() as stack:
+        for number, layer in enumerate(model.layers):
+
+            def before(module, args, kwargs, number=number):
+                return rewrite(number, args, kwargs)
+
+            stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
         yield
 
 
@@ -123,6 +143,11 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
         yield batch
 
 
+def stream_of(args: tuple, kwargs: dict) -> Tensor:
+    """The residual stream among the arguments that a decoder layer is called with."""
+    return args[0] if args else kwargs["hidden_states"]
+
+
 def check_layer(model: LanguageModel, layer: int) -> None:
     """Raises PscopeError unless the model has a residual stream with this number."""
     if not 0 <= layer <= model.n_layers:
@@ -150,7 +175,7 @@ def _register(model: LanguageModel, layer: int, edit: Edit) -> RemovableHandle:
     if layer == 0:
 
         def before(module, args, kwargs):
-            edited = checked(args[0] if args else kwargs["hidden_states"])
+            edited = checked(stream_of(args, kwargs))
             if edited is None:
                 return None
             return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})

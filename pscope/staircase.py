@@ -8,10 +8,13 @@ grows as it climbs. In the cache, a row's keys and values below its own layer ar
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
+from pscope.batching import find_batch_axes, fitting
 from pscope.generate import CachedRows
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
@@ -30,6 +33,9 @@ class Staircase:
         self._prefix = DynamicCache()
         if target.position:
             model.next_token_logits(self._prefix_ids, self._prefix)
+        self._batch_axes = find_batch_axes(
+            model, lambda rows: model.next_token_logits(self._suffix_ids.expand(rows, -1), self._cache(rows))
+        )
 
     def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> CachedRows:
         """Patch each of `states` (rows, hidden) into the target at its layer, (rows,), in ascending order.
@@ -37,15 +43,14 @@ class Staircase:
         Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
         """
         total = len(states) + 1
-        cache = Cache(
-            layers=[
-                _GrowingLayer(layer, total, self._suffix_ids.shape[1] + new_tokens if new_tokens else 0)
-                for layer in self._prefix_layers()
-            ]
-        )
+        cache = self._cache(total, self._suffix_ids.shape[1] + new_tokens if new_tokens else 0)
         edits = {layer: _join(states[target_layers == layer]) for layer in target_layers.unique_consecutive().tolist()}
-        with editing(self.model, edits):
-            logits = self.model.next_token_logits(self._suffix_ids, cache)
+        edits[0] = _only_clean(edits.get(0))
+        # The model is given all rows, so that what it does with the whole batch at the top is right; of their streams
+        # the first goes up, and the others join it, each at its layer.
+        ids = self._suffix_ids.expand(total, -1)
+        with editing(self.model, edits), fitting(self.model, self._batch_axes):
+            logits = self.model.next_token_logits(ids, cache)
         return CachedRows(self.model, cache, logits)
 
     def row_bytes(self, new_tokens: int) -> int:
@@ -54,8 +59,11 @@ class Staircase:
         cached = (self._prefix_ids.shape[1] + suffix + new_tokens) * (self.model.n_layers if new_tokens else 2)
         return cached * self._cache_bytes_per_token() + self.model.activation_bytes(suffix)
 
-    def _prefix_layers(self) -> list[DynamicLayer]:
-        return self._prefix.layers or [DynamicLayer() for _ in range(self.model.n_layers)]
+    def _cache(self, rows: int, room: int = 0) -> Cache:
+        if self._prefix.layers:
+            return Cache(layers=[_GrowingLayer(layer, rows, room) for layer in self._prefix.layers])
+        # Some models keep more cache layers than they have decoder layers, so they are made as they are asked for.
+        return Cache(layer_class_to_replicate=partial(_GrowingLayer, DynamicLayer(), rows, room))
 
     def _cache_bytes_per_token(self) -> int:
         """Bytes of keys and values per token and layer; without a prefix to look at, the most there can be."""
@@ -63,6 +71,11 @@ class Staircase:
             return 2 * self.model.hidden_size * self.model.dtype.itemsize
         layer = self._prefix.layers[0]
         return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
+
+
+def _only_clean(then: Edit | None) -> Edit:
+    """The edit that lets only the clean row climb, and then the rows that join at the same layer."""
+    return lambda stream: stream[:1] if then is None else then(stream[:1])
 
 
 def _join(entering: Tensor) -> Edit:

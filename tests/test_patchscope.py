@@ -143,7 +143,7 @@ def test_whatever_path_is_chosen_agrees(name, tokenizer):
             assert got == patched_continuation(
                 model.hf, model.layers, scope.target.ids, scope.target.position, layer, state, 6
             )
-    assert (scope.check.path == "plain") == (name in ("alibi", "recurrent", "keys shared between layers"))
+    assert (scope.check.path == "plain") == (name == "recurrent")
 
 
 def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypatch):

@@ -1,0 +1,92 @@
+"""What a model makes for its whole batch, fitted to the rows that reach a decoder layer.
+
+Masks, position embeddings, attention biases, keys that layers share: a model makes them for all the rows of its input
+and hands them to its decoder layers beside the residual stream. Where a layer gets fewer rows they are cut. Where one
+was kept from a layer below that had fewer, the first row, the clean one, stands in for those that came since.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, MutableMapping
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pscope.models import LanguageModel
+from pscope.residual import calling, stream_of
+
+Place = tuple[object, ...]
+"""Where a tensor stands: the number of the decoder layer, and the way to it among the arguments of its call."""
+
+
+class PerRow(NamedTuple):
+    """An axis of a tensor along which each row of the batch has `size` entries, one row after the other."""
+
+    axis: int
+    size: int
+
+
+def find_batch_axes(model: LanguageModel, run: Callable[[int], object]) -> dict[Place, PerRow]:
+    """Which tensors that decoder layers are called with have a batch axis, and which it is.
+
+    `run(rows)` passes so many equal rows through the model: the axis is the one that two rows make twice as long.
+    """
+    one, two = (_shapes(model, run, rows) for rows in (1, 2))
+    found = {}
+    for place in one.keys() & two.keys():
+        doubled = [axis for axis, sizes in enumerate(zip(one[place], two[place], strict=True)) if sizes[0] != sizes[1]]
+        if len(doubled) == 1:
+            (axis,) = doubled
+            found[place] = PerRow(axis, one[place][axis])
+    return found
+
+
+def fitting(model: LanguageModel, batch_axes: Mapping[Place, PerRow]) -> AbstractContextManager[None]:
+    """A block within which each decoder layer is called with as many rows of everything as of its residual stream."""
+
+    def fit(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        rows = stream_of(args, kwargs).shape[0]
+
+        def fitted(place: Place, tensor: Tensor) -> Tensor:
+            return _with_rows(tensor, rows, *batch_axes[place]) if place in batch_axes else tensor
+
+        return _mapped((layer,), (args, kwargs), fitted)
+
+    return calling(model, fit)
+
+
+def _shapes(model: LanguageModel, run: Callable[[int], object], rows: int) -> dict[Place, tuple[int, ...]]:
+    shapes: dict[Place, tuple[int, ...]] = {}
+
+    def look(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        def noted(place: Place, tensor: Tensor) -> Tensor:
+            shapes[place] = tuple(tensor.shape)
+            return tensor
+
+        return _mapped((layer,), (args, kwargs), noted)
+
+    with calling(model, look):
+        run(rows)
+    return shapes
+
+
+def _mapped(place: Place, value: object, function: Callable[[Place, Tensor], Tensor]) -> object:
+    """`value` with the function applied to every tensor in it. Mappings are changed in place: layers may share them."""
+    if isinstance(value, Tensor):
+        return function(place, value)
+    if isinstance(value, MutableMapping):
+        for key in value:
+            value[key] = _mapped((*place, key), value[key], function)
+    elif isinstance(value, (tuple, list)):
+        return type(value)(_mapped((*place, index), item, function) for index, item in enumerate(value))
+    return value
+
+
+def _with_rows(tensor: Tensor, rows: int, axis: int, size: int) -> Tensor:
+    missing = rows * size - tensor.shape[axis]
+    if missing <= 0:
+        return tensor.narrow(axis, 0, rows * size)
+    first_row = tensor.narrow(axis, 0, size)
+    return torch.cat([tensor, *[first_row] * (missing // size)], dim=axis)
