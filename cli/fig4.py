@@ -134,7 +134,7 @@ def fig4(
     kept = composed
     if keep is Keep.solvable and query is None:
         with err.status("Asking the model each hop alone …"):
-            hops = multi_hop.answer_hops(lm, composed, decoding, memory=budget, cached=check.path == "staircase")
+            hops = multi_hop.answer_hops(lm, composed, decoding, memory=budget, path=check.path)
         counts["hop one answered"] = sum(answered.one_found for answered in hops)
         counts["hop two answered"] = sum(answered.two_found for answered in hops)
         kept = [answered.query for answered in hops if answered.solvable]

@@ -114,7 +114,7 @@ def table2(
             decoding=decoding,
             seed=seed,
             memory=budget,
-            cached=check.path == "staircase",
+            path=check.path,
         )
     for line in skipped:
         err.print(line, soft_wrap=True, markup=False)

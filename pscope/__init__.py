@@ -18,7 +18,7 @@ _HOME = {
     "capture": "residual",
     "continue_prompts": "unpatched",
     "editing": "residual",
-    "load": "models",
+    "load": "loading",
     "logit_lens": "lens",
     "overwriting": "residual",
     "recording": "residual",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -109,7 +110,32 @@ class CachedRows:
         self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
 
     def keep(self, kept: Tensor) -> None:
-        self._cache.batch_select_indices(kept)
+        self._cache.reorder_cache(kept)
+
+
+class UncachedRows:
+    """Rows that run all their tokens again at every step.
+
+    `within(rows)`, the numbers of the rows that are left, gives a block to run them in.
+    """
+
+    def __init__(
+        self, model: LanguageModel, ids: Tensor, within: Callable[[Tensor], AbstractContextManager] | None = None
+    ) -> None:
+        self._model, self._ids, self._within = model, ids, within or (lambda rows: nullcontext())
+        self._rows = torch.arange(len(ids))
+        self._run()
+
+    def step(self, tokens: Tensor) -> None:
+        self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
+        self._run()
+
+    def keep(self, kept: Tensor) -> None:
+        self._ids, self._rows = self._ids[kept], self._rows[kept.cpu()]
+
+    def _run(self) -> None:
+        with self._within(self._rows):
+            self.logits = self._model.next_token_logits(self._ids)
 
 
 @torch.no_grad()

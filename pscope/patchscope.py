@@ -15,11 +15,9 @@ from torch import Tensor
 from pscope.errors import PscopeError, RowError
 from pscope.generate import GREEDY, Decoding, Rows, Settled, check_finite, continue_rows
 from pscope.models import LanguageModel
-from pscope.plain import PlainPath
 from pscope.prompts import Prompt
 from pscope.residual import check_layer
-from pscope.selfcheck import SelfCheck, choose_path
-from pscope.staircase import Staircase
+from pscope.selfcheck import PATHS, PathName, SelfCheck, choose_path
 
 MEMORY = 2**30
 """The default budget for the rows of one pass, in bytes."""
@@ -46,7 +44,8 @@ class Patchscope:
     """Patches states into `target` at its marked position, for any number of (state, target layer) rows.
 
     Rows run on the staircase, many layers in one pass, if a self-check on this model and prompt finds that it agrees
-    with passes over the whole patched prompt; otherwise on the plain path. `path` overrides the check. As many rows
+    with passes over the whole patched prompt; otherwise on the plain path, with the model's own cache if that agrees
+    too, else without. `path` overrides the check. As many rows
     share a pass as fit in about `memory` bytes beside the model.
 
     Raises PscopeError if `memory` is not positive.
@@ -58,7 +57,7 @@ class Patchscope:
         target: Prompt,
         *,
         memory: int = MEMORY,
-        path: Literal["auto", "staircase", "plain"] = "auto",
+        path: PathName | Literal["auto"] = "auto",
     ) -> None:
         if memory <= 0:
             raise PscopeError(f"the memory budget is {memory} bytes; it must be positive")
@@ -66,7 +65,7 @@ class Patchscope:
         if path == "auto":
             self._path, self.check = choose_path(model, target)
         else:
-            self._path = {"staircase": Staircase, "plain": PlainPath}[path](model, target)
+            self._path = PATHS[path](model, target)
             self.check = SelfCheck(path, "asked for, not checked")
 
     def logits(self, states: Tensor, target_layers: Sequence[int] | int) -> Iterator[Logits]:

@@ -1,59 +1,59 @@
-"""The plain path: whole prompts, one per row, with hooks that overwrite: slow, and always right."""
+"""Whole prompts, one per row, with hooks that overwrite: slow, and always right where the model itself is."""
 
 from __future__ import annotations
+
+from contextlib import AbstractContextManager
 
 import torch
 from torch import Tensor
 
+from pscope.generate import CachedRows, Rows, UncachedRows
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
 from pscope.residual import Edit, editing
 
 
 class PlainPath:
-    """Runs patched rows of one target prompt, with the same calls as `Staircase`."""
+    """Runs patched rows of one target prompt, with the same calls as `Staircase`.
 
-    def __init__(self, model: LanguageModel, target: Prompt) -> None:
-        self.model, self.target = model, target
+    Continuations go on from a cache of the kind that the model chooses by itself; without `cached`, every new token
+    runs the whole row again, patch and all.
+    """
 
-    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> PlainRows:
+    def __init__(self, model: LanguageModel, target: Prompt, *, cached: bool = True) -> None:
+        self.model, self.target, self._cached = model, target, cached
+
+    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> Rows:
         """Patch each of `states` (rows, hidden) into the target at its layer, (rows,). The clean row comes first."""
-        return PlainRows(self.model, self.target, states, target_layers)
+        ids = torch.tensor([self.target.ids], device=self.model.device).repeat(len(states) + 1, 1)
+        # The clean row is patched at no layer.
+        layers = torch.cat([target_layers.new_tensor([-1]), target_layers])
+        states = torch.cat([torch.zeros_like(states[:1]), states]).to(self.model.device)
+        if self._cached and new_tokens:
+            cache = self.model.own_cache()
+            with self._patching(torch.arange(len(ids)), states, layers):
+                return CachedRows(self.model, cache, self.model.next_token_logits(ids, cache))
+        return UncachedRows(self.model, ids, lambda rows: self._patching(rows, states, layers))
 
     def row_bytes(self, new_tokens: int) -> int:
         """About how much memory a row takes."""
-        return self.model.activation_bytes(len(self.target) + new_tokens)
+        tokens = len(self.target) + new_tokens
+        cached = self.model.cache_bytes(tokens) if self._cached and new_tokens else 0
+        return cached + self.model.activation_bytes(tokens)
 
+    def _patching(self, rows: Tensor, states: Tensor, layers: Tensor) -> AbstractContextManager[None]:
+        """A block within which the rows of the batch, numbers into the others, are overwritten each at its layer."""
+        here = layers[rows]
+        edits = {
+            layer: self._overwrite((here == layer).nonzero().squeeze(1), states[rows[here == layer].to(states.device)])
+            for layer in here[here >= 0].unique().tolist()
+        }
+        return editing(self.model, edits)
 
-class PlainRows:
-    """The clean row and the patched ones. Every step runs the whole of them again, patch and all, without a cache."""
-
-    def __init__(self, model: LanguageModel, target: Prompt, states: Tensor, target_layers: Tensor) -> None:
-        self._model, self._position = model, target.position
-        self._ids = torch.tensor([target.ids], device=model.device).repeat(len(states) + 1, 1)
-        # The clean row is patched at no layer.
-        self._layers = torch.cat([target_layers.new_tensor([-1]), target_layers])
-        self._states = torch.cat([torch.zeros_like(states[:1]), states]).to(model.device)
-        self._run()
-
-    def step(self, tokens: Tensor) -> None:
-        self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
-        self._run()
-
-    def keep(self, kept: Tensor) -> None:
-        self._ids, self._layers, self._states = self._ids[kept], self._layers[kept.cpu()], self._states[kept]
-
-    def _run(self) -> None:
-        patched = self._layers[self._layers >= 0].unique().tolist()
-        with editing(self._model, {layer: self._overwrite(layer) for layer in patched}):
-            self.logits = self._model.next_token_logits(self._ids)
-
-    def _overwrite(self, layer: int) -> Edit:
-        rows = (self._layers == layer).nonzero().squeeze(1)
-
+    def _overwrite(self, rows: Tensor, states: Tensor) -> Edit:
         def edit(stream: Tensor) -> Tensor:
             stream = stream.clone()
-            stream[rows, self._position] = self._states[rows].to(stream)
+            stream[rows, self.target.position] = states.to(stream)
             return stream
 
         return edit

@@ -13,8 +13,10 @@ from functools import partial
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
+from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer
 
 from pscope.batching import find_batch_axes, fitting
+from pscope.errors import ModelError
 from pscope.generate import CachedRows
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
@@ -22,10 +24,14 @@ from pscope.residual import Edit, editing
 
 
 class Staircase:
-    """Runs patched rows of one target prompt. See the module's text for how, `Patchscope` for how to use it."""
+    """Runs patched rows of one target prompt. See the module's text for how, `Patchscope` for how to use it.
+
+    Raises ModelError for a model that keeps more than the keys and values of each token, recurrent states for example.
+    """
 
     def __init__(self, model: LanguageModel, target: Prompt) -> None:
         self.model = model
+        _check_cache(model)
         ids = torch.tensor([target.ids], device=model.device)
         self._prefix_ids, self._suffix_ids = ids[:, : target.position], ids[:, target.position :]
         # Plain full-length cache layers: where the model has sliding windows, its mask does the windowing. The
@@ -71,6 +77,13 @@ class Staircase:
             return 2 * self.model.hidden_size * self.model.dtype.itemsize
         layer = self._prefix.layers[0]
         return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
+
+
+def _check_cache(model: LanguageModel) -> None:
+    kept = {type(layer) for layer in model.own_cache().layers}
+    others = sorted(kind.__name__ for kind in kept - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer})
+    if others:
+        raise ModelError(f"its cache has {', '.join(others)}, not only the keys and values of each token")
 
 
 def _only_clean(then: Edit | None) -> Edit:
@@ -120,12 +133,6 @@ class _GrowingLayer(DynamicLayer):
         self._length += key_states.shape[2]
         present = key_states.shape[0]
         return self.keys[:present, :, : self._length], self.values[:present, :, : self._length]
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        self.keys, self.values = (
-            self.keys[indices.to(self.keys.device)],
-            self.values[indices.to(self.values.device)],
-        )
 
     def _joined(self, prefix: Tensor | None, own: Tensor) -> Tensor:
         return own if prefix is None else torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)

@@ -14,7 +14,7 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
 
 import pscope
-from pscope import ModelError, models, packaged
+from pscope import ModelError, loading, packaged
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +128,7 @@ def test_what_the_hub_refuses(error, message, monkeypatch):
         assert not any("bin" in pattern for pattern in kwargs["allow_patterns"])
         raise error("no", response=MagicMock())
 
-    monkeypatch.setattr(models, "snapshot_download", refuse)
+    monkeypatch.setattr(loading, "snapshot_download", refuse)
     with pytest.raises(ModelError, match=message):
         pscope.load("some/model", revision="v9")
 

@@ -25,7 +25,7 @@ from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, c
 from pscope.staircase import Staircase
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
-PATHS = ["staircase", "plain"]
+PATHS = ["staircase", "plain", "uncached"]
 
 
 def rows_for_every_layer(model, seed=0, per_layer=2):

@@ -16,13 +16,13 @@ def greedy(model, ids, new_tokens, end_tokens=()):
     return spoken
 
 
-@pytest.mark.parametrize("cached", [True, False])
+@pytest.mark.parametrize("path", ["staircase", "plain", "uncached"])
 @pytest.mark.parametrize("memory", [1, 2**30])
-def test_prompts_of_any_length_against_a_plain_loop(tiny, cached, memory):
+def test_prompts_of_any_length_against_a_plain_loop(tiny, path, memory):
     prompts = [tiny.prompt(text) for text in TEXTS]
     endless = [greedy(tiny, prompt.ids, 8) for prompt in prompts]
     end_tokens = {endless[0][1], endless[2][4]}
-    spoken = dict(continue_prompts(ending(tiny, end_tokens), prompts, Decoding(8), memory=memory, cached=cached))
+    spoken = dict(continue_prompts(ending(tiny, end_tokens), prompts, Decoding(8), memory=memory, path=path))
     assert sorted(spoken) == list(range(len(TEXTS)))
     for index, prompt in enumerate(prompts):
         assert spoken[index] == greedy(tiny, prompt.ids, 8, end_tokens)

@@ -28,6 +28,7 @@ from pscope.patchscope import MEMORY, Patchscope
 from pscope.prompts import Prompt, written_out
 from pscope.relations import Relation, Sample
 from pscope.residual import capture
+from pscope.selfcheck import PathName
 from pscope.unpatched import continue_prompts
 
 PATCHED, ANOTHER, RANDOM, CLEAN = "patched", "another subject", "random vector", "clean target"
@@ -65,7 +66,7 @@ def ask_plainly(
     decoding: Decoding = GREEDY,
     seed: int = 0,
     memory: int = MEMORY,
-    cached: bool = True,
+    path: PathName = "staircase",
 ) -> list[Question]:
     """Keep what the model knows: the samples whose answer stands in its own continuation of the unpatched question.
 
@@ -86,7 +87,7 @@ def ask_plainly(
         decoding,
         settled=lambda index, text: answer_settled(text, asked[index][1].answers),
         memory=memory,
-        cached=cached,
+        path=path,
     )
     try:
         for index, tokens in sorted(spoken):

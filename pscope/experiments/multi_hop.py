@@ -25,6 +25,7 @@ from pscope.patchscope import MEMORY, Patchscope
 from pscope.prompts import Prompt
 from pscope.relations import PLACEHOLDER, Query
 from pscope.residual import capture
+from pscope.selfcheck import PathName
 from pscope.unpatched import continue_prompts
 
 VANILLA, STEP_BY_STEP = "vanilla", "step by step"
@@ -55,7 +56,7 @@ def answer_hops(
     decoding: Decoding = GREEDY,
     *,
     memory: int = MEMORY,
-    cached: bool = True,
+    path: PathName = "staircase",
 ) -> list[Hops]:
     """Ask the model each hop of every query by itself; prompts that coincide are run once.
 
@@ -68,7 +69,7 @@ def answer_hops(
     two = [query.hop_two for query in queries]
     right = {text: query.bridge for text, query in zip(one, queries, strict=True)}
     right.update({text: query.answers for text, query in zip(two, queries, strict=True)})
-    spoken = _continued(model, [*one, *two], decoding, memory, cached, right)
+    spoken = _continued(model, [*one, *two], decoding, memory, path, right)
     return [
         Hops(
             query,
@@ -119,13 +120,12 @@ def correct(
         raise PscopeError("there is no query to ask")
     folds = _folds(len(queries), seed)
     first = Patchscope(model, model.prompt(queries[0].text), memory=memory)
-    cached = first.check.path == "staircase"
     for method, prompts, how in (
         (VANILLA, [query.text for query in queries], decoding),
         (STEP_BY_STEP, [step_by_step(model, query, chat) for query in queries], reasoning),
     ):
         right = {prompt: query.answers for prompt, query in zip(prompts, queries, strict=True)}
-        spoken = _continued(model, prompts, how, memory, cached, right)
+        spoken = _continued(model, prompts, how, memory, first.check.path, right)
         yield pd.concat(
             [
                 _rows(query, number, folds, method, CLEAN, [(None, None)], [spoken[prompt]])
@@ -274,7 +274,7 @@ def _continued(
     texts: Sequence[str],
     decoding: Decoding,
     memory: int,
-    cached: bool,
+    path: PathName,
     right: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
     """What the model says after each text, until it has said what is `right`; texts that coincide are run once."""
@@ -285,7 +285,7 @@ def _continued(
         return answer_settled(text, right[once[index]])
 
     try:
-        spoken = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, cached=cached))
+        spoken = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, path=path))
     except RowError as error:
         raise PscopeError(f"{once[error.row]!r} failed: {error.reason}") from error
     return {text: decoding.text(spoken[index], model.tokenizer) for index, text in enumerate(once)}

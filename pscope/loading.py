@@ -1,0 +1,155 @@
+"""Find, fetch and load a causal language model: packaged, from the hub, from a folder, from a file, or from memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import (
+    GatedRepoError,
+    HfHubHTTPError,
+    HFValidationError,
+    LocalEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GgufConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from pscope import packaged
+from pscope.errors import ModelError
+from pscope.models import LanguageModel
+from pscope.structure import check_structure
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+
+
+def load(
+    model: str | Path | PreTrainedModel = packaged.DEFAULT,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device | None = None,
+    device_map: str | dict | None = None,
+    revision: str | None = None,
+) -> LanguageModel:
+    """Load a causal language model with its tokenizer.
+
+    `model` is the name of a packaged model (`smollm2`, the default), a folder, a `.gguf` file, a hub id, or a model in
+    memory, which comes with its `tokenizer` and stays where and as it is. Weights are read from safetensors or GGUF
+    only, and no code that a checkpoint carries is run. Without `device` and `device_map`, a GPU is used if there
+    is one. `dtype="auto"` keeps that of the checkpoint.
+
+    Raises ModelError, in one line that says what to do, when the model is missing, gated, unreachable or unreadable,
+    or not one that can be patched (`pscope.structure`).
+    """
+    if isinstance(model, nn.Module):
+        if tokenizer is None:
+            raise ModelError("a model in memory comes with its tokenizer: load(model, tokenizer)")
+        if model.training:
+            raise ModelError(f"{type(model).__name__} is in training mode; call its eval() first")
+        return check_structure(LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__))
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+        dtype = DTYPES[dtype]
+
+    if device is not None and device_map is not None:
+        raise ModelError("device and device_map were both given; device is for the whole model, device_map spreads it")
+    if device_map is None:
+        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    folder, options = _locate(str(model), revision)
+    placement = {} if device_map is None else {"device_map": device_map}
+    try:
+        if tokenizer is None:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        if "gguf_file" in options:
+            # The blocks are unpacked at load time, so that a GGUF file becomes a model like any other.
+            options["quantization_config"] = GgufConfig(dequantize=True)
+        else:
+            _refuse_other_than_causal(folder)
+        hf = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **placement, **options
+        )
+        if device_map is None:
+            hf = hf.to(device)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:
+        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
+    return check_structure(LanguageModel(hf, tokenizer, str(model)))
+
+
+def _usable(device: str | torch.device) -> torch.device:
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError) as error:
+        raise ModelError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
+
+
+def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
+    """The local folder that holds the model, fetched if need be, and what `from_pretrained` must know besides."""
+    if name in packaged.MODELS:
+        return str(packaged.folder(name)), {}
+    path = Path(name).expanduser()
+    if path.suffix == ".gguf":
+        if not path.is_file():
+            raise ModelError(f"there is no file {name}")
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_file():
+        raise ModelError(f"{name} is a file, and not a .gguf file; give one, or the folder of a model")
+    if path.is_dir():
+        return str(path), {}
+    return _fetch_from_hub(name, revision), {}
+
+
+def _fetch_from_hub(name: str, revision: str | None) -> str:
+    packages = ", ".join(packaged.MODELS)
+    try:
+        # No pickle, no code, and no second copy of the weights in another layout.
+        return snapshot_download(
+            name,
+            revision=revision,
+            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            ignore_patterns=["*/*", "consolidated*"],
+        )
+    except HFValidationError as error:
+        raise ModelError(
+            f"{name} is neither a folder here, nor a hub id (owner/name), nor one of: {packages}"
+        ) from error
+    except GatedRepoError as error:
+        raise ModelError(
+            f"{name} is gated: accept its terms on its hub page, then run `hf auth login` and try again"
+        ) from error
+    except RepositoryNotFoundError as error:
+        raise ModelError(
+            f"the hub has no model {name}, or it is private (then run `hf auth login`); without the hub: {packages}"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise ModelError(f"{name} has no revision {revision!r}") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError) as error:
+        raise ModelError(
+            f"{name} is no folder here, and the hub cannot be reached to look for it there; "
+            f"check the name and the network, or use a model that needs no hub: {packages}"
+        ) from error
+    except Exception as error:
+        # A proxy that refuses, a connection that breaks, a disk that is full: each says what it is.
+        raise ModelError(f"cannot fetch {name}: {_first_line(error)}") from error
+
+
+def _refuse_other_than_causal(folder: str) -> None:
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    if config.is_encoder_decoder:
+        raise ModelError(f"{config.model_type} is an encoder-decoder; pscope patches decoder-only models")
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

@@ -1,0 +1,75 @@
+"""Refuse a model whose hidden states cannot be read and patched, before any number is made of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pscope.errors import ModelError
+from pscope.models import LanguageModel
+from pscope.residual import Edit, editing
+
+COUNTS = ("num_hidden_layers", "num_layers")
+"""Where a config says how many decoder layers there are."""
+
+CAUSAL = 0.05
+"""How far a later token may move a state, in standard deviations; rounding stays below, what a token sees is above."""
+
+
+@torch.no_grad()
+def check_structure(model: LanguageModel) -> LanguageModel:
+    """The model, if two short passes show that it is one to patch.
+
+    Raises ModelError if it is an encoder-decoder, has no weights, runs its decoder layers otherwise than once each and
+    in order, passes on anything but one stream of the width that its config says, lets tokens see later ones, or
+    gives logits that are not finite.
+    """
+    what = type(model.hf).__name__
+    if model.hf.config.is_encoder_decoder:
+        raise ModelError(f"{what} is an encoder-decoder; pscope patches decoder-only models")
+    _check_weights(model)
+    counts = {getattr(model.hf.config.get_text_config(), name, None) for name in COUNTS} - {None}
+    if counts and model.n_layers not in counts:
+        raise ModelError(
+            f"{what} lists {model.n_layers} decoder layers where its config says {max(counts)}: layers that are shared "
+            "or kept elsewhere cannot be told apart; give a model with one list of all its layers"
+        )
+    token = model.hf.config.get_text_config().vocab_size // 2
+    last = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
+    moved = (last[0] - last[1])[:-1].abs().max() / last[0].std()
+    if moved > CAUSAL:
+        raise ModelError(f"{what} lets tokens see later ones, as masked language models do; pscope patches causal ones")
+    return model
+
+
+def _check_weights(model: LanguageModel) -> None:
+    # Offloaded weights stand on meta too, with a hook of accelerate that brings them.
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.hf.modules())
+    if not offloaded and any(weight.is_meta for weight in model.hf.parameters()):
+        raise ModelError(
+            f"{type(model.hf).__name__} is on the meta device, without weights; load it with from_pretrained"
+        )
+
+
+def _top(model: LanguageModel, ids: list[int]) -> Tensor:
+    """The states of layer L, (tokens, hidden), of a pass in which every layer is seen once, in order."""
+    seen: list[int] = []
+    streams: list[Tensor] = []
+
+    def look(layer: int) -> Edit:
+        def edit(stream: Tensor) -> None:
+            seen.append(layer)
+            streams[:] = [stream]
+
+        return edit
+
+    with editing(model, {layer: look(layer) for layer in range(model.n_layers + 1)}):
+        logits = model.next_token_logits(torch.tensor([ids], device=model.device))
+    if seen != list(range(model.n_layers + 1)):
+        raise ModelError(
+            f"{type(model.hf).__name__} runs its {model.n_layers} decoder layers in the order {seen[1:]}: layers that "
+            "are shared or skipped cannot be patched one by one; give a model that runs each once"
+        )
+    if not logits.isfinite().all():
+        raise ModelError(f"{model.name} gives logits that are not finite in {model.dtype}; try another dtype")
+    return streams[0][0].float()
