@@ -7,13 +7,13 @@ from torch import Tensor
 
 from pscope.errors import ModelError
 from pscope.models import LanguageModel
-from pscope.residual import Edit, editing
+from pscope.residual import Edit, calling, editing, stream_of
 
 COUNTS = ("num_hidden_layers", "num_layers")
 """Where a config says how many decoder layers there are."""
 
-CAUSAL = 0.05
-"""How far a later token may move a state, in standard deviations; rounding stays below, what a token sees is above."""
+CAUSAL = {torch.float64: 1e-3, torch.float32: 1e-3}
+"""How far a later token may move a state, in standard deviations: by rounding only, where experts share batches."""
 
 
 @torch.no_grad()
@@ -21,8 +21,8 @@ def check_structure(model: LanguageModel) -> LanguageModel:
     """The model, if two short passes show that it is one to patch.
 
     Raises ModelError if it is an encoder-decoder, has no weights, runs its decoder layers otherwise than once each and
-    in order, passes on anything but one stream of the width that its config says, lets tokens see later ones, or
-    gives logits that are not finite.
+    in order, each on what the last one wrote, passes on anything but one stream of the width that its config says, lets
+    tokens see later ones, or gives logits that are not finite.
     """
     what = type(model.hf).__name__
     if model.hf.config.is_encoder_decoder:
@@ -37,7 +37,7 @@ def check_structure(model: LanguageModel) -> LanguageModel:
     token = model.hf.config.get_text_config().vocab_size // 2
     last = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
     moved = (last[0] - last[1])[:-1].abs().max() / last[0].std()
-    if moved > CAUSAL:
+    if moved > CAUSAL.get(model.dtype, 0.05):
         raise ModelError(f"{what} lets tokens see later ones, as masked language models do; pscope patches causal ones")
     return model
 
@@ -52,23 +52,36 @@ def _check_weights(model: LanguageModel) -> None:
 
 
 def _top(model: LanguageModel, ids: list[int]) -> Tensor:
-    """The states of layer L, (tokens, hidden), of a pass in which every layer is seen once, in order."""
-    seen: list[int] = []
+    """The states of layer L, (tokens, hidden), of a pass in which each layer ran once and read what the last wrote."""
+    what = type(model.hf).__name__
+    ran: list[int] = []
     streams: list[Tensor] = []
+
+    def follow(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        stream = stream_of(args, kwargs)
+        if streams and not (stream.shape == streams[-1].shape and stream.to(streams[-1]).equal(streams[-1])):
+            raise ModelError(
+                f"layer {layer} of {what}, {type(model.layers[layer]).__name__}, does not read what the one before it "
+                "wrote, so the list that was found does not carry the residual stream; this model cannot be patched"
+            )
+        return args, kwargs
 
     def look(layer: int) -> Edit:
         def edit(stream: Tensor) -> None:
-            seen.append(layer)
+            ran.append(layer)
             streams[:] = [stream]
 
         return edit
 
-    with editing(model, {layer: look(layer) for layer in range(model.n_layers + 1)}):
+    with (
+        editing(model, {layer: look(layer) for layer in range(1, model.n_layers + 1)}),
+        calling(model, follow),
+    ):
         logits = model.next_token_logits(torch.tensor([ids], device=model.device))
-    if seen != list(range(model.n_layers + 1)):
+    if ran != list(range(1, model.n_layers + 1)):
         raise ModelError(
-            f"{type(model.hf).__name__} runs its {model.n_layers} decoder layers in the order {seen[1:]}: layers that "
-            "are shared or skipped cannot be patched one by one; give a model that runs each once"
+            f"{what} runs its {model.n_layers} decoder layers in the order {ran}: layers that are shared or skipped "
+            "cannot be patched one by one; give a model that runs each once"
         )
     if not logits.isfinite().all():
         raise ModelError(f"{model.name} gives logits that are not finite in {model.dtype}; try another dtype")

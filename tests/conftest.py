@@ -11,6 +11,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pscope
 
 
+def pytest_addoption(parser):
+    parser.addoption("--write-readme", action="store_true", help="Write the README's table of architectures anew.")
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> pscope.LanguageModel:
     """The real default model, fetched the first time it is needed."""

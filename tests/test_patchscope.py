@@ -3,25 +3,13 @@ import torch
 from conftest import random_model
 from reference import greedy_choices, hidden_states, patched_continuation, patched_logits
 from transformers import (
-    BloomConfig,
-    BloomForCausalLM,
     Gemma3ForCausalLM,
     Gemma3TextConfig,
-    Gemma4ForCausalLM,
-    Gemma4TextConfig,
-    GPT2Config,
-    GPT2LMHeadModel,
-    GPTNeoXConfig,
-    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
-    MambaConfig,
-    MambaForCausalLM,
-    MistralConfig,
-    MistralForCausalLM,
 )
 
-from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens
+from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens, staircase
 from pscope.staircase import Staircase
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
@@ -109,43 +97,6 @@ def test_own_state_in_its_own_place_is_the_clean_row(tiny, at):
     assert all(row == spoken.clean for row in spoken.patched)
 
 
-ARCHITECTURES = {
-    "window shorter than the prompt": (MistralForCausalLM, MistralConfig, {"sliding_window": 8}),
-    "windowed and full layers, scaled embedding": (
-        Gemma3ForCausalLM,
-        Gemma3TextConfig,
-        {"sliding_window": 8, "head_dim": 8, "sliding_window_pattern": 2},
-    ),
-    "learned positions": (GPT2LMHeadModel, GPT2Config, {"n_embd": 32, "n_head": 4, "n_layer": 4, "n_inner": 64}),
-    "parallel attention": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
-    "alibi": (BloomForCausalLM, BloomConfig, {"n_layer": 4, "n_head": 4}),
-    "keys shared between layers": (
-        Gemma4ForCausalLM,
-        Gemma4TextConfig,
-        {"num_hidden_layers": 6, "num_kv_shared_layers": 2, "head_dim": 8, "global_head_dim": 8}
-        | {"layer_types": ["sliding_attention", "full_attention"] * 3, "sliding_window": 8}
-        | {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 49152},
-    ),
-    "recurrent": (MambaForCausalLM, MambaConfig, {"state_size": 4}),
-}
-
-
-@pytest.mark.parametrize("name", ARCHITECTURES)
-def test_whatever_path_is_chosen_agrees(name, tokenizer):
-    model_class, config_class, options = ARCHITECTURES[name]
-    model = random_model(model_class, config_class, tokenizer, **options)
-    for at in (4, "last"):
-        scope = Patchscope(model, model.prompt(TARGET, at))
-        states, layers = rows_for_every_layer(model, per_layer=1)
-        assert_agrees(scope, states, layers)
-        spoken = scope.generate(states, layers, Decoding(6))
-        for state, layer, got in zip(states, layers, spoken.patched, strict=True):
-            assert got == patched_continuation(
-                model.hf, model.layers, scope.target.ids, scope.target.position, layer, state, 6
-            )
-    assert (scope.check.path == "plain") == (name == "recurrent")
-
-
 def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypatch):
     start = Staircase.start
 
@@ -160,14 +111,31 @@ def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypa
     assert_agrees(scope, *rows_for_every_layer(tiny))
 
 
-def test_the_self_check_catches_an_error_confined_to_continuations(tiny, monkeypatch):
-    step = tiny.next_token_logits
+def spoil(monkeypatch, model, wrong):
+    """Let the passes of which `wrong(ids, cache)` says so give logits that are off."""
+    step = type(model).next_token_logits
     monkeypatch.setattr(
-        type(tiny),
-        "next_token_logits",
-        lambda self, ids, cache=None: step(ids, cache) + (cache is not None and ids.shape == (5, 1)),
+        type(model), "next_token_logits", lambda self, ids, cache=None: step(self, ids, cache) + wrong(ids, cache)
     )
-    assert Patchscope(tiny, tiny.prompt(TARGET, 3)).check.path == "plain"
+
+
+def test_the_self_check_catches_an_error_confined_to_continuations(tiny, monkeypatch):
+    growing = staircase._GrowingLayer
+    spoil(
+        monkeypatch,
+        tiny,
+        lambda ids, cache: ids.shape == (5, 1) and cache is not None and isinstance(cache.layers[0], growing),
+    )
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 3))
+    assert scope.check.path == "plain"
+    assert_agrees(scope, *rows_for_every_layer(tiny))
+
+
+def test_the_self_check_catches_a_cache_that_cannot_be_relied_on_once_rows_have_left(tiny, monkeypatch):
+    spoil(monkeypatch, tiny, lambda ids, cache: ids.shape == (3, 1) and cache is not None)
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 3))
+    assert scope.check.path == "uncached"
+    assert "going on from its own cache is" in str(scope.check)
 
 
 def test_a_small_memory_budget_changes_nothing_but_the_passes(tiny):

@@ -1,0 +1,141 @@
+"""Every architecture against the one-row loop, and the README's table of them."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from architectures import ARCHITECTURES, KNOWN, VOCABULARY, build
+from reference import hidden_states, patched_continuation, patched_logits
+
+from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, capture, logit_lens
+from pscope.structure import check_structure
+
+README = Path(__file__).parent.parent / "README.md"
+BEGIN, END = "<!-- architectures -->\n", "<!-- /architectures -->\n"
+TOKENS = torch.randint(3, VOCABULARY, (20,), generator=torch.Generator().manual_seed(1)).tolist()
+POSITIONS = {"last": 19, "middle": 11, "first": 0}
+NEW_TOKENS = 4
+TOLERANCE = 1e-4
+"""In standard deviations of the logits."""
+
+REFUSED = {
+    "cpmant": "lets tokens see later ones",
+    "gemma3n_text": r"holds \(4, 1, 3, 32\) where a residual stream of \(batch, tokens, 32\) was expected",
+    "xlm": r"layer 1 of XLM.* does not read what the one before it wrote",
+}
+EAGER = ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "bloom", "opt", "qwen3_moe", "cohere2"]
+
+
+def prompt(ids, position):
+    return Prompt("", tuple(ids), ("",) * len(ids), position)
+
+
+@cache
+def model_of(name: str) -> tuple[LanguageModel, torch.nn.ModuleList]:
+    """The model, and its decoder layers as they are known, not as pscope finds them."""
+    hf, layers = build(name)
+    return LanguageModel(hf, None, name), layers
+
+
+@cache
+def scope_of(name: str, where: str) -> Patchscope:
+    model, _ = model_of(name)
+    return Patchscope(model, prompt(TOKENS, POSITIONS[where]))
+
+
+def random_states(model: LanguageModel) -> torch.Tensor:
+    """States as long as the model's own, one for each layer, (L + 1, hidden)."""
+    own = capture(model, [prompt(TOKENS, 7)])[0]
+    noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(2))
+    return noise * own.std(dim=-1, keepdim=True)
+
+
+def assert_close(got, expected):
+    assert (got - expected).abs().max() / expected.std() < TOLERANCE
+    assert got.argmax() == expected.argmax()
+
+
+def assert_rows_agree(scope, layers):
+    """Logits and continuations of rows patched at every layer, and of the clean row, against the one-row loop."""
+    model, target = scope.model, scope.target
+    states, everywhere = random_states(model), range(model.n_layers + 1)
+    (part,) = scope.logits(states, everywhere)
+    spoken = scope.generate(states, everywhere, Decoding(NEW_TOKENS))
+    own = hidden_states(model.hf, layers, target.ids)[0, target.position]
+    rows = [*zip(everywhere, states, part.patched, spoken.patched, strict=True), (0, own, part.clean, spoken.clean)]
+    for layer, state, logits, said in rows:
+        where = (model.hf, layers, target.ids, target.position, layer, state)
+        assert_close(logits, patched_logits(*where)[-1])
+        assert said == patched_continuation(*where, NEW_TOKENS, model.end_tokens)
+
+
+def test_ninety_model_types():
+    assert len({name.split(",")[0] for name in ARCHITECTURES}) >= 90
+    assert len(KNOWN) > 0.9 * len(ARCHITECTURES)
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name not in REFUSED])
+def test_an_architecture(name):
+    model, layers = model_of(name)
+    assert check_structure(model).layers is layers
+    for where in POSITIONS:
+        assert_rows_agree(scope_of(name, where), layers)
+
+    prompts = [prompt(TOKENS[:length], length - 1) for length in (20, 5, 13)]
+    states = capture(model, prompts)
+    for read, expected in zip(states, prompts, strict=True):
+        torch.testing.assert_close(
+            read, hidden_states(model.hf, layers, expected.ids)[:, expected.position], rtol=1e-4, atol=1e-4
+        )
+    (lens,) = logit_lens(model).logits(states[:, -1], model.n_layers)
+    for got, clean in zip(lens.patched, prompts, strict=True):
+        with torch.no_grad():
+            assert_close(got, model.hf(torch.tensor([clean.ids])).logits[0, -1])
+
+
+@pytest.mark.parametrize("name", [name for name in KNOWN if name in REFUSED])
+def test_what_cannot_be_patched_is_refused(name):
+    with pytest.raises(ModelError, match=REFUSED[name]):
+        check_structure(model_of(name)[0])
+
+
+@pytest.mark.parametrize("name", EAGER)
+def test_eager_attention(name):
+    hf, layers = build(name, attn_implementation="eager")
+    scope = Patchscope(LanguageModel(hf, None, name), prompt(TOKENS, POSITIONS["middle"]))
+    assert scope.check.path == "staircase"
+    assert_rows_agree(scope, layers)
+
+
+def test_the_readme_lists_what_was_found(request):
+    paths = {name: _path(name) for name in KNOWN}
+    text = README.read_text("utf-8")
+    before, rest = text.split(BEGIN)
+    found, after = rest.split(END)
+    if request.config.getoption("--write-readme"):
+        README.write_text(before + BEGIN + _table(paths) + END + after, "utf-8")
+    else:
+        # An older transformers lacks some; those that it has are as they are told.
+        listed = {name: path for path, names in _rows(found).items() for name in names if name in KNOWN}
+        assert listed == paths
+
+
+def _path(name: str) -> str:
+    if name in REFUSED:
+        return "refused"
+    paths = {scope_of(name, where).check.path for where in POSITIONS}
+    assert len(paths) == 1
+    return paths.pop()
+
+
+def _table(paths: dict[str, str]) -> str:
+    lines = ["", "| path | configurations |", "|---|---|"]
+    for path in ("staircase", "plain", "uncached", "refused"):
+        lines.append(f"| {path} | {'; '.join(sorted(name for name in paths if paths[name] == path))} |")
+    return "\n".join(lines) + "\n\n"
+
+
+def _rows(table: str) -> dict[str, list[str]]:
+    rows = (line.strip("| ").split(" | ") for line in table.splitlines() if line.startswith("| ") and ";" in line)
+    return {path: names.split("; ") for path, names in rows}
