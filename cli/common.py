@@ -84,9 +84,12 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
     return sorted(layers)
 
 
-def parse_position(text: str) -> str | int:
-    """A position as the library takes it: whole numbers are indices, all else is text of the prompt, or "last"."""
-    return int(text) if re.fullmatch(r"-?\d+", text) else text
+def parse_position(text: str) -> str | int | list[int]:
+    """Positions as the library takes them: whole numbers are indices, all else is text of the prompt, or "last"."""
+    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
+        return text
+    indices = [int(index) for index in text.split(",")]
+    return indices[0] if len(indices) == 1 else indices
 
 
 def parse_memory(gib: float) -> int:

@@ -38,7 +38,7 @@ def fig1(
     target: Annotated[
         str | None, typer.Option(help="The prompt it is patched into.", show_default="the paper's token identity")
     ] = None,
-    target_at: Annotated[str, typer.Option(help="Which token of that is overwritten.")] = "last",
+    target_at: Annotated[str, typer.Option(help="Which token of that is overwritten, or several: 4,5,6.")] = "last",
     layers: LayersOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Tokens to show for each layer.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the patched prompt goes on for.")] = 4,
@@ -72,7 +72,7 @@ def fig1(
         "source": source_prompt.text,
         "source_position": source_prompt.position,
         "target": target_prompt.text,
-        "target_position": target_prompt.position,
+        "target_positions": target_prompt.positions,
         "layers": chosen,
         "top_k": top_k,
         "new_tokens": new_tokens,

@@ -107,7 +107,7 @@ def fig3(
         "left_out": [entity.name for entity in demonstrated],
         "pairs": pairs,
         "target": target_prompt.text,
-        "target_position": target_prompt.position,
+        "target_positions": target_prompt.positions,
         "before": before,
         "new_tokens": new_tokens,
         "stop": decoding.stop,

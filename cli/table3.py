@@ -87,7 +87,7 @@ def table3(
         "source_position": source_prompt.position,
         "reference": reference,
         "target": scope.target.text,
-        "target_position": scope.target.position,
+        "target_positions": scope.target.positions,
         "pairs": pairs,
         "new_tokens": new_tokens,
         "stop": decoding.stop,

@@ -13,4 +13,4 @@ def logit_lens(model: LanguageModel, memory: int = MEMORY) -> Patchscope:
     Call `.logits(states, model.n_layers)` on it. At layer L and the last position the target prompt plays no part any
     more, so it is a single token, no matter which. Whatever the model does after its last layer is done by the model.
     """
-    return Patchscope(model, Prompt(text="", ids=(0,), tokens=("",), position=0), memory=memory)
+    return Patchscope(model, Prompt(text="", ids=(0,), tokens=("",), positions=(0,)), memory=memory)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
 from pscope.errors import ModelError, PromptError
-from pscope.prompts import Prompt, tokenize
+from pscope.prompts import At, Prompt, tokenize
 
 
 @dataclass(frozen=True, eq=False)
@@ -90,8 +90,8 @@ class LanguageModel:
             found.update([ids] if isinstance(ids, int) else ids or [])
         return frozenset(found)
 
-    def prompt(self, text: str, at: str | int = "last") -> Prompt:
-        """Tokenise `text` and mark a position in it; see `pscope.prompts.tokenize`.
+    def prompt(self, text: str, at: At = "last") -> Prompt:
+        """Tokenise `text` and mark one or several positions in it; see `pscope.prompts.tokenize`.
 
         Raises PromptError also when the prompt is longer than the model's window.
         """

@@ -69,13 +69,16 @@ class Patchscope:
             self.check = SelfCheck(path, "asked for, not checked")
 
     def logits(self, states: Tensor, target_layers: Sequence[int] | int) -> Iterator[Logits]:
-        """Patch each of `states`, (rows, hidden), into the target at its layer; yield the logits that follow.
+        """Patch `states`, (rows, hidden), into the target, each row at its layer; yield the logits that follow.
+
+        Where the target marks several positions, a state goes to all of them, or, given as (rows, positions, hidden),
+        each has its own.
 
         `target_layers` has one layer of 0..L for each row, or is one layer for all. The rows come in the order given,
         in chunks, so that any number takes no more memory than the budget. Raises RowError if those of a row are not
         finite.
         """
-        layers = self._checked(states, target_layers)
+        states, layers = self._checked(states, target_layers)
         return (self._read(part, states[part], layers[part]) for part in self._parts(len(states)))
 
     def generate(
@@ -92,7 +95,7 @@ class Patchscope:
         share its pass. Raises RowError if the logits of a row are not finite.
         """
         self.model.check_window(len(self.target) + decoding.new_tokens)
-        layers = self._checked(states, target_layers)
+        states, layers = self._checked(states, target_layers)
         draws = decoding.draws(len(states) + 1)
         spoken = [
             self._speak(part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
@@ -104,12 +107,13 @@ class Patchscope:
         """How many rows fit in the memory budget at once; at least one."""
         return max(1, self.memory // self._path.row_bytes(new_tokens))
 
-    def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> list[int]:
-        """The target layer of every row, once states and layers are known to fit the model."""
-        if states.ndim != 2 or states.shape[1] != self.model.hidden_size:
+    def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> tuple[Tensor, list[int]]:
+        """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
+        positions, hidden = len(self.target.positions), self.model.hidden_size
+        if states.shape[1:] not in [(hidden,), (positions, hidden)]:
             raise PscopeError(
-                f"states of shape {tuple(states.shape)} do not fit {self.model.name}, "
-                f"whose residual stream takes (rows, {self.model.hidden_size})"
+                f"states of shape {tuple(states.shape)} do not fit {self.model.name} at {positions} position(s), which "
+                f"take (rows, {hidden}) or (rows, {positions}, {hidden}); map those of another width to {hidden} first"
             )
         if len(states) == 0:
             raise PscopeError("there is no state to patch")
@@ -118,7 +122,9 @@ class Patchscope:
             raise PscopeError(f"{len(states)} states came with {len(layers)} target layers; each state has one")
         for layer in set(layers):
             check_layer(self.model, layer)
-        return layers
+        if states.ndim == 2:
+            states = states[:, None].expand(-1, positions, -1)
+        return states, layers
 
     def _parts(self, rows: int, new_tokens: int = 0) -> Iterator[slice]:
         at_once = self.rows_per_pass(new_tokens)

@@ -24,7 +24,10 @@ class PlainPath:
         self.model, self.target, self._cached = model, target, cached
 
     def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> Rows:
-        """Patch each of `states` (rows, hidden) into the target at its layer, (rows,). The clean row comes first."""
+        """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,).
+
+        The clean row comes first.
+        """
         ids = torch.tensor([self.target.ids], device=self.model.device).repeat(len(states) + 1, 1)
         # The clean row is patched at no layer.
         layers = torch.cat([target_layers.new_tensor([-1]), target_layers])
@@ -53,7 +56,7 @@ class PlainPath:
     def _overwrite(self, rows: Tensor, states: Tensor) -> Edit:
         def edit(stream: Tensor) -> Tensor:
             stream = stream.clone()
-            stream[rows, self.target.position] = states.to(stream)
+            stream[rows[:, None], self.target.positions] = states.to(stream)
             return stream
 
         return edit

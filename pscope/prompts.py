@@ -2,11 +2,13 @@
 
 A prompt and its position are half of a Patchscope in the paper's notation: (S, i) for the source, (T, i*) for the
 target. A position is an index into the tokens (negative ones count from the end), `"last"`, or a piece of the text:
-it must stand in the prompt as whole tokens, exactly once, and its last token is meant.
+it must stand in the prompt as whole tokens, exactly once, and its last token is meant. Several may be marked, as in
+"x x x x x" (SelfIE).
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
@@ -22,22 +24,32 @@ ENTITY_DESCRIPTION = (
 )
 """The paper's few-shot prompt (section 4.3) that makes a model describe the entity whose state it reads at `x`."""
 
+At = str | int | Sequence[str | int]
+"""A position, or several."""
+
 
 @dataclass(frozen=True)
 class Prompt:
-    """A tokenised text with one position marked.
+    """A tokenised text with one position marked, or several.
 
     `ids` and `tokens` have the same length; `tokens` are what a person sees, cut from the text itself where the
-    tokenizer tells offsets. `position` is never negative.
+    tokenizer tells offsets. `positions` are distinct, in the order given, and never negative.
     """
 
     text: str
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
-    position: int
+    positions: tuple[int, ...]
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    @property
+    def position(self) -> int:
+        """The marked position. Raises PromptError if there are several."""
+        if len(self.positions) > 1:
+            raise PromptError(f"{len(self.positions)} positions of {self.text!r} are marked where one is needed")
+        return self.positions[0]
 
     @property
     def token(self) -> str:
@@ -45,8 +57,8 @@ class Prompt:
         return self.tokens[self.position]
 
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: str | int = "last") -> Prompt:
-    """Tokenise `text` as the tokenizer does by itself and mark the position `at`.
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> Prompt:
+    """Tokenise `text` as the tokenizer does by itself and mark the position `at`, or each of several.
 
     A beginning-of-sequence token is added where the tokenizer adds one, and not again when the text already starts
     with it; what a tokenizer appends after the text is left off, since the model is to go on from there.
@@ -66,7 +78,11 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: str | int = "las
             text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token)
             for token, (start, end) in zip(ids, offsets, strict=True)
         )
-    return Prompt(text, ids, tokens, _position(at, text, tokens, offsets, tokenizer))
+    marks = [at] if isinstance(at, (str, int)) else at
+    positions = tuple(_position(mark, text, tokens, offsets, tokenizer) for mark in marks)
+    if not positions or len(set(positions)) < len(positions):
+        raise PromptError(f"the positions {list(marks)} of {text!r} are none, or one of them twice: {_listed(tokens)}")
+    return Prompt(text, ids, tokens, positions)
 
 
 def written_out(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) -> str:
@@ -75,10 +91,11 @@ def written_out(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) 
     Raises PromptError if the tokenizer tells no offsets, or added the marked token itself.
     """
     offsets = _encode(tokenizer, prompt.text).get("offset_mapping")
-    start, end = offsets[prompt.position] if offsets else (0, 0)
+    position = prompt.position
+    start, end = offsets[position] if offsets else (0, 0)
     marked = prompt.text[start:end].strip()
     if not marked:
-        raise PromptError(f"nothing can be written in the place of token {prompt.position}, {prompt.token!r}")
+        raise PromptError(f"nothing can be written in the place of token {position}, {prompt.token!r}")
     start = prompt.text.index(marked, start)
     return prompt.text[:start] + words + prompt.text[start + len(marked) :]
 

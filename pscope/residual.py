@@ -99,14 +99,14 @@ def capture(
 ) -> Tensor:
     """The hidden states that `prompts` form, (reads, layers, hidden), on the device where token ids go.
 
-    Reads are in the order of the prompts and, within one, of its `positions`; by default each prompt is read at its
-    own marked position. `layers` defaults to all of 0..L. Prompts of different lengths share a pass of at most
+    Reads are in the order of the prompts and, within one, of its `positions`; by default each prompt is read where
+    it is marked. `layers` defaults to all of 0..L. Prompts of different lengths share a pass of at most
     `batch_tokens` tokens, padding included (a longer prompt has its own): padding stands on the right, where no token
     that is read can see it.
     """
     if not prompts:
         raise PscopeError("there is no prompt to read")
-    positions = [[prompt.position] for prompt in prompts] if positions is None else positions
+    positions = [prompt.positions for prompt in prompts] if positions is None else positions
     layers = range(model.n_layers + 1) if layers is None else layers
     for prompt, read in zip(prompts, positions, strict=True):
         if not all(0 <= position < len(prompt) for position in read):

@@ -52,7 +52,7 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
         model.next_token_logits(torch.tensor([target.ids], device=model.device))
     # States of the clean run, each patched where it does not belong.
     borrowed = [streams[(layer + model.n_layers // 2 + 1) % (model.n_layers + 1)] for layer in layers.tolist()]
-    states = torch.stack([stream[0, target.position].to(model.device) for stream in borrowed])
+    states = torch.stack([stream[0, list(target.positions)].to(model.device) for stream in borrowed])
     yardstick = PATHS["uncached"](model, target)
     expected = _answers(yardstick, states, layers)
     if not all(logits.isfinite().all() for logits in expected):

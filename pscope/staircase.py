@@ -33,24 +33,29 @@ class Staircase:
         self.model = model
         _check_cache(model)
         ids = torch.tensor([target.ids], device=model.device)
-        self._prefix_ids, self._suffix_ids = ids[:, : target.position], ids[:, target.position :]
+        first = min(target.positions)
+        self._prefix_ids, self._suffix_ids = ids[:, :first], ids[:, first:]
+        self._places = [position - first for position in target.positions]
         # Plain full-length cache layers: where the model has sliding windows, its mask does the windowing. The
         # layers that transformers would choose drop keys, and then disagree with the mask of a longer suffix.
         self._prefix = DynamicCache()
-        if target.position:
+        if first:
             model.next_token_logits(self._prefix_ids, self._prefix)
         self._batch_axes = find_batch_axes(
             model, lambda rows: model.next_token_logits(self._suffix_ids.expand(rows, -1), self._cache(rows))
         )
 
     def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> CachedRows:
-        """Patch each of `states` (rows, hidden) into the target at its layer, (rows,), in ascending order.
+        """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,), in ascending order.
 
         Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
         """
         total = len(states) + 1
         cache = self._cache(total, self._suffix_ids.shape[1] + new_tokens if new_tokens else 0)
-        edits = {layer: _join(states[target_layers == layer]) for layer in target_layers.unique_consecutive().tolist()}
+        edits = {
+            layer: _join(states[target_layers == layer], self._places)
+            for layer in target_layers.unique_consecutive().tolist()
+        }
         edits[0] = _only_clean(edits.get(0))
         # The model is given all rows, so that what it does with the whole batch at the top is right; of their streams
         # the first goes up, and the others join it, each at its layer.
@@ -91,12 +96,12 @@ def _only_clean(then: Edit | None) -> Edit:
     return lambda stream: stream[:1] if then is None else then(stream[:1])
 
 
-def _join(entering: Tensor) -> Edit:
-    """The edit that lets rows join: copies of the clean row, row 0, with the first token overwritten."""
+def _join(entering: Tensor, places: list[int]) -> Edit:
+    """The edit that lets rows join: copies of the clean row, row 0, overwritten at some places of the suffix."""
 
     def edit(stream: Tensor) -> Tensor:
         rows = stream[:1].expand(len(entering), -1, -1).clone()  # (entering, suffix, hidden)
-        rows[:, 0] = entering.to(stream)
+        rows[:, places] = entering.to(stream)
         return torch.cat([stream, rows])
 
     return edit

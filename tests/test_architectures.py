@@ -28,7 +28,7 @@ EAGER = ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "bloom
 
 
 def prompt(ids, position):
-    return Prompt("", tuple(ids), ("",) * len(ids), position)
+    return Prompt("", tuple(ids), ("",) * len(ids), (position,))
 
 
 @cache

@@ -210,3 +210,29 @@ def test_bad_input(tiny, tokenizer):
     broken.hf.lm_head.weight.data[3] = float("nan")
     with pytest.raises(ModelError, match="not finite"):
         Patchscope(broken, broken.prompt(TARGET))
+
+
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("at", [[3, 4, 5], [7, 2], [0, -1]])
+def test_several_positions_with_the_same_or_different_states(tiny, path, at):
+    target = tiny.prompt("say x x x x x please now", at)
+    scope = Patchscope(tiny, target, path=path)
+    torch.manual_seed(3)
+    states = torch.randn(tiny.n_layers + 1, len(at), tiny.hidden_size)
+    layers = list(range(tiny.n_layers + 1))
+    (own,) = scope.logits(states, layers)
+    (same,) = scope.logits(states[:, 0], layers)
+    spoken = scope.generate(states, layers, Decoding(4)).patched
+    for layer, state in enumerate(states):
+        ids = list(target.ids)
+        for got, vectors in ((own, state), (same, state[:1].expand(len(at), -1))):
+            expected = patched_logits(tiny.hf, tiny.layers, ids, list(target.positions), layer, vectors)[-1]
+            assert (got.patched[layer] - expected).abs().max() / expected.std() < 1e-4
+        assert spoken[layer] == patched_continuation(tiny.hf, tiny.layers, ids, list(target.positions), layer, state, 4)
+    with pytest.raises(PscopeError, match=r"at \d position\(s\), which take \(rows, 32\) or \(rows, \d, 32\)"):
+        scope.logits(states[:, :1], layers)
+
+
+def test_several_positions_pass_the_self_check(tiny):
+    scope = Patchscope(tiny, tiny.prompt("say x x x x x please now", [2, 3, 4, 5, 6]))
+    assert scope.check.path == "staircase"

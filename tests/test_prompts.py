@@ -112,3 +112,13 @@ def test_the_token_that_goes_on_after_a_prompt(tokenizer, bos_eos_tokenizer):
         assert tok.convert_ids_to_tokens(continuing_token(tok, prompt, "Tokyo")) == "ĠTokyo"
     with pytest.raises(PromptError, match="is not tokenised as its continuation"):
         continuing_token(tokenizer, tokenize(tokenizer, "x  "), "  \n")
+
+
+def test_several_positions(tokenizer):
+    prompt = tokenize(tokenizer, "x x x now", [2, "now", 0])
+    assert prompt.positions == (2, 3, 0)
+    with pytest.raises(PromptError, match="3 positions of 'x x x now' are marked where one is needed"):
+        prompt.token  # noqa: B018
+    for twice in ([1, -3], []):
+        with pytest.raises(PromptError, match="are none, or one of them twice: 0:'x' 1:' x'"):
+            tokenize(tokenizer, "x x x now", twice)

@@ -68,7 +68,7 @@ def draw_positions(
 def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
     # What follows the last position cannot be seen from it, and need not be run.
     end = positions[-1] + 1
-    cut = replace(prompt, ids=prompt.ids[:end], tokens=prompt.tokens[:end], position=end - 1)
+    cut = replace(prompt, ids=prompt.ids[:end], tokens=prompt.tokens[:end], positions=(end - 1,))
     return Sampled(text, cut, tuple(positions))
 
 
