@@ -6,7 +6,7 @@ import sys
 from typing import Annotated
 
 import typer
-from pscope.cli import fig1, fig2, fig3, fig4, table2, table3
+from pscope.cli import check, fig1, fig2, fig3, fig4, table2, table3
 from typer.core import TyperGroup
 
 from pscope.errors import PscopeError
@@ -53,12 +53,14 @@ def pscope(
 ) -> None:
     """Read what a language model's hidden states hold, by patching them into another prompt (Patchscopes).
 
-    Every command draws one figure of the paper and leaves a folder with its settings, its table and its figure.
+    Every other command than `check` draws one figure of the paper and leaves a folder with its settings, its table and
+    its figure.
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
 
 
+app.command()(check.check)
 app.command()(fig1.fig1)
 app.command()(fig2.fig2)
 app.command()(table2.table2)

@@ -51,7 +51,7 @@ class Dtype(str, Enum):
 
 
 ModelOption = Annotated[
-    str, typer.Option("--model", help="smollm2 (needs no hub), a hub id, a folder, or a .gguf file.")
+    str, typer.Option("--model", help="smollm2 or gemma3-270m (need no hub), a hub id, a folder, or a .gguf file.")
 ]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a model from the hub.")]
 DtypeOption = Annotated[Dtype, typer.Option(help="What to load the weights as; auto is what the checkpoint holds.")]

@@ -8,8 +8,10 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+from conftest import random_model
 from pscope.cli.app import app
 from pscope.cli.common import parse_layers
+from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
 
 TEXTS = [
@@ -43,6 +45,53 @@ def in_a_folder_of_its_own(tmp_path, monkeypatch):
 
 def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def test_check_tells_what_a_model_is(tiny_folder):
+    result = run("check", tiny_folder)
+    assert result.exit_code == 0, result.output
+    told = " ".join(result.stdout.split())
+    for piece in (
+        "LlamaForCausalLM, float32 on cpu",
+        "0 (embedding output) to 4: LlamaDecoderLayer in model.layers",
+        "32, window of 256 tokens",
+        "staircase path: within",
+        "none is put before a text",
+        "'?' is one token, 'x' is one token",
+        "ms per row on the plain path",
+    ):
+        assert piece in told
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    found = json.loads(run("check", tiny_folder, "--json").stdout)
+    assert found["check"]["path"] == "staircase"
+    assert found["check"]["difference"] < 1e-4
+    assert found["lens_difference"] < 1e-4
+    assert set(found["ms_per_row"]) == {"staircase", "plain"}
+
+
+def test_check_on_a_model_that_takes_the_plain_path_and_one_that_is_refused(tokenizer, tmp_path):
+    mamba = random_model(MambaForCausalLM, MambaConfig, tokenizer, state_size=4).hf
+    bert = BertLMHeadModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+        )
+    )
+    for name, hf in (("mamba", mamba), ("bert", bert)):
+        hf.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    result = run("check", tmp_path / "mamba")
+    assert "plain path: on MambaForCausalLM the staircase does not run (its cache has Linear" in " ".join(
+        result.stdout.split()
+    )
+    assert "on the staircase," not in result.stdout
+    result = run("check", tmp_path / "bert")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("pscope: BertLMHeadModel lets tokens see later ones, as masked language models do")
+    assert len(result.stderr.splitlines()) == 1
 
 
 def test_fig1_reads_the_ceo(tmp_path):
