@@ -62,3 +62,12 @@ def random_model(model_class, config_class, tokenizer, **options) -> pscope.Lang
     torch.manual_seed(0)
     model = model_class(config_class(**{**sizes, **options})).eval()
     return pscope.load(model, tokenizer)
+
+
+def rows_for_every_layer(model, seed=0, per_layer=2):
+    """Random states of the size of the model's own, for every target layer, in no order."""
+    torch.manual_seed(seed)
+    layers = [layer for _ in range(per_layer) for layer in range(model.n_layers + 1)]
+    order = torch.randperm(len(layers)).tolist()
+    spread = pscope.capture(model, [model.prompt("the size of a state")])[0].std()
+    return torch.randn(len(layers), model.hidden_size) * spread, [layers[i] for i in order]

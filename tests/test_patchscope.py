@@ -1,6 +1,6 @@
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, rows_for_every_layer
 from reference import greedy_choices, hidden_states, patched_continuation, patched_logits
 from transformers import (
     Gemma3ForCausalLM,
@@ -14,15 +14,6 @@ from pscope.staircase import Staircase
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 PATHS = ["staircase", "plain", "uncached"]
-
-
-def rows_for_every_layer(model, seed=0, per_layer=2):
-    """Random states of the size of the model's own, for every target layer, in no order."""
-    torch.manual_seed(seed)
-    layers = [layer for _ in range(per_layer) for layer in range(model.n_layers + 1)]
-    order = torch.randperm(len(layers)).tolist()
-    spread = capture(model, [model.prompt("the size of a state")])[0].std()
-    return torch.randn(len(layers), model.hidden_size) * spread, [layers[i] for i in order]
 
 
 def assert_agrees(scope, states, layers, tolerance=1e-4):
