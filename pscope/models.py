@@ -63,6 +63,11 @@ class LanguageModel:
     def dtype(self) -> torch.dtype:
         return self.hf.dtype
 
+    @property
+    def quantised(self) -> bool:
+        """Whether weights are unpacked as they are used, which rounds otherwise for one row than for many."""
+        return getattr(self.hf, "is_quantized", False)
+
     def activation_bytes(self, tokens: int) -> int:
         """About how much memory a row of `tokens` tokens takes in a forward pass, and its next-token logits after."""
         intermediate = getattr(self.hf.config.get_text_config(), "intermediate_size", None) or 4 * self.hidden_size

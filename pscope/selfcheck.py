@@ -57,7 +57,8 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     expected = _answers(yardstick, states, layers)
     if not all(logits.isfinite().all() for logits in expected):
         raise ModelError(f"{model.name} gives logits that are not finite in {model.dtype}; try another dtype")
-    tolerance = TOLERANCE.get(model.dtype, TOLERANCE[torch.bfloat16])
+    # Quantised weights are unpacked to half precision on the way.
+    tolerance = TOLERANCE.get(torch.bfloat16 if model.quantised else model.dtype, TOLERANCE[torch.bfloat16])
     staircase, difference, fault = _tried("staircase", model, target, states, layers, expected)
     if difference is not None and difference <= tolerance:
         return staircase, SelfCheck("staircase", f"within {difference:.0e} of whole-prompt passes", difference)

@@ -36,8 +36,13 @@ def check_structure(model: LanguageModel) -> LanguageModel:
         )
     token = model.hf.config.get_text_config().vocab_size // 2
     last = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
-    moved = (last[0] - last[1])[:-1].abs().max() / last[0].std()
+    moved = ((last[0] - last[1]).abs().amax(dim=-1) / last[0].std(dim=-1))[:-1].max()
     if moved > CAUSAL.get(model.dtype, 0.05):
+        if model.quantised:
+            raise ModelError(
+                f"{what} is quantised in such a way that states of tokens depend on later ones, as LLM.int8() does; load "
+                "it in 4 bits, or as it is"
+            )
         raise ModelError(f"{what} lets tokens see later ones, as masked language models do; pscope patches causal ones")
     return model
 

@@ -1,9 +1,12 @@
+import copy
+
 import pytest
 import torch
-from reference import patched_continuation
-from test_patchscope import TARGET, rows_for_every_layer
+from conftest import rows_for_every_layer
+from reference import hidden_states, patched_continuation
+from test_patchscope import PATHS, TARGET
 
-from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError
+from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError, capture, load
 from pscope.generate import continue_rows
 
 
@@ -14,7 +17,7 @@ def ending(model, end_tokens):
     return again
 
 
-@pytest.mark.parametrize("path", ["staircase", "plain"])
+@pytest.mark.parametrize("path", PATHS)
 def test_rows_end_at_different_steps(tiny, path):
     states, layers = rows_for_every_layer(tiny)
     target = tiny.prompt(TARGET, 7)
@@ -126,7 +129,7 @@ def test_the_text_is_cut_before_the_stop_string(tokenizer):
     assert Decoding(stop=(":",)).text(tokens, tokenizer) == ""
 
 
-@pytest.mark.parametrize("path", ["staircase", "plain"])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_row_that_is_not_finite_is_named_and_not_read(tiny, path):
     states, layers = rows_for_every_layer(tiny)
     states[3, 5] = float("nan")
@@ -160,3 +163,24 @@ def test_rows_that_are_settled_leave_the_batch(tiny, memory):
         ends = [end for end in range(1, 7) if len(tiny.tokenizer.decode(full[:end])) > 5]
         assert cut == full[: ends[0] if row % 2 == 0 and ends else 6]
     assert spoken.clean == whole.clean
+
+
+@pytest.mark.parametrize("pad", [None, "<|im_end|>"])
+def test_the_pad_token_plays_no_part(tiny, pad):
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.pad_token = pad
+    hf = copy.deepcopy(tiny.hf)
+    hf.config.pad_token_id = hf.generation_config.pad_token_id = tokenizer.pad_token_id
+    model = load(hf, tokenizer)
+    sources = [model.prompt("one two<|im_end|>three four"), model.prompt("<|im_end|>five")]
+    states = capture(model, sources)
+    for read, source in zip(states, sources, strict=True):
+        expected = hidden_states(tiny.hf, tiny.layers, source.ids)[:, -1]
+        torch.testing.assert_close(read, expected, rtol=1e-4, atol=1e-4)
+    target = model.prompt("a<|im_end|>b<|im_end|>x c", "x")
+    layers = range(model.n_layers + 1)
+    spoken = Patchscope(model, target).generate(states[0], layers, Decoding(6))
+    for layer, got in zip(layers, spoken.patched, strict=True):
+        assert got == patched_continuation(
+            tiny.hf, tiny.layers, target.ids, target.position, layer, states[0, layer], 6, model.end_tokens
+        )

@@ -102,6 +102,20 @@ def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypa
     assert_agrees(scope, *rows_for_every_layer(tiny))
 
 
+def test_quantised_weights_round_like_half_precision(tiny, monkeypatch):
+    start = Staircase.start
+
+    def rounded(self, states, target_layers, new_tokens=0):
+        return start(self, states * 1.02, target_layers, new_tokens)
+
+    monkeypatch.setattr(Staircase, "start", rounded)
+    assert Patchscope(tiny, tiny.prompt(TARGET)).check.path == "plain"
+    monkeypatch.setattr(tiny.hf, "is_quantized", True, raising=False)
+    check = Patchscope(tiny, tiny.prompt(TARGET)).check
+    assert check.path == "staircase"
+    assert 1e-3 < check.difference < 0.5
+
+
 def spoil(monkeypatch, model, wrong):
     """Let the passes of which `wrong(ids, cache)` says so give logits that are off."""
     step = type(model).next_token_logits

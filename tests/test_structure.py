@@ -34,6 +34,14 @@ def test_a_masked_model(tokenizer):
     assert pscope.load(causal, tokenizer).n_layers == 2
 
 
+def test_a_quantised_model_whose_tokens_are_not_apart(tokenizer):
+    # As LLM.int8() does, which looks for outliers among all tokens at once; here it is attention that mixes them.
+    model = BertLMHeadModel(BertConfig(**TINY)).eval()
+    model.is_quantized = True
+    with pytest.raises(ModelError, match=r"quantised .* as LLM.int8\(\) does; load it in 4 bits, or as it is"):
+        pscope.load(model, tokenizer)
+
+
 def test_a_model_without_weights(tokenizer):
     with torch.device("meta"):
         empty = LlamaForCausalLM(LlamaConfig(**TINY)).eval()
