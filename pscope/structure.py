@@ -40,8 +40,8 @@ def check_structure(model: LanguageModel) -> LanguageModel:
     if moved > CAUSAL.get(model.dtype, 0.05):
         if model.quantised:
             raise ModelError(
-                f"{what} is quantised in such a way that states of tokens depend on later ones, as LLM.int8() does; load "
-                "it in 4 bits, or as it is"
+                f"{what} is quantised so that the states of tokens depend on later ones, as LLM.int8() does; load it "
+                "in 4 bits, or as it is"
             )
         raise ModelError(f"{what} lets tokens see later ones, as masked language models do; pscope patches causal ones")
     return model
