@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pscope.experiments.attribute_extraction import ANOTHER, PATCHED, PROBE, RANDOM
-from pscope.plots.common import drawable, fill, layer_heatmaps
+from pscope.plots.common import drawable, fill, label_layers, layer_heatmaps
 
 _LABELS = {
     PATCHED: "patched, any target layer (oracle)",
@@ -31,7 +31,8 @@ def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Fig
                 line = here[here["condition"] == condition].astype({"layer": int})
                 axes.plot(line["layer"], line["found"], color=colour, label=label)
                 fill(axes, line["layer"], line["low"], line["high"], colour)
-            axes.set(title=drawable(relation), ylim=(0, 1.02), xlabel="Source layer")
+            axes.set(title=drawable(relation), ylim=(0, 1.02))
+            label_layers(axes, "Source layer")
             axes.label_outer()
         for axes in panels[len(relations) :]:
             axes.remove()

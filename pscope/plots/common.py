@@ -8,11 +8,18 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 
 def fill(axes: Axes, x: pd.Series, low: pd.Series, high: pd.Series, colour: str | tuple) -> None:
     """The band around a line."""
     axes.fill_between(x, low.astype(float), high.astype(float), color=colour, alpha=0.2, linewidth=0)
+
+
+def label_layers(axes: Axes, label: str) -> None:
+    """Layers on x, of which there are whole ones only."""
+    axes.set_xlabel(label)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, title: str, columns: int = 5) -> Figure:

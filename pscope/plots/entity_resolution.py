@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 from pscope.entities import ALL
 from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
-from pscope.plots.common import drawable, fill, layer_heatmaps
+from pscope.plots.common import drawable, fill, label_layers, layer_heatmaps
 
 
 def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
@@ -42,7 +42,8 @@ def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
         by_group.set(title="groups", ylabel="ROUGE-L")
         by_condition.set(title="all entities and controls")
         for axes in (by_group, by_condition):
-            axes.set(xlabel="Layer of the hidden state", ylim=(0, None))
+            axes.set(ylim=(0, None))
+            label_layers(axes, "Layer of the hidden state")
             axes.legend(title=None, fontsize="small", ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.15))
         figure.suptitle(drawable(title))
     return figure

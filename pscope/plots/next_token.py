@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pscope.plots.common import drawable, fill
+from pscope.plots.common import drawable, fill, label_layers
 
 _MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
 
@@ -19,7 +19,8 @@ def next_token_figure(summary: pd.DataFrame, title: str) -> Figure:
             sns.lineplot(summary, x="layer", y=measure, hue="lens", style="lens", errorbar=None, ax=axes)
             for line, (_, band) in zip(axes.get_lines(), summary.groupby("lens", sort=False), strict=False):
                 fill(axes, band["layer"], band[f"{measure}_low"], band[f"{measure}_high"], line.get_color())
-            axes.set(xlabel="Layer of the hidden state", ylabel=label, ylim=(0, None))
+            axes.set(ylabel=label, ylim=(0, None))
+            label_layers(axes, "Layer of the hidden state")
             axes.legend(title=None)
         figure.suptitle(drawable(title))
     return figure
