@@ -1,189 +1,130 @@
 """The layer sweep: N source states of every layer, patched into one target prompt at the same layer.
 
-    python -m benchmarks.sweep
-
-Contestants take turns in one process, after a warm-up round whose answers are compared with each other; what is quoted
-are medians and the ratios of medians. The one-row loop is timed on a few samples and quoted per row.
+Contestants get the same states. What takes long per row answers for fewer of them, always the first ones, and times
+are per row. Answers are compared before anything is timed.
 """
 
 from __future__ import annotations
 
-import statistics
-import time
-from collections.abc import Callable, Sequence
-from typing import Annotated
+from collections.abc import Callable
+from dataclasses import dataclass
 
+import pandas as pd
 import torch
-import transformers
-import typer
-from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 import pscope
+from benchmarks.hooked import Hooked
+from benchmarks.peers import PEERS, installed
+from benchmarks.timing import Contestant, against, in_turn
 from pscope.texts import shipped_texts
 
 BATCH = 128
-
-Contestants = dict[str, tuple[Callable[[], object], int]]
-"""By name: what to run, and how many rows it answers for."""
-
-
-def prefill_hook(layer: int, rows: Tensor, position: int, states: Tensor):
-    """A forward hook that writes `states` into some rows of the batch, in the pass over the prompt only."""
-
-    def hook(module, args, output):
-        stream = output if isinstance(output, Tensor) else output[0]
-        if stream.shape[1] > position:
-            stream[rows, position] = states
-        return output
-
-    def pre_hook(module, args):
-        if args[0].shape[1] > position:
-            args[0][rows, position] = states
-
-    return pre_hook if layer == 0 else hook
+STAIRCASE = "staircase"
+TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.3, torch.bfloat16: 3.0}
+"""The largest difference between two logits that still counts as the same answer."""
 
 
-class Hooked:
-    """The usual way: whole prompts, `batch` rows at once, one hook per layer that is patched."""
+@dataclass(frozen=True)
+class Sweep:
+    """The rows that all contestants patch: `states` (samples × layers, hidden), each at its own layer."""
 
-    def __init__(self, model: pscope.LanguageModel, target: pscope.Prompt, batch: int) -> None:
-        self.model, self.target, self.batch = model, target, batch
+    model: pscope.LanguageModel
+    target: pscope.Prompt
+    sources: list[pscope.Prompt]
+    states: Tensor
+    layers: list[int]
 
-    @torch.no_grad()
-    def run(self, states: Tensor, layers: Sequence[int], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
-        """`forward` of each batch of prompts, with the rows' states written in."""
-        results = []
-        for start in range(0, len(states), self.batch):
-            part, part_layers = states[start : start + self.batch], torch.tensor(layers[start : start + self.batch])
-            handles = []
-            for layer in part_layers.unique().tolist():
-                rows = (part_layers == layer).nonzero().squeeze(1)
-                hook = prefill_hook(layer, rows, self.target.position, part[rows])
-                if layer == 0:
-                    handles.append(self.model.layers[0].register_forward_pre_hook(hook))
-                else:
-                    handles.append(self.model.layers[layer - 1].register_forward_hook(hook))
-            try:
-                results.append(forward(torch.tensor([self.target.ids] * len(part))))
-            finally:
-                for handle in handles:
-                    handle.remove()
-        return results
-
-    def logits(self, states: Tensor, layers: Sequence[int]) -> Tensor:
-        return torch.cat(
-            self.run(states, layers, lambda ids: self.model.hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
-        )
-
-    def generate(self, states: Tensor, layers: Sequence[int], new_tokens: int) -> list[list[int]]:
-        def forward(ids: Tensor) -> Tensor:
-            return self.model.hf.generate(
-                ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens
-            )
-
-        spoken = [row[len(self.target) :].tolist() for part in self.run(states, layers, forward) for row in part]
-        return [until_end(row, self.model.end_tokens) for row in spoken]
+    def first(self, samples: int) -> tuple[Tensor, list[int]]:
+        """The rows of the first samples."""
+        rows = samples * (self.model.n_layers + 1)
+        return self.states[:rows], self.layers[:rows]
 
 
-def until_end(tokens: list[int], end_tokens: frozenset[int]) -> list[int]:
-    ends = [place for place, token in enumerate(tokens) if token in end_tokens]
-    return tokens[: ends[0] + 1] if ends else tokens
+def sweep_of(model: pscope.LanguageModel, samples: int) -> Sweep:
+    """Texts that ship with pscope, read at their last token, for the token-identity prompt."""
+    texts = shipped_texts()
+    sources = [model.prompt(text) for text in texts[:: max(1, len(texts) // samples)][:samples]]
+    states = pscope.capture(model, sources)  # (samples, layers, hidden)
+    layers = [*range(model.n_layers + 1)] * len(sources)
+    return Sweep(model, model.prompt(pscope.TOKEN_IDENTITY), sources, states.flatten(0, 1), layers)
 
 
-def in_turn(contestants: Contestants, repeats: int) -> dict[str, float]:
-    """The median seconds per row of each contestant; all take their turn before any has another."""
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(repeats):
-        for name, (contestant, rows) in contestants.items():
-            began = time.perf_counter()
-            contestant()
-            seconds[name].append((time.perf_counter() - began) / rows)
-    return {name: statistics.median(values) for name, values in seconds.items()}
+def logits_compared(sweep: Sweep, batched: int, one_by_one: int, seconds: float) -> pd.DataFrame:
+    """Logits of every row; batched contestants answer for `batched` samples, row by row ones for `one_by_one`.
 
-
-def main(
-    samples: Annotated[int, typer.Option(min=1)] = 32,
-    speaking: Annotated[int, typer.Option(min=1, help="Samples whose rows are also continued.")] = 4,
-    new_tokens: Annotated[int, typer.Option(min=1)] = 20,
-    one_by_one: Annotated[int, typer.Option(min=1, help="Samples for the one-row loop.")] = 1,
-    repeats: Annotated[int, typer.Option(min=1)] = 3,
-    model: str = "smollm2",
-    dtype: str = "float32",
-) -> None:
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    lm = pscope.load(model, dtype=dtype, device="cpu")
-    target = lm.prompt(pscope.TOKEN_IDENTITY)
-    levels = list(range(lm.n_layers + 1))
-    prompts = [lm.prompt(text) for text in shipped_texts()[:: max(1, 200 // samples)][:samples]]
-    states = pscope.capture(lm, prompts).flatten(0, 1)  # (samples × layers, hidden)
-    layers = levels * samples
-    few, some = len(levels) * one_by_one, len(levels) * speaking
-
-    staircase, plain = (pscope.Patchscope(lm, target, path=path) for path in ("staircase", "plain"))
-    batched, loop = Hooked(lm, target, BATCH), Hooked(lm, target, 1)
-
-    def logits(scope: pscope.Patchscope) -> Tensor:
-        return torch.cat([part.patched for part in scope.logits(states, layers)])
-
-    def spoken(scope: pscope.Patchscope) -> list[list[int]]:
-        return scope.generate(states[:some], layers[:some], pscope.Decoding(new_tokens)).patched
-
-    console = Console()
-    console.print(
-        f"{lm.name}, {lm.dtype}, {torch.get_num_threads()} threads, torch {torch.__version__}, "
-        f"transformers {transformers.__version__}, target of {len(target)} tokens"
-    )
-
-    title = f"logits: {samples} samples × {len(levels)} layers"
-    sweep = {
-        "staircase": (lambda: logits(staircase), len(states)),
-        "plain path": (lambda: logits(plain), len(states)),
-        f"hooks, batches of {BATCH}": (lambda: batched.logits(states, layers), len(states)),
-        "hooks, one row at a time": (lambda: loop.logits(states[:few], layers[:few]), few),
+    One row per contestant: `seconds` per row, `ratio` to the staircase with its band, `rows`, the largest difference
+    to the staircase's logits and how many argmaxes are equal. A peer that is not installed has no numbers. Raises
+    AssertionError, before anything is timed, if a contestant's answers are not the staircase's.
+    """
+    staircase, plain = (pscope.Patchscope(sweep.model, sweep.target, path=path) for path in (STAIRCASE, "plain"))
+    contestants: dict[str, tuple[Callable, int]] = {
+        STAIRCASE: (_of(staircase), len(sweep.sources)),
+        "plain path": (_of(plain), batched),
+        f"hooks, batches of {BATCH}": (Hooked(sweep.model, sweep.target, BATCH).logits, batched),
+        "hooks, one row": (Hooked(sweep.model, sweep.target, 1).logits, one_by_one),
     }
-    answers = {name: contestant() for name, (contestant, _) in sweep.items()}
-    agreement = {name: _differences(answers["staircase"], answer) for name, answer in answers.items()}
-    console.print(_compared(title, "max |Δ logit|, argmax equal", agreement, in_turn(sweep, repeats)))
+    for name, peer in PEERS.items():
+        if installed(name):
+            contestants[f"{name}, one row"] = (torch.no_grad()(peer(sweep.model, sweep.target)), one_by_one)
+    expected = _of(staircase)(sweep.states, sweep.layers)
+    agreement = []
+    for name, (run, samples) in contestants.items():
+        got = run(*sweep.first(samples))
+        difference = (got - expected[: len(got)]).abs().max().item()
+        equal = int((got.argmax(dim=-1) == expected[: len(got)].argmax(dim=-1)).sum())
+        assert difference < TOLERANCE[sweep.model.dtype], f"{name} is {difference:.1e} from the staircase"
+        assert equal == len(got) or sweep.model.dtype != torch.float32, f"{name}: {len(got) - equal} argmaxes differ"
+        agreement.append({"contestant": name, "rows": len(got), "difference": difference, "equal": equal})
+    times = in_turn(
+        {
+            name: Contestant(lambda run=run, samples=samples: run(*sweep.first(samples)), row["rows"])
+            for (name, (run, samples)), row in zip(contestants.items(), agreement, strict=True)
+        },
+        seconds,
+    )
+    absent = [{"contestant": f"{name}, one row"} for name in PEERS if not installed(name)]
+    return pd.concat([against(times, STAIRCASE).merge(pd.DataFrame(agreement)), pd.DataFrame(absent)])
 
-    title = f"continuations: {speaking} samples × {len(levels)} layers × {new_tokens} tokens"
-    talk = {
-        "staircase": (lambda: spoken(staircase), some),
+
+def continuations_compared(
+    sweep: Sweep, new_tokens: int, samples: int, one_by_one: int, seconds: float
+) -> pd.DataFrame:
+    """Continuations of the rows of `samples` samples, as `logits_compared`; `one_by_one` is a number of rows here.
+
+    In fp32 all contestants must say the same, token for token.
+    """
+    staircase, plain = (pscope.Patchscope(sweep.model, sweep.target, path=path) for path in (STAIRCASE, "plain"))
+    decoding = pscope.Decoding(new_tokens)
+    some = len(sweep.first(samples)[0])
+    contestants = {
+        STAIRCASE: (lambda *rows: staircase.generate(*rows, decoding).patched, some),
+        "plain path": (lambda *rows: plain.generate(*rows, decoding).patched, some),
         f"hooks and generate, batches of {BATCH}": (
-            lambda: batched.generate(states[:some], layers[:some], new_tokens),
+            lambda *rows: Hooked(sweep.model, sweep.target, BATCH).generate(*rows, new_tokens),
             some,
         ),
-        "hooks and generate, one row at a time": (
-            lambda: loop.generate(states[:few], layers[:few], new_tokens),
-            few,
+        "hooks and generate, one row": (
+            lambda *rows: Hooked(sweep.model, sweep.target, 1).generate(*rows, new_tokens),
+            one_by_one,
         ),
     }
-    answers = {name: contestant() for name, (contestant, _) in talk.items()}
-    agreement = {name: _same(answers["staircase"], answer) for name, answer in answers.items()}
-    console.print(_compared(title, "rows with every token equal", agreement, in_turn(talk, repeats)))
+    expected = contestants[STAIRCASE][0](sweep.states[:some], sweep.layers[:some])
+    agreement = []
+    for name, (run, rows) in contestants.items():
+        got = run(sweep.states[:rows], sweep.layers[:rows])
+        equal = sum(ours == theirs for ours, theirs in zip(got, expected[:rows], strict=True))
+        assert equal == rows or sweep.model.dtype != torch.float32, f"{name}: {rows - equal} rows say something else"
+        agreement.append({"contestant": name, "rows": rows, "equal": equal})
+    times = in_turn(
+        {
+            name: Contestant(lambda run=run, rows=rows: run(sweep.states[:rows], sweep.layers[:rows]), rows)
+            for name, (run, rows) in contestants.items()
+        },
+        seconds,
+    )
+    return against(times, STAIRCASE).merge(pd.DataFrame(agreement))
 
 
-def _differences(logits: Tensor, expected: Tensor) -> str:
-    """The largest difference in standard deviations of a row's logits, and the share of equal argmaxes."""
-    logits = logits[: len(expected)]
-    scaled = (logits - expected).abs().amax(dim=-1) / expected.std(dim=-1)
-    same = (logits.argmax(dim=-1) == expected.argmax(dim=-1)).sum()
-    return f"{scaled.max():.0e}, {same} of {len(expected)}"
-
-
-def _same(spoken: list[list[int]], expected: list[list[int]]) -> str:
-    same = sum(ours == theirs for ours, theirs in zip(spoken, expected, strict=False))
-    return f"{same} of {len(expected)}"
-
-
-def _compared(title: str, agreement_title: str, agreement: dict[str, str], per_row: dict[str, float]) -> Table:
-    table = Table("contestant", "ms per row", "staircase is faster by", agreement_title, title=title)
-    for name, seconds in per_row.items():
-        table.add_row(name, f"{1e3 * seconds:.2f}", f"{seconds / per_row['staircase']:.1f} ×", agreement[name])
-    return table
-
-
-if __name__ == "__main__":
-    typer.run(main)
+def _of(scope: pscope.Patchscope) -> Callable[[Tensor, list[int]], Tensor]:
+    return lambda states, layers: torch.cat([part.patched for part in scope.logits(states, layers)])
