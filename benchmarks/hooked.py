@@ -17,8 +17,10 @@ class Hooked:
         self.model, self.target, self.batch = model, target, batch
 
     def logits(self, states: Tensor, layers: Sequence[int]) -> Tensor:
-        """Logits after the target prompt, (rows, vocab)."""
-        return torch.cat(self._run(states, layers, lambda ids: self.model.hf(ids, use_cache=False).logits[:, -1]))
+        """Logits after the target prompt, (rows, vocab). Only the last token is unembedded, a favour."""
+        return torch.cat(
+            self._run(states, layers, lambda ids: self.model.hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
+        )
 
     def generate(self, states: Tensor, layers: Sequence[int], new_tokens: int) -> list[list[int]]:
         """Greedy continuations by transformers' own `generate`, each up to the token that ended it."""

@@ -127,7 +127,7 @@ class LanguageModel:
         """One forward pass; the logits after the last token.
 
         `ids` is (batch, tokens); with a `cache`, they follow what it holds, and it is extended by them.
-        Returns (batch, vocab), where the batch is that of the output: hooks may have made it larger.
+        Returns (batch, vocab). Raises ModelError if a cache is given to a model that takes none.
         """
         options = {"use_cache": False} if cache is None else {"use_cache": True, self._cache_parameter: cache}
         if "logits_to_keep" in self._forward_parameters:
