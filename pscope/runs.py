@@ -32,7 +32,7 @@ class Run:
 
     A context manager. Left by an exception, it keeps the table as far as it got and says so in the settings, or, when
     there are no rows yet, leaves nothing behind. Nothing that was there before is touched: raises RunError if the
-    folder has anything in it or cannot be written.
+    folder has anything in it or cannot be written. `rows` is how many the table has once the run is left.
     """
 
     def __init__(self, folder: Path, settings: dict) -> None:
@@ -63,7 +63,6 @@ class Run:
         if self._table is None:
             self._table = pq.ParquetWriter(self.folder / "table.parquet", table.schema)
         self._table.write_table(table.cast(self._table.schema))
-        self.rows += len(frame)
 
     def note(self, name: str, what: pd.DataFrame | list) -> Path:
         """Save something made from the table: a frame as `NAME.csv`, anything else as `NAME.json`; returns its path."""
@@ -90,6 +89,8 @@ class Run:
     ) -> None:
         if self._table is not None:
             self._table.close()
+            # Counted by the file, since Ctrl-C may come between a write and any counting of ours.
+            self.rows = pq.read_metadata(self.folder / "table.parquet").num_rows
         if error is not None and not self.rows:
             for name in ("settings.json", "table.parquet"):
                 (self.folder / name).unlink(missing_ok=True)

@@ -58,6 +58,20 @@ def test_a_stopped_run_keeps_what_it_had(tmp_path):
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["status"] == "stopped by KeyboardInterrupt"
 
 
+def test_rows_that_were_written_as_the_interrupt_came_are_kept(tmp_path, monkeypatch):
+    write = pq.ParquetWriter.write_table
+
+    def interrupted(*args):
+        write(*args)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", interrupted)
+    with pytest.raises(KeyboardInterrupt), Run(tmp_path / "run", {}) as run:
+        run.add(FRAME)
+    assert run.rows == len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 2
+    assert json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))["rows"] == 2
+
+
 def test_a_run_that_fails_before_its_first_row_leaves_nothing(tmp_path):
     with pytest.raises(ValueError, match="early"), Run(tmp_path / "a" / "b" / "run", {}):
         raise ValueError("early")
