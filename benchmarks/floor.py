@@ -16,10 +16,10 @@ Products = list[tuple[Tensor, int]]
 """Weights, (out, in), and how many vectors each is multiplied with."""
 
 
-def source_products(sweep: Sweep) -> Products:
+def source_products(model: pscope.LanguageModel, sources: Sequence[pscope.Prompt]) -> Products:
     """All tokens of the source prompts through all decoder layers."""
-    tokens = sum(map(len, sweep.sources))
-    return [(weight, tokens) for layer in sweep.model.layers for weight in _weights(layer)]
+    tokens = sum(map(len, sources))
+    return [(weight, tokens) for layer in model.layers for weight in _weights(layer)]
 
 
 def row_products(model: pscope.LanguageModel, target: pscope.Prompt, layers: Sequence[int]) -> Products:
@@ -49,11 +49,12 @@ def floors_compared(sweep: Sweep, new_tokens: int, samples: int, seconds: float)
     """
     model, target = sweep.model, sweep.target
     scope = pscope.Patchscope(model, target, path="staircase")
+    sources = sweep.sources[:4]
     states, layers = sweep.first(samples)
     decoding = pscope.Decoding(new_tokens)
     spoken = scope.generate(states, layers, decoding)
     work = {
-        "source passes": (lambda: pscope.capture(model, sweep.sources), source_products(sweep)),
+        "source passes": (lambda: pscope.capture(model, sources), source_products(model, sources)),
         "sweep": (lambda: list(scope.logits(sweep.states, sweep.layers)), row_products(model, target, sweep.layers)),
         "continuations": (
             lambda: scope.generate(states, layers, decoding),

@@ -7,7 +7,6 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from time import perf_counter
 
 import numpy as np
 import pandas as pd
@@ -21,14 +20,14 @@ from pscope.experiments.next_token import decode_next_tokens, draw_positions
 from pscope.residual import length_batches
 from pscope.texts import shipped_texts
 
-MEMORY = 2**27
+MEMORY = 2**26
 """The budget of a pass: small enough for the fewest samples to fill it."""
 
 
 def cases(model: pscope.LanguageModel, quick: bool = False) -> Iterator[tuple[str, int, Callable[[], object]]]:
     """What is measured: the quantity that grows, its value, and what to run."""
     width = model.n_layers + 1
-    for samples in (2, 4) if quick else (4, 8, 16, 32):
+    for samples in (2, 4) if quick else (8, 16, 32):
         yield "samples", samples, _sweeping(model, samples)
     for length in (8, 16) if quick else (16, 32, 64):
         target = pscope.Prompt("", tuple(range(100, 100 + length)), ("",) * length, (length // 2,))
@@ -48,12 +47,15 @@ def cases(model: pscope.LanguageModel, quick: bool = False) -> Iterator[tuple[st
 
 
 def growth(model: pscope.LanguageModel, quick: bool = False) -> pd.DataFrame:
-    """One row per case: `quantity`, `value`, `seconds` (after a first run), `peak` (bytes beside the weights)."""
-    rows = []
-    for quantity, value, run in cases(model, quick):
-        run()
-        rows.append({"quantity": quantity, "value": value, "seconds": _seconds(run)})
-    return pd.DataFrame(rows).merge(_peaks(model, quick))
+    """One row per case: `quantity`, `value`, `seconds` (after a first run), `peak` (bytes beside the weights).
+
+    Measured in a process of its own, whose allocator gives back at once what it no longer needs.
+    """
+    loaded = [model.name, str(model.dtype).removeprefix("torch."), str(model.device)]
+    command = [sys.executable, "-m", "benchmarks.memory", *loaded, *(["--quick"] if quick else [])]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
+    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
+    return pd.DataFrame(json.loads(told.splitlines()[-1]))
 
 
 def exponents(table: pd.DataFrame) -> pd.DataFrame:
@@ -96,18 +98,13 @@ def whole_figure(model: pscope.LanguageModel, samples: int, seconds: float) -> p
     return against(in_turn(contestants, seconds), "forward passes")
 
 
-def _seconds(run: Callable[[], object]) -> float:
-    began = perf_counter()
-    run()
-    return perf_counter() - began
-
-
 def _sweeping(model: pscope.LanguageModel, samples: int) -> Callable[[], object]:
-    sweep = sweep_of(model, samples)
-    scope = pscope.Patchscope(model, sweep.target, memory=MEMORY, path="staircase")
+    scope = pscope.Patchscope(model, model.prompt(pscope.TOKEN_IDENTITY), memory=MEMORY, path="staircase")
+    layers = [*range(model.n_layers + 1)] * samples
+    states = torch.randn(len(layers), model.hidden_size).to(model.device, model.dtype)
 
     def run() -> None:
-        for _ in scope.logits(sweep.states, sweep.layers):
+        for _ in scope.logits(states, layers):
             pass
 
     return run
@@ -123,12 +120,3 @@ def _deep_llama(layers: int, like: pscope.LanguageModel) -> pscope.LanguageModel
     )
     hf = LlamaForCausalLM(config).to(device=like.device, dtype=like.dtype).eval()
     return pscope.LanguageModel(hf, like.tokenizer, f"random Llama of {layers} layers")
-
-
-def _peaks(model: pscope.LanguageModel, quick: bool) -> pd.DataFrame:
-    """Measured in a process of its own, whose allocator gives back at once what it no longer needs."""
-    dtype = str(model.dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "benchmarks.memory", model.name, dtype, *(["--quick"] if quick else [])]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"}
-    told = subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout
-    return pd.DataFrame(json.loads(told.splitlines()[-1]))

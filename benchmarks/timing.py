@@ -18,6 +18,15 @@ class Contestant(NamedTuple):
     rows: int = 1
 
 
+def seconds_of(run: Callable[[], object]) -> float:
+    """How long something takes, what it left to a GPU included."""
+    began = perf_counter()
+    run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return perf_counter() - began
+
+
 def in_turn(contestants: dict[str, Contestant], seconds: float, most_rounds: int = 30) -> pd.DataFrame:
     """Seconds per row, one column per contestant and one line per round, for about `seconds`, three rounds at least.
 
@@ -31,11 +40,7 @@ def in_turn(contestants: dict[str, Contestant], seconds: float, most_rounds: int
         taken = {}
         for name in names[shift:] + names[:shift]:
             contestant = contestants[name]
-            start = perf_counter()
-            contestant.run()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            taken[name] = (perf_counter() - start) / contestant.rows
+            taken[name] = seconds_of(contestant.run) / contestant.rows
         rounds.append(taken)
     return pd.DataFrame(rounds, columns=names)
 
