@@ -41,8 +41,8 @@ def decode_products(model: pscope.LanguageModel, spoken: Sequence[Sequence[int]]
     return [(weight, rows) for rows in going_on for weight in weights]
 
 
-def floors_compared(sweep: Sweep, new_tokens: int, samples: int, seconds: float) -> pd.DataFrame:
-    """Sources, sweep and continuations, each against its bare products.
+def floors_compared(sweep: Sweep, new_tokens: int, seconds: float) -> pd.DataFrame:
+    """Four source prompts, the sweep, and the continuations of one sample, each against its bare products.
 
     One row per kind of work: `seconds`, `floor` (seconds), `ratio` with its band, and `gmacs`, the multiply-adds of the
     floor in billions. Attention is not in the floor, so that it is a little too low.
@@ -50,7 +50,7 @@ def floors_compared(sweep: Sweep, new_tokens: int, samples: int, seconds: float)
     model, target = sweep.model, sweep.target
     scope = pscope.Patchscope(model, target, path="staircase")
     sources = sweep.sources[:4]
-    states, layers = sweep.first(samples)
+    states, layers = sweep.first(sweep.model.n_layers + 1)
     decoding = pscope.Decoding(new_tokens)
     spoken = scope.generate(states, layers, decoding)
     work = {

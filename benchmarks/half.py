@@ -10,8 +10,8 @@ from benchmarks.sweep import Sweep
 from benchmarks.timing import Contestant, against, in_turn
 
 
-def half_compared(sweep: Sweep, half: pscope.LanguageModel, new_tokens: int, samples: int, seconds: float):
-    """Logits and continuations of the same states in both precisions: a table with `ratio` to float32.
+def half_compared(sweep: Sweep, half: pscope.LanguageModel, new_tokens: int, seconds: float):
+    """Logits of all states, and continuations of one sample's, in both precisions: a table with `ratio` to float32.
 
     `agreement` is the share of rows with the same argmax, and of rows with every token equal.
     """
@@ -20,7 +20,7 @@ def half_compared(sweep: Sweep, half: pscope.LanguageModel, new_tokens: int, sam
         str(model.dtype).removeprefix("torch."): pscope.Patchscope(model, target, path="staircase")
         for model in (sweep.model, half)
     }
-    states, layers = sweep.first(samples)
+    states, layers = sweep.first(sweep.model.n_layers + 1)
     decoding = pscope.Decoding(new_tokens)
     work = {
         "logits": lambda scope: torch.cat(

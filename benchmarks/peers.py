@@ -12,11 +12,11 @@ from torch import Tensor
 
 import pscope
 
-Sweep = Callable[[Tensor, Sequence[int]], Tensor]
-"""From states (rows, hidden) and their target layers: the logits after the target prompt, (rows, vocab)."""
+Answer = Callable[[Tensor, Sequence[int]], Sequence]
+"""From states (rows, hidden) and their target layers: logits after the target prompt (rows, vocab), or new tokens."""
 
 
-def transformer_lens(model: pscope.LanguageModel, target: pscope.Prompt) -> Sweep:
+def transformer_lens(model: pscope.LanguageModel, target: pscope.Prompt) -> Answer:
     """TransformerLens: its bridge around the HuggingFace model, one hook per pass."""
     bridge = import_module("transformer_lens.model_bridge").TransformerBridge.boot_transformers(
         "HuggingFaceTB/SmolLM2-135M-Instruct" if model.name == "smollm2" else model.name,
@@ -38,7 +38,7 @@ def transformer_lens(model: pscope.LanguageModel, target: pscope.Prompt) -> Swee
     return _row_by_row(one)
 
 
-def nnsight(model: pscope.LanguageModel, target: pscope.Prompt) -> Sweep:
+def nnsight(model: pscope.LanguageModel, target: pscope.Prompt) -> Answer:
     """nnsight: a trace per row, around a model of the Llama family."""
     traced = import_module("nnsight").LanguageModel(copy.deepcopy(model.hf), tokenizer=model.tokenizer)
     ids = torch.tensor([target.ids], device=model.device)
@@ -55,7 +55,7 @@ def nnsight(model: pscope.LanguageModel, target: pscope.Prompt) -> Sweep:
     return _row_by_row(one)
 
 
-def pyvene(model: pscope.LanguageModel, target: pscope.Prompt) -> Sweep:
+def pyvene(model: pscope.LanguageModel, target: pscope.Prompt) -> Answer:
     """pyvene: an intervenable model per layer."""
     library = import_module("pyvene")
     ids = torch.tensor([target.ids], device=model.device)
@@ -80,7 +80,7 @@ def pyvene(model: pscope.LanguageModel, target: pscope.Prompt) -> Sweep:
     return _row_by_row(one)
 
 
-def _row_by_row(one: Callable[[Tensor, int], Tensor]) -> Sweep:
+def _row_by_row(one: Callable[[Tensor, int], Tensor]) -> Answer:
     return lambda states, layers: torch.stack([one(*row) for row in zip(states, layers, strict=True)])
 
 

@@ -1,12 +1,11 @@
 """The layer sweep: N source states of every layer, patched into one target prompt at the same layer.
 
-Contestants get the same states. What takes long per row answers for fewer of them, always the first ones, and times
-are per row. Answers are compared before anything is timed.
+Contestants get the same states. What takes long per row answers for fewer of them, always the first ones, and is timed
+on fewer still; times are per row. Answers are compared before anything is timed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import pandas as pd
@@ -15,12 +14,14 @@ from torch import Tensor
 
 import pscope
 from benchmarks.hooked import Hooked
-from benchmarks.peers import PEERS, installed
+from benchmarks.peers import PEERS, Answer, installed
 from benchmarks.timing import Contestant, against, in_turn
 from pscope.texts import shipped_texts
 
 BATCH = 128
 STAIRCASE = "staircase"
+TIMED_ONE_BY_ONE = 10
+"""So many rows stand for all where each has a pass of its own: those take the same time at every layer."""
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.3, torch.bfloat16: 3.0}
 """The largest difference between two logits that still counts as the same answer."""
 
@@ -35,9 +36,8 @@ class Sweep:
     states: Tensor
     layers: list[int]
 
-    def first(self, samples: int) -> tuple[Tensor, list[int]]:
-        """The rows of the first samples."""
-        rows = samples * (self.model.n_layers + 1)
+    def first(self, rows: int) -> tuple[Tensor, list[int]]:
+        """The first rows: those of a sample have its layers in order."""
         return self.states[:rows], self.layers[:rows]
 
 
@@ -50,16 +50,18 @@ def sweep_of(model: pscope.LanguageModel, samples: int) -> Sweep:
     return Sweep(model, model.prompt(pscope.TOKEN_IDENTITY), sources, states.flatten(0, 1), layers)
 
 
-def logits_compared(sweep: Sweep, batched: int, one_by_one: int, seconds: float) -> pd.DataFrame:
-    """Logits of every row; batched contestants answer for `batched` samples, row by row ones for `one_by_one`.
+def logits_compared(sweep: Sweep, samples: int, seconds: float) -> pd.DataFrame:
+    """Logits of every row; batched contestants answer for those of `samples` samples, row by row ones for one.
 
     One row per contestant: `seconds` per row, `ratio` to the staircase with its band, `rows`, the largest difference
     to the staircase's logits and how many argmaxes are equal. A peer that is not installed has no numbers. Raises
     AssertionError, before anything is timed, if a contestant's answers are not the staircase's.
     """
     staircase, plain = (pscope.Patchscope(sweep.model, sweep.target, path=path) for path in (STAIRCASE, "plain"))
-    contestants: dict[str, tuple[Callable, int]] = {
-        STAIRCASE: (_of(staircase), len(sweep.sources)),
+    one_by_one = sweep.model.n_layers + 1
+    batched = samples * one_by_one
+    contestants: dict[str, tuple[Answer, int]] = {
+        STAIRCASE: (_of(staircase), len(sweep.layers)),
         "plain path": (_of(plain), batched),
         f"hooks, batches of {BATCH}": (Hooked(sweep.model, sweep.target, BATCH).logits, batched),
         "hooks, one row": (Hooked(sweep.model, sweep.target, 1).logits, one_by_one),
@@ -69,62 +71,54 @@ def logits_compared(sweep: Sweep, batched: int, one_by_one: int, seconds: float)
             contestants[f"{name}, one row"] = (torch.no_grad()(peer(sweep.model, sweep.target)), one_by_one)
     expected = _of(staircase)(sweep.states, sweep.layers)
     agreement = []
-    for name, (run, samples) in contestants.items():
-        got = run(*sweep.first(samples))
-        difference = (got - expected[: len(got)]).abs().max().item()
-        equal = int((got.argmax(dim=-1) == expected[: len(got)].argmax(dim=-1)).sum())
+    for name, (run, rows) in contestants.items():
+        got = run(*sweep.first(rows))
+        difference = (got - expected[:rows]).abs().max().item()
+        equal = int((got.argmax(dim=-1) == expected[:rows].argmax(dim=-1)).sum())
         assert difference < TOLERANCE[sweep.model.dtype], f"{name} is {difference:.1e} from the staircase"
-        assert equal == len(got) or sweep.model.dtype != torch.float32, f"{name}: {len(got) - equal} argmaxes differ"
-        agreement.append({"contestant": name, "rows": len(got), "difference": difference, "equal": equal})
-    times = in_turn(
-        {
-            name: Contestant(lambda run=run, samples=samples: run(*sweep.first(samples)), row["rows"])
-            for (name, (run, samples)), row in zip(contestants.items(), agreement, strict=True)
-        },
-        seconds,
-    )
+        assert equal == rows or sweep.model.dtype != torch.float32, f"{name}: {rows - equal} argmaxes differ"
+        agreement.append({"contestant": name, "rows": rows, "difference": difference, "equal": equal})
     absent = [{"contestant": f"{name}, one row"} for name in PEERS if not installed(name)]
-    return pd.concat([against(times, STAIRCASE).merge(pd.DataFrame(agreement)), pd.DataFrame(absent)])
+    return pd.concat([_timed(sweep, contestants, seconds).merge(pd.DataFrame(agreement)), pd.DataFrame(absent)])
 
 
-def continuations_compared(
-    sweep: Sweep, new_tokens: int, samples: int, one_by_one: int, seconds: float
-) -> pd.DataFrame:
-    """Continuations of the rows of `samples` samples, as `logits_compared`; `one_by_one` is a number of rows here.
+def continuations_compared(sweep: Sweep, new_tokens: int, samples: int, seconds: float) -> pd.DataFrame:
+    """Continuations of the rows of `samples` samples, as `logits_compared`; of a few rows where they go one by one.
 
     In fp32 all contestants must say the same, token for token.
     """
     staircase, plain = (pscope.Patchscope(sweep.model, sweep.target, path=path) for path in (STAIRCASE, "plain"))
     decoding = pscope.Decoding(new_tokens)
-    some = len(sweep.first(samples)[0])
-    contestants = {
-        STAIRCASE: (lambda *rows: staircase.generate(*rows, decoding).patched, some),
-        "plain path": (lambda *rows: plain.generate(*rows, decoding).patched, some),
+    batched = samples * (sweep.model.n_layers + 1)
+    contestants: dict[str, tuple[Answer, int]] = {
+        STAIRCASE: (lambda *rows: staircase.generate(*rows, decoding).patched, batched),
+        "plain path": (lambda *rows: plain.generate(*rows, decoding).patched, batched),
         f"hooks and generate, batches of {BATCH}": (
             lambda *rows: Hooked(sweep.model, sweep.target, BATCH).generate(*rows, new_tokens),
-            some,
+            batched,
         ),
         "hooks and generate, one row": (
             lambda *rows: Hooked(sweep.model, sweep.target, 1).generate(*rows, new_tokens),
-            one_by_one,
+            3,
         ),
     }
-    expected = contestants[STAIRCASE][0](sweep.states[:some], sweep.layers[:some])
+    expected = contestants[STAIRCASE][0](*sweep.first(batched))
     agreement = []
     for name, (run, rows) in contestants.items():
-        got = run(sweep.states[:rows], sweep.layers[:rows])
+        got = run(*sweep.first(rows))
         equal = sum(ours == theirs for ours, theirs in zip(got, expected[:rows], strict=True))
         assert equal == rows or sweep.model.dtype != torch.float32, f"{name}: {rows - equal} rows say something else"
         agreement.append({"contestant": name, "rows": rows, "equal": equal})
-    times = in_turn(
-        {
-            name: Contestant(lambda run=run, rows=rows: run(sweep.states[:rows], sweep.layers[:rows]), rows)
-            for name, (run, rows) in contestants.items()
-        },
-        seconds,
-    )
-    return against(times, STAIRCASE).merge(pd.DataFrame(agreement))
+    return _timed(sweep, contestants, seconds).merge(pd.DataFrame(agreement))
 
 
-def _of(scope: pscope.Patchscope) -> Callable[[Tensor, list[int]], Tensor]:
+def _timed(sweep: Sweep, contestants: dict[str, tuple[Answer, int]], seconds: float) -> pd.DataFrame:
+    timed = {}
+    for name, (run, rows) in contestants.items():
+        rows = min(rows, TIMED_ONE_BY_ONE) if name.endswith("one row") else rows
+        timed[name] = Contestant(lambda run=run, rows=rows: run(*sweep.first(rows)), rows)
+    return against(in_turn(timed, seconds), STAIRCASE)
+
+
+def _of(scope: pscope.Patchscope) -> Answer:
     return lambda states, layers: torch.cat([part.patched for part in scope.logits(states, layers)])

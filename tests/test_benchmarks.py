@@ -52,7 +52,7 @@ def test_a_contestant_that_answers_otherwise_is_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(Hooked, "logits", lambda self, states, layers: logits(self, states * 1.01, layers))
     monkeypatch.setattr(sweep, "in_turn", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="hooks, batches of 128 is .* from the staircase"):
-        sweep.logits_compared(sweep.sweep_of(tiny, 1), 1, 1, 0)
+        sweep.logits_compared(sweep.sweep_of(tiny, 1), 1, 0)
 
 
 def test_the_floor_counts_what_the_staircase_multiplies(tiny):
