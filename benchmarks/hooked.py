@@ -16,10 +16,10 @@ class Hooked:
     def __init__(self, model: pscope.LanguageModel, target: pscope.Prompt, batch: int) -> None:
         self.model, self.target, self.batch = model, target, batch
 
-    def logits(self, states: Tensor, layers: Sequence[int]) -> Tensor:
-        """Logits after the target prompt, (rows, vocab). Only the last token is unembedded, a favour."""
-        return torch.cat(
-            self._run(states, layers, lambda ids: self.model.hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
+    def logits(self, states: Tensor, layers: Sequence[int]) -> list[Tensor]:
+        """Logits after the target prompt, (rows, vocab) of each batch. Only the last token is unembedded, a favour."""
+        return self._run(
+            states, layers, lambda ids: self.model.hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
         )
 
     def generate(self, states: Tensor, layers: Sequence[int], new_tokens: int) -> list[list[int]]:

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import pscope
 
-Answer = Callable[[Tensor, Sequence[int]], Sequence]
-"""From states (rows, hidden) and their target layers: logits after the target prompt (rows, vocab), or new tokens."""
+Answer = Callable[[Tensor, Sequence[int]], list]
+"""From states (rows, hidden) and their target layers: logits after the target prompt, in parts of (rows, vocab) each
+since few would want them all at once; or each row's new tokens."""
 
 
 def transformer_lens(model: pscope.LanguageModel, target: pscope.Prompt) -> Answer:
@@ -81,7 +82,7 @@ def pyvene(model: pscope.LanguageModel, target: pscope.Prompt) -> Answer:
 
 
 def _row_by_row(one: Callable[[Tensor, int], Tensor]) -> Answer:
-    return lambda states, layers: torch.stack([one(*row) for row in zip(states, layers, strict=True)])
+    return lambda states, layers: [one(*row)[None] for row in zip(states, layers, strict=True)]
 
 
 PEERS = {"TransformerLens": transformer_lens, "nnsight": nnsight, "pyvene": pyvene}

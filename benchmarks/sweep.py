@@ -69,10 +69,10 @@ def logits_compared(sweep: Sweep, samples: int, seconds: float) -> pd.DataFrame:
     for name, peer in PEERS.items():
         if installed(name):
             contestants[f"{name}, one row"] = (torch.no_grad()(peer(sweep.model, sweep.target)), one_by_one)
-    expected = _of(staircase)(sweep.states, sweep.layers)
+    expected = torch.cat(_of(staircase)(sweep.states, sweep.layers))
     agreement = []
     for name, (run, rows) in contestants.items():
-        got = run(*sweep.first(rows))
+        got = torch.cat(run(*sweep.first(rows)))
         difference = (got - expected[:rows]).abs().max().item()
         equal = int((got.argmax(dim=-1) == expected[:rows].argmax(dim=-1)).sum())
         assert difference < TOLERANCE[sweep.model.dtype], f"{name} is {difference:.1e} from the staircase"
@@ -121,4 +121,4 @@ def _timed(sweep: Sweep, contestants: dict[str, tuple[Answer, int]], seconds: fl
 
 
 def _of(scope: pscope.Patchscope) -> Answer:
-    return lambda states, layers: torch.cat([part.patched for part in scope.logits(states, layers)])
+    return lambda states, layers: [part.patched for part in scope.logits(states, layers)]

@@ -71,7 +71,7 @@ class LanguageModel:
     def activation_bytes(self, tokens: int) -> int:
         """About how much memory a row of `tokens` tokens takes in a forward pass, and its next-token logits after."""
         intermediate = getattr(self.hf.config.get_text_config(), "intermediate_size", None) or 4 * self.hidden_size
-        # The logits stand there up to three times: as they come, in order, and those of the pass before.
+        # The logits stand there up to three times: as they come, what is made of them, and those of the pass before.
         logits = 3 * self.hf.config.get_text_config().vocab_size
         return (tokens * (8 * self.hidden_size + 3 * intermediate) + logits) * self.dtype.itemsize
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pscope.errors import PscopeError, RowError
-from pscope.generate import GREEDY, Decoding, Rows, Settled, check_finite, continue_rows
+from pscope.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
 from pscope.residual import check_layer
@@ -45,8 +45,8 @@ class Patchscope:
 
     Rows run on the staircase, many layers in one pass, if a self-check on this model and prompt finds that it agrees
     with passes over the whole patched prompt; otherwise on the plain path, with the model's own cache if that agrees
-    too, else without. `path` overrides the check. As many rows
-    share a pass as fit in about `memory` bytes beside the model.
+    too, else without. `path` overrides the check. As many rows share a pass as fit in about `memory` bytes beside the
+    model.
 
     Raises PscopeError if `memory` is not positive.
     """
@@ -131,10 +131,10 @@ class Patchscope:
         return (slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once))
 
     def _read(self, part: slice, states: Tensor, layers: list[int]) -> Logits:
-        order, rows = self._start(states, layers)
-        check_finite(rows.logits, _numbers(part, order))
+        rows = self._path.start(states, torch.tensor(layers))
+        check_finite(rows.logits, _numbers(part))
         # A view of the clean row would keep the logits of all rows.
-        return Logits(part, rows.logits[1:][order.argsort()], rows.logits[0].clone())
+        return Logits(part, rows.logits[1:], rows.logits[0].clone())
 
     def _speak(
         self,
@@ -145,25 +145,20 @@ class Patchscope:
         draws: Tensor,
         settled: Settled | None,
     ) -> Continuations:
-        order, rows = self._start(states, layers, decoding.new_tokens)
-        numbers = _numbers(part, order).tolist()
+        rows = self._path.start(states, torch.tensor(layers), decoding.new_tokens)
+        numbers = _numbers(part).tolist()
 
         def settled_here(row: int, text: str) -> bool:
             return row > 0 and settled(numbers[row], text)
 
         ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, None if settled is None else settled_here)
         try:
-            clean, *spoken = continue_rows(rows, decoding, torch.cat([draws[:1], draws[1:][order]]), ends)
+            clean, *spoken = continue_rows(rows, decoding, draws, ends)
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error
-        return Continuations([spoken[place] for place in order.argsort().tolist()], clean)
-
-    def _start(self, states: Tensor, layers: list[int], new_tokens: int = 0) -> tuple[Tensor, Rows]:
-        """The order in which the rows climb, by layer, and the rows in that order after the clean one."""
-        order = torch.tensor(layers).argsort(stable=True)
-        return order, self._path.start(states[order.to(states.device)], torch.tensor(layers)[order], new_tokens)
+        return Continuations(spoken, clean)
 
 
-def _numbers(part: slice, order: Tensor) -> Tensor:
+def _numbers(part: slice) -> Tensor:
     """The numbers of the rows of a pass, the clean one (-1) first, among all the rows that were given."""
-    return torch.cat([torch.tensor([-1]), part.start + order])
+    return torch.tensor([-1, *range(part.start, part.stop)])

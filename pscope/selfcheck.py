@@ -47,7 +47,8 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
 
     Raises ModelError if the model's own logits are not finite.
     """
-    layers = torch.tensor(sorted({0, model.n_layers // 2, model.n_layers - 1, model.n_layers}))
+    # From the top down, which is not the order in which rows climb.
+    layers = torch.tensor(sorted({0, model.n_layers // 2, model.n_layers - 1, model.n_layers}, reverse=True))
     with recording(model, range(model.n_layers + 1)) as streams:
         model.next_token_logits(torch.tensor([target.ids], device=model.device))
     # States of the clean run, each patched where it does not belong.

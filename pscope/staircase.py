@@ -46,22 +46,26 @@ class Staircase:
         )
 
     def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> CachedRows:
-        """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,), in ascending order.
+        """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,).
 
         Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
         """
-        total = len(states) + 1
+        total, top = len(states) + 1, self.model.n_layers
         cache = self._cache(total, self._suffix_ids.shape[1] + new_tokens if new_tokens else 0)
         edits = {
-            layer: _join(states[target_layers == layer], self._places)
-            for layer in target_layers.unique_consecutive().tolist()
+            layer: _join(states[target_layers == layer], self._places) for layer in target_layers.unique().tolist()
         }
-        edits[0] = _only_clean(edits.get(0))
+        edits[0] = _in_turn(_only_clean, edits.get(0))
+        # They climb by layer. The stream is put back in the order given, since the logits are many times as large.
+        given = torch.cat([torch.zeros(1, dtype=torch.long), 1 + target_layers.argsort(stable=True).argsort()])
+        edits[top] = _in_turn(edits.get(top), lambda stream: stream[given.to(stream.device)])
         # The model is given all rows, so that what it does with the whole batch at the top is right; of their streams
         # the first goes up, and the others join it, each at its layer.
         ids = self._suffix_ids.expand(total, -1)
         with editing(self.model, edits), fitting(self.model, self._batch_axes):
             logits = self.model.next_token_logits(ids, cache)
+        if new_tokens:
+            cache.reorder_cache(given.to(self.model.device))
         return CachedRows(self.model, cache, logits)
 
     def row_bytes(self, new_tokens: int) -> int:
@@ -91,9 +95,20 @@ def _check_cache(model: LanguageModel) -> None:
         raise ModelError(f"its cache has {', '.join(others)}, not only the keys and values of each token")
 
 
-def _only_clean(then: Edit | None) -> Edit:
-    """The edit that lets only the clean row climb, and then the rows that join at the same layer."""
-    return lambda stream: stream[:1] if then is None else then(stream[:1])
+def _only_clean(stream: Tensor) -> Tensor:
+    """The edit that lets only the clean row climb."""
+    return stream[:1]
+
+
+def _in_turn(*edits: Edit | None) -> Edit:
+    """Edits of one layer, each of what the one before made; None for none."""
+
+    def edit(stream: Tensor) -> Tensor:
+        for each in edits:
+            stream = stream if each is None else each(stream)
+        return stream
+
+    return edit
 
 
 def _join(entering: Tensor, places: list[int]) -> Edit:
