@@ -25,7 +25,7 @@ from benchmarks.floor import floors_compared
 from benchmarks.growth import exponents, growth, whole_figure
 from benchmarks.half import half_compared
 from benchmarks.overhead import NO_HOOK, overheads, wide_llama
-from benchmarks.sweep import continuations_compared, logits_compared, sweep_of
+from benchmarks.sweep import STAIRCASE, continuations_compared, logits_compared, sweep_of
 from pscope.runs import versions
 
 console = Console()
@@ -50,7 +50,7 @@ def main(
     # Seconds for a comparison; all have three rounds at least.
     short, long = (0.0, 0.0) if quick else (2.0, 80.0)
     machine = {
-        "processor": platform.processor() or platform.machine(),
+        "processor": f"{platform.processor() or platform.machine()}, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else "cpu",
         "model": lm.name,
@@ -96,13 +96,16 @@ def figure(results: dict[str, pd.DataFrame], machine: dict) -> Figure:
         drawn = Figure(figsize=(15, 4.6), layout="constrained")
         rows, hooks, floors = drawn.subplots(1, 3, width_ratios=[1.2, 1, 0.8])
         logits = results["logits"].dropna(subset="seconds").assign(milliseconds=lambda table: 1000 * table["seconds"])
-        sns.barplot(logits, x="milliseconds", y="contestant", ax=rows, color=sns.color_palette()[0])
-        rows.bar_label(rows.containers[0], [f" {ratio:.1f} ×" for ratio in logits["ratio"]])
-        rows.set(xscale="log", xlabel="Milliseconds per row of logits", ylabel=None)
-        rows.margins(x=0.25)
+        sns.pointplot(logits, x="milliseconds", y="contestant", linestyle="none", ax=rows)
+        for place, row in enumerate(logits.itertuples()):
+            told = "" if row.contestant == STAIRCASE else f"{row.ratio:.0f} ×"
+            rows.annotate(told, (row.milliseconds, place), xytext=(8, 0), textcoords="offset points", va="center")
+        limits = logits["milliseconds"].min() / 2, logits["milliseconds"].max() * 4
+        rows.set(xscale="log", xlim=limits, xlabel="Milliseconds per row of logits", ylabel=None)
         patched = results["overhead"][results["overhead"]["contestant"] != NO_HOOK]
         percent = patched.assign(percent=100 * (patched["ratio"] - 1))
         sns.boxplot(percent, x="percent", y="contestant", hue="phase", ax=hooks)
+        sns.move_legend(hooks, "lower center", bbox_to_anchor=(0.5, 1), ncols=2, title=None, frameon=False)
         hooks.axvline(0, color="black", linewidth=1)
         hooks.set(xlabel="Time over a pass without a hook (%)", ylabel=None)
         sns.barplot(results["floor"], x="ratio", y="work", ax=floors, color=sns.color_palette()[2])
