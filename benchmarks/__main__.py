@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import platform
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated
 
@@ -25,6 +26,7 @@ from benchmarks.floor import floors_compared
 from benchmarks.growth import exponents, growth, whole_figure
 from benchmarks.half import half_compared
 from benchmarks.overhead import NO_HOOK, overheads, wide_llama
+from benchmarks.peers import PEERS, installed
 from benchmarks.sweep import STAIRCASE, continuations_compared, logits_compared, sweep_of
 from pscope.runs import versions
 
@@ -55,7 +57,7 @@ def main(
         "device": torch.cuda.get_device_name() if lm.device.type == "cuda" else "cpu",
         "model": lm.name,
         "dtype": str(lm.dtype).removeprefix("torch."),
-        "versions": versions(),
+        "versions": versions() | {name: version(PEERS[name].__name__) for name in PEERS if installed(name)},
     }
     console.print(" ".join(f"{name}: {told}" for name, told in machine.items() if name != "versions"))
 
