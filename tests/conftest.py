@@ -15,6 +15,12 @@ def pytest_addoption(parser):
     parser.addoption("--write-readme", action="store_true", help="Write the README's table of architectures anew.")
 
 
+def pytest_collection_modifyitems(items):
+    """Fast ones first, so that most faults show within seconds."""
+    slow = ["test_architectures", "test_benchmarks", "test_cli"]
+    items.sort(key=lambda item: item.path.stem in slow)
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> pscope.LanguageModel:
     """The real default model, fetched the first time it is needed."""

@@ -265,7 +265,7 @@ def relations() -> Path:
 
 
 def test_table2_on_the_users_relations(relations, tmp_path):
-    grid = ("--layers", "4", "--target-layers", "1,8")
+    grid = ("--layers", "4", "--target-layers", "1,8", "--new-tokens", 8)
     # So little memory that a pass holds the rows of one subject: only after a first chunk is there something left.
     result = run("table2", relations, "--quick", *grid, "--memory", "0.001", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
@@ -300,7 +300,7 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
 
 
 def test_fig4_composes_the_users_relations(relations, tmp_path):
-    command = ["fig4", relations, "--layers", "20", "--target-layers", "4,7", "--cot-tokens", 10]
+    command = ["fig4", relations, "--layers", "20", "--target-layers", "4,7", "--new-tokens", 8, "--cot-tokens", 8]
     result = run(*command, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "queries: 4 composed" in result.stderr
