@@ -107,6 +107,8 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
     if path.is_file():
         raise ModelError(f"{name} is a file, and not a .gguf file; give one, or the folder of a model")
     if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ModelError(f"the folder {name} has no config.json; give one that save_pretrained wrote")
         return str(path), {}
     return _fetch_from_hub(name, revision), {}
 

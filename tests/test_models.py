@@ -140,6 +140,9 @@ def test_models_that_are_not_there(tmp_path):
         pscope.load("not a model!")
     with pytest.raises(ModelError, match="there is no file"):
         pscope.load("nowhere.gguf")
+    with pytest.raises(ModelError, match="has no config.json; give one that save_pretrained wrote"):
+        pscope.load(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
     with pytest.raises(ModelError, match="cannot load"):
         pscope.load(tmp_path)
     with pytest.raises(ModelError, match="both given"):
