@@ -47,7 +47,7 @@ def run(*arguments):
     return CliRunner().invoke(app, [str(argument) for argument in arguments])
 
 
-def test_check_tells_what_a_model_is(tiny_folder):
+def test_check_tells_what_a_model_is(tiny_folder, smollm2):
     result = run("check", tiny_folder)
     assert result.exit_code == 0, result.output
     told = " ".join(result.stdout.split())
@@ -67,6 +67,9 @@ def test_check_tells_what_a_model_is(tiny_folder):
     assert found["check"]["difference"] < 1e-4
     assert found["lens_difference"] < 1e-4
     assert set(found["ms_per_row"]) == {"staircase", "plain"}
+    # An attention sink, which the random model has not.
+    assert 0.5 < found["first_token_norm"] < 2
+    assert json.loads(run("check", "smollm2", "--json").stdout)["first_token_norm"] > 100
 
 
 def test_check_on_a_model_that_takes_the_plain_path_and_one_that_is_refused(tokenizer, tmp_path):

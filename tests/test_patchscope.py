@@ -117,7 +117,7 @@ def test_quantised_weights_round_like_half_precision(tiny, monkeypatch):
 
 
 def spoil(monkeypatch, model, wrong):
-    """Let the passes of which `wrong(ids, cache)` says so give logits that are off."""
+    """Let passes give logits that are off by `wrong(ids, cache)`."""
     step = type(model).next_token_logits
     monkeypatch.setattr(
         type(model), "next_token_logits", lambda self, ids, cache=None: step(self, ids, cache) + wrong(ids, cache)
@@ -141,6 +141,23 @@ def test_the_self_check_catches_a_cache_that_cannot_be_relied_on_once_rows_have_
     scope = Patchscope(tiny, tiny.prompt(TARGET, 3))
     assert scope.check.path == "uncached"
     assert "going on from its own cache is" in str(scope.check)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "where"),
+    [
+        (1.0, lambda ids, layer: len(ids) == 5 and layer._room == 0),
+        (float("nan"), lambda ids, layer: ids.shape == (3, 1)),
+    ],
+    ids=["with no room to go on", "not a number"],
+)
+def test_the_self_check_catches_an_error_of_the_staircase_alone(tiny, monkeypatch, wrong, where):
+    def error(ids, cache):
+        layer = None if cache is None or not cache.layers else cache.layers[0]
+        return wrong if isinstance(layer, staircase._GrowingLayer) and where(ids, layer) else 0.0
+
+    spoil(monkeypatch, tiny, error)
+    assert Patchscope(tiny, tiny.prompt(TARGET, 3)).check.path == "plain"
 
 
 def test_a_small_memory_budget_changes_nothing_but_the_passes(tiny):
