@@ -117,7 +117,8 @@ class LanguageModel:
 
     @property
     def _cache_parameter(self) -> str:
-        for name in ("past_key_values", "cache_params"):
+        # transformers 5.24 gave them all one name.
+        for name in ("cache", "past_key_values", "cache_params"):
             if name in self._forward_parameters:
                 return name
         raise ModelError(f"{type(self.hf).__name__} takes no cache")
