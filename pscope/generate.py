@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -12,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from pscope.errors import PscopeError, RowError
-from pscope.models import LanguageModel
+from pscope.models import LanguageModel, not_finite
 
 Settled = Callable[[int, str], bool]
 """Whether a row, by its number, need not go on after what it said, since nothing asked of it can change any more."""
@@ -39,8 +41,12 @@ class Decoding:
             raise PscopeError(f"stop is {self.stop!r}; it is a tuple of strings, none of them empty")
         if self.new_tokens < 1:
             raise PscopeError(f"new_tokens is {self.new_tokens}; at least 1 is needed")
-        if self.temperature < 0:
-            raise PscopeError(f"temperature is {self.temperature}; 0 is greedy, above 0 samples")
+        if not 0 <= self.temperature < math.inf:
+            raise PscopeError(f"temperature is {self.temperature}; 0 is greedy, a number above 0 samples")
+
+    def choosing_bytes(self, vocabulary: int) -> int:
+        """How much memory the choice of a row's next token takes: sampling has copies in double precision."""
+        return 0 if self.temperature == 0 else 4 * 8 * vocabulary
 
     def draws(self, rows: int) -> Tensor:
         """One number in [0, 1) for every row and step, (rows, new_tokens): a row's do not depend on its batch."""
@@ -52,7 +58,10 @@ class Decoding:
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         # On the CPU, so that every device draws the same tokens, those without float64 too.
-        cumulative = (logits.cpu().double() / self.temperature).softmax(dim=-1).cumsum(dim=-1)
+        logits_64 = logits.cpu().double()
+        # From the largest down, so that none overflows however low the temperature.
+        scaled = (logits_64 - logits_64.amax(dim=-1, keepdim=True)) / self.temperature
+        cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
         # The sum is 1 but for rounding; the largest draw must still fall inside.
         chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
         return chosen.clamp(max=logits.shape[1] - 1).to(logits.device)
@@ -66,7 +75,7 @@ class Decoding:
             criteria.append(EosTokenCriteria(sorted(end_tokens)))
         if self.stop:
             try:
-                criteria.append(StopStringCriteria(tokenizer, list(self.stop)))
+                criteria.append(_stop_strings(tokenizer, self.stop))
             except ValueError as error:
                 raise PscopeError(f"no token of the model can say one of the stop strings {self.stop}") from error
 
@@ -83,6 +92,12 @@ class Decoding:
         """What a row said, without end tokens, and up to where the first string of `stop` begins."""
         text = tokenizer.decode(tokens, skip_special_tokens=True)
         return text[: min((text.find(string) for string in self.stop if string in text), default=None)]
+
+
+@lru_cache(maxsize=8)
+def _stop_strings(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> StopStringCriteria:
+    # Its tables are made of the whole vocabulary.
+    return StopStringCriteria(tokenizer, list(stop))
 
 
 GREEDY = Decoding()
@@ -170,4 +185,4 @@ def check_finite(logits: Tensor, rows: Tensor) -> None:
     broken = ~logits.amax(dim=-1).isfinite()
     if broken.any():
         row = int(rows[broken.cpu()][0])
-        raise RowError(row, f"its logits are not finite in {str(logits.dtype).removeprefix('torch.')}; try float32")
+        raise RowError(row, f"its logits are {not_finite(logits.dtype)}")
