@@ -8,13 +8,33 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
+from threading import RLock
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers import Cache, DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pscope.errors import ModelError, PromptError
 from pscope.prompts import At, Prompt, tokenize
+
+
+def not_finite(dtype: torch.dtype) -> str:
+    """What to say of numbers that are not finite, and what to do about them."""
+    name = str(dtype).removeprefix("torch.")
+    way_out = "its weights may be damaged" if dtype in (torch.float32, torch.float64) else "try float32"
+    return f"not finite in {name}; {way_out}"
+
+
+_LOCKS: WeakKeyDictionary[nn.ModuleList, RLock] = WeakKeyDictionary()
+
+
+class Kept(NamedTuple):
+    """What a cache layer keeps of a row: bytes however long the row is, and bytes for each of its tokens."""
+
+    per_row: int
+    per_token: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,6 +64,19 @@ class LanguageModel:
         return len(self.layers)
 
     @property
+    def lock(self) -> RLock:
+        """Held while hooks of ours are on the decoder layers, and in every pass: another thread's pass would see them.
+
+        It belongs to the decoder layers, however many `LanguageModel`s share them.
+        """
+        return _LOCKS.setdefault(self.layers, RLock())
+
+    @property
+    def config(self) -> PreTrainedConfig:
+        """The config of the language model, which may be part of a model that also sees or hears."""
+        return self.hf.config.get_text_config()
+
+    @property
     def device(self) -> torch.device:
         """Where token ids go. Offloaded weights (on `meta`) are fetched by accelerate, which moves the ids too."""
         device = self.hf.get_input_embeddings().weight.device
@@ -52,12 +85,27 @@ class LanguageModel:
     @property
     def hidden_size(self) -> int:
         """The width of the residual stream."""
-        return self.hf.config.get_text_config().hidden_size
+        return self.config.hidden_size
 
     @property
     def window(self) -> int | None:
         """The most tokens that the model can attend to, where its config says."""
-        return getattr(self.hf.config.get_text_config(), "max_position_embeddings", None)
+        most = getattr(self.config, "max_position_embeddings", None)
+        return None if most is None else most - self.first_position
+
+    @cached_property
+    def first_position(self) -> int:
+        """The number that the model gives the position of a text's first token.
+
+        It is 0, but for models that look positions up in a table of embeddings whose first entries are those of
+        padding, as RoBERTa and its kin do.
+        """
+        found = (
+            module.padding_idx + 1
+            for name, module in self.hf.named_modules()
+            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
+        )
+        return next(found, 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,16 +116,48 @@ class LanguageModel:
         """Whether weights are unpacked as they are used, which rounds otherwise for one row than for many."""
         return getattr(self.hf, "is_quantized", False)
 
-    def activation_bytes(self, tokens: int) -> int:
-        """About how much memory a row of `tokens` tokens takes in a forward pass, and its next-token logits after."""
-        intermediate = getattr(self.hf.config.get_text_config(), "intermediate_size", None) or 4 * self.hidden_size
+    def activation_bytes(self, tokens: int, attended: int = 0) -> int:
+        """About how much memory a row of `tokens` tokens takes in a forward pass, and its next-token logits after.
+
+        Each token attends to those of the row, and to `attended` more that came before.
+        """
+        config = self.config
+        heads = getattr(config, "num_attention_heads", None) or 1
+        width = heads * (getattr(config, "head_dim", None) or self.hidden_size // heads)
+        width = max(self.hidden_size, width, max(layer.per_token for layer in self.kept) // self.dtype.itemsize // 2)
+        experts = getattr(config, "num_experts_per_tok", None) or 1
+        intermediate = max(
+            getattr(config, "intermediate_size", None) or 4 * self.hidden_size,
+            experts * (getattr(config, "moe_intermediate_size", None) or 0),
+        )
         # The logits stand there up to three times: as they come, what is made of them, and those of the pass before.
-        logits = 3 * self.hf.config.get_text_config().vocab_size
-        return (tokens * (8 * self.hidden_size + 3 * intermediate) + logits) * self.dtype.itemsize
+        values = tokens * (4 * self.hidden_size + 4 * width + 3 * intermediate) + 3 * config.vocab_size
+        scores = 0
+        if getattr(self.hf.config, "_attn_implementation", None) == "eager":
+            # As they come, masked, and, in single precision, as probabilities.
+            scores = heads * tokens * (tokens + attended) * (2 * self.dtype.itemsize + 4)
+        return values * self.dtype.itemsize + scores
 
     def cache_bytes(self, tokens: int) -> int:
-        """At most how much memory the keys and values of a row of `tokens` tokens take."""
-        return 2 * self.n_layers * self.hidden_size * tokens * self.dtype.itemsize
+        """How much memory a cache of the model takes for a row of `tokens` tokens, at most."""
+        return sum(layer.per_row + tokens * layer.per_token for layer in self.kept)
+
+    @cached_property
+    def kept(self) -> tuple[Kept, ...]:
+        """What each layer of a cache keeps of a row, measured; one that keeps nothing, for a model without a cache."""
+        if self._cache_parameter is None:
+            return (Kept(0, 0),)
+        one, two = (self._bytes_kept(tokens) for tokens in (2, 3))
+        return tuple(
+            Kept(max(0, 3 * less - 2 * more), max(0, more - less)) for less, more in zip(one, two, strict=True)
+        )
+
+    def _bytes_kept(self, tokens: int) -> list[int]:
+        cache = self.own_cache()
+        self.next_token_logits(torch.full((1, tokens), self.config.vocab_size // 2, device=self.device), cache)
+        return [
+            sum(value.nbytes for value in vars(layer).values() if isinstance(value, Tensor)) for layer in cache.layers
+        ] or [0]
 
     def own_cache(self) -> Cache:
         """An empty cache of the kind that the model chooses by itself, with windows or recurrent states if it has any.
@@ -113,15 +193,15 @@ class LanguageModel:
 
     @cached_property
     def _forward_parameters(self) -> frozenset[str]:
-        return frozenset(signature(self.hf.forward).parameters)
+        # The forward pass of a wrapper such as peft's takes anything, and hands it to that of the model inside.
+        wrapped = getattr(self.hf, "get_base_model", None)
+        return frozenset(signature((wrapped() if wrapped else self.hf).forward).parameters)
 
-    @property
-    def _cache_parameter(self) -> str:
-        # transformers 5.24 gave them all one name.
-        for name in ("cache", "past_key_values", "cache_params"):
-            if name in self._forward_parameters:
-                return name
-        raise ModelError(f"{type(self.hf).__name__} takes no cache")
+    @cached_property
+    def _cache_parameter(self) -> str | None:
+        # transformers 5.24 gave those of all models one name.
+        names = ("cache", "past_key_values", "cache_params")
+        return next((name for name in names if name in self._forward_parameters), None)
 
     @torch.no_grad()
     def next_token_logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
@@ -130,12 +210,17 @@ class LanguageModel:
         `ids` is (batch, tokens); with a `cache`, they follow what it holds, and it is extended by them.
         Returns (batch, vocab). Raises ModelError if a cache is given to a model that takes none.
         """
-        options = {"use_cache": False} if cache is None else {"use_cache": True, self._cache_parameter: cache}
+        options: dict[str, object] = {"use_cache": cache is not None}
+        if cache is not None:
+            if self._cache_parameter is None:
+                raise ModelError(f"{type(self.hf).__name__} takes no cache")
+            options[self._cache_parameter] = cache
         if "logits_to_keep" in self._forward_parameters:
             # As an index, not as a number: for a number some models drop the other tokens half-way up.
             options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
         if "position_ids" in self._forward_parameters:
-            start = 0 if cache is None else cache.get_seq_length()
+            start = self.first_position + (0 if cache is None else cache.get_seq_length())
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)
             options["position_ids"] = positions.expand(ids.shape[0], -1)
-        return self.hf(input_ids=ids, **options).logits[:, -1]
+        with self.lock:
+            return self.hf(input_ids=ids, **options).logits[:, -1]

@@ -15,9 +15,11 @@ from torch import Tensor
 from pscope.errors import PscopeError, RowError
 from pscope.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
 from pscope.models import LanguageModel
+from pscope.plain import PlainPath
 from pscope.prompts import Prompt
-from pscope.residual import check_layer
+from pscope.residual import check_layer, others_intervene
 from pscope.selfcheck import PATHS, PathName, SelfCheck, choose_path
+from pscope.staircase import Staircase
 
 MEMORY = 2**30
 """The default budget for the rows of one pass, in bytes."""
@@ -48,7 +50,11 @@ class Patchscope:
     too, else without. `path` overrides the check. As many rows share a pass as fit in about `memory` bytes beside the
     model.
 
-    Raises PscopeError if `memory` is not positive.
+    Weights may change between calls, and calls may stand within blocks of `editing`: what is shared by rows is made in
+    every pass. While others have hooks on the model that may have to see whole prompts (`residual.others_intervene`),
+    rows are run as whole prompts for every token, unless `path` says otherwise. Threads that share a model take turns.
+
+    Raises PscopeError if `memory` is not positive, or for a `path` that there is none of.
     """
 
     def __init__(
@@ -62,11 +68,15 @@ class Patchscope:
         if memory <= 0:
             raise PscopeError(f"the memory budget is {memory} bytes; it must be positive")
         self.model, self.target, self.memory = model, target, memory
+        self._whole_prompts = None
         if path == "auto":
             self._path, self.check = choose_path(model, target)
-        else:
+            self._whole_prompts = PATHS["uncached"](model, target)
+        elif path in PATHS:
             self._path = PATHS[path](model, target)
             self.check = SelfCheck(path, "asked for, not checked")
+        else:
+            raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
 
     def logits(self, states: Tensor, target_layers: Sequence[int] | int) -> Iterator[Logits]:
         """Patch `states`, (rows, hidden), into the target, each row at its layer; yield the logits that follow.
@@ -79,7 +89,7 @@ class Patchscope:
         finite.
         """
         states, layers = self._checked(states, target_layers)
-        return (self._read(part, states[part], layers[part]) for part in self._parts(len(states)))
+        return (self._read(path, part, states[part], layers[part]) for path, part in self._passes(len(states)))
 
     def generate(
         self,
@@ -98,14 +108,22 @@ class Patchscope:
         states, layers = self._checked(states, target_layers)
         draws = decoding.draws(len(states) + 1)
         spoken = [
-            self._speak(part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
-            for part in self._parts(len(states), decoding.new_tokens)
+            self._speak(
+                path, part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled
+            )
+            for path, part in self._passes(len(states), decoding)
         ]
         return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
-        return max(1, self.memory // self._path.row_bytes(new_tokens))
+        return max(1, self.memory // self._present_path().row_bytes(new_tokens))
+
+    def _present_path(self) -> Staircase | PlainPath:
+        """The path for the hooks that stand on the model now."""
+        if self._whole_prompts is not None and others_intervene(self.model):
+            return self._whole_prompts
+        return self._path
 
     def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> tuple[Tensor, list[int]]:
         """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
@@ -115,6 +133,8 @@ class Patchscope:
                 f"states of shape {tuple(states.shape)} do not fit {self.model.name} at {positions} position(s), which "
                 f"take (rows, {hidden}) or (rows, {positions}, {hidden}); map those of another width to {hidden} first"
             )
+        if not states.is_floating_point():
+            raise PscopeError(f"states of {states.dtype} are no hidden states; give real floating-point numbers")
         if len(states) == 0:
             raise PscopeError("there is no state to patch")
         layers = [target_layers] * len(states) if isinstance(target_layers, int) else list(target_layers)
@@ -126,18 +146,27 @@ class Patchscope:
             states = states[:, None].expand(-1, positions, -1)
         return states, layers
 
-    def _parts(self, rows: int, new_tokens: int = 0) -> Iterator[slice]:
-        at_once = self.rows_per_pass(new_tokens)
-        return (slice(start, min(start + at_once, rows)) for start in range(0, rows, at_once))
+    def _passes(self, rows: int, decoding: Decoding | None = None) -> Iterator[tuple[Staircase | PlainPath, slice]]:
+        """The parts of so many rows that share a pass, each with the path for what stands on the model by then."""
+        start = 0
+        while start < rows:
+            path = self._present_path()
+            row_bytes = path.row_bytes(0 if decoding is None else decoding.new_tokens)
+            if decoding is not None:
+                row_bytes += decoding.choosing_bytes(self.model.config.vocab_size)
+            part = slice(start, min(start + max(1, self.memory // row_bytes), rows))
+            yield path, part
+            start = part.stop
 
-    def _read(self, part: slice, states: Tensor, layers: list[int]) -> Logits:
-        rows = self._path.start(states, torch.tensor(layers))
+    def _read(self, path: Staircase | PlainPath, part: slice, states: Tensor, layers: list[int]) -> Logits:
+        rows = path.start(states, torch.tensor(layers))
         check_finite(rows.logits, _numbers(part))
         # A view of the clean row would keep the logits of all rows.
         return Logits(part, rows.logits[1:], rows.logits[0].clone())
 
     def _speak(
         self,
+        path: Staircase | PlainPath,
         part: slice,
         states: Tensor,
         layers: list[int],
@@ -145,7 +174,7 @@ class Patchscope:
         draws: Tensor,
         settled: Settled | None,
     ) -> Continuations:
-        rows = self._path.start(states, torch.tensor(layers), decoding.new_tokens)
+        rows = path.start(states, torch.tensor(layers), decoding.new_tokens)
         numbers = _numbers(part).tolist()
 
         def settled_here(row: int, text: str) -> bool:

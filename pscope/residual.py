@@ -9,37 +9,57 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
+from inspect import Parameter, signature
 from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pscope.errors import ModelError, PscopeError
 from pscope.models import LanguageModel
 from pscope.prompts import Prompt
 
-Edit = Callable[[Tensor], Tensor | None]
-"""Gets the residual stream (batch, tokens, hidden) of one forward pass; what it returns, unless None, replaces it."""
+Edit = Callable[[Tensor], Tensor | None] | Callable[[Tensor, range], Tensor | None]
+"""Gets the residual stream (batch, tokens, hidden) of one forward pass and, if it needs a second argument, where
+its tokens stand in the text, a range; what it returns, unless None, replaces the stream."""
 
 
 Rewrite = Callable[[int, tuple, dict], tuple[tuple, dict]]
 """Gets the number of a decoder layer and the arguments it is called with; what it returns replaces them."""
+
+_OWN = "_pscope_edit_knows_positions"
+_MACHINERY = ("accelerate", "transformers", "torch", "peft", "bitsandbytes")
+"""Packages whose hooks are part of how a model runs, and change nothing of what it computes for a token."""
 
 
 @contextmanager
 def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     """Within the block, every forward pass shows the residual stream of layer k to `edits[k]`.
 
+    A pass may be over a whole text or, where the model goes on from its cache, over what is new; an edit that depends
+    on where a token stands takes a second argument, the positions. Around a Patchscope, edits that take them let it use
+    any path; for others it runs whole prompts.
+
     Blocks may be nested: the inner one sees what the outer one wrote. However the block is left, its hooks are gone
     and nobody else's are touched. An edit may return a stream with another batch size, which the layers above then
-    work on. Raises PscopeError for a layer outside 0..L, before anything is registered.
+    work on. Other threads that use the model wait until the block is left. Raises PscopeError for a layer outside 0..L,
+    before anything is registered.
     """
     for layer in edits:
         check_layer(model, layer)
     with ExitStack() as stack:
+        stack.enter_context(model.lock)
+        positioned = {layer: edit for layer, edit in edits.items() if _takes_positions(edit)}
+        if positioned:
+            began = _PassStart()
+            stack.callback(began.watch(model).remove)
         for layer, edit in edits.items():
-            stack.callback(_register(model, layer, edit).remove)
+            if layer in positioned:
+                stack.callback(_register(model, layer, began.placed(edit), knows_positions=True).remove)
+            else:
+                stack.callback(_register(model, layer, edit, knows_positions=False).remove)
         yield
 
 
@@ -50,6 +70,7 @@ def calling(model: LanguageModel, rewrite: Rewrite) -> Iterator[None]:
     Within a block of `editing`, it gets the streams that were edited.
     """
     with ExitStack() as stack:
+        stack.enter_context(model.lock)
         for number, layer in enumerate(model.layers):
 
             def before(module, args, kwargs, number=number):
@@ -65,7 +86,8 @@ def recording(model: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int,
     streams: dict[int, Tensor] = {}
 
     def record(layer: int) -> Edit:
-        def edit(stream: Tensor) -> None:
+        # It only looks: where the tokens stand does not matter to it.
+        def edit(stream: Tensor, positions: range) -> None:
             streams[layer] = stream.detach()
 
         return edit
@@ -77,16 +99,40 @@ def recording(model: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int,
 def overwriting(model: LanguageModel, layer: int, position: int, vectors: Tensor) -> AbstractContextManager[None]:
     """A block within which position `position` of layer `layer` holds `vectors`: (hidden,) or (batch, hidden).
 
-    They are moved to the layer's own device and dtype. Every forward pass in the block is overwritten, so it is meant
-    for passes over whole prompts.
+    They are moved to the layer's own device and dtype. The position is counted from the start of the text, in every
+    pass of the block that runs its token; a negative one from the end of each pass, whatever that is the end of. Raises
+    PscopeError, in the pass, for a batch of another size than that of the vectors.
     """
 
-    def edit(stream: Tensor) -> Tensor:
+    def write(stream: Tensor, column: int) -> Tensor:
+        if vectors.ndim == 2 and len(vectors) not in (1, len(stream)):
+            raise PscopeError(f"vectors for {len(vectors)} rows do not fit a pass of {len(stream)}; give one for all")
         stream = stream.clone()
-        stream[:, position] = vectors.to(stream)
+        stream[:, column] = vectors.to(stream)
         return stream
 
-    return editing(model, {layer: edit})
+    def placed(stream: Tensor, positions: range) -> Tensor | None:
+        return write(stream, positions.index(position)) if position in positions else None
+
+    return editing(model, {layer: placed if position >= 0 else partial(write, column=position)})
+
+
+def others_intervene(model: LanguageModel) -> bool:
+    """Whether hooks stand on the model that may depend on seeing whole prompts: anybody's but ours that are told where
+    tokens stand, and those by which libraries run a model.
+    """
+    with model.lock:
+        return any(
+            not getattr(hook, _OWN, False) and _module_of(hook).split(".")[0] not in _MACHINERY
+            for module in model.hf.modules()
+            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+        )
+
+
+def _module_of(hook: Callable) -> str:
+    while isinstance(hook, partial):
+        hook = hook.func
+    return getattr(hook, "__module__", None) or type(hook).__module__
 
 
 @torch.no_grad()
@@ -163,7 +209,37 @@ def _pick(into: list[Tensor], rows: list[int], columns: list[int], device: torch
     return edit
 
 
-def _register(model: LanguageModel, layer: int, edit: Edit) -> RemovableHandle:
+def _takes_positions(edit: Edit) -> bool:
+    # One with a default is its author's own.
+    return sum(parameter.default is Parameter.empty for parameter in signature(edit).parameters.values()) > 1
+
+
+class _PassStart:
+    """Where in its text a pass begins: after what its cache holds."""
+
+    def __init__(self) -> None:
+        self._start = 0
+
+    def watch(self, model: LanguageModel) -> RemovableHandle:
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
+            cache = next((cache for cache in caches if cache is not None), None)
+            try:
+                self._start = 0 if cache is None else cache.get_seq_length()
+            except ValueError as error:
+                raise ModelError(
+                    f"the cache of {type(model.hf).__name__} does not count its tokens, so that an edit cannot be told "
+                    "where they stand; run whole prompts"
+                ) from error
+
+        setattr(before, _OWN, True)
+        return model.hf.register_forward_pre_hook(before, with_kwargs=True)
+
+    def placed(self, edit: Edit) -> Edit:
+        return lambda stream: edit(stream, range(self._start, self._start + stream.shape[1]))
+
+
+def _register(model: LanguageModel, layer: int, edit: Edit, *, knows_positions: bool) -> RemovableHandle:
     def checked(stream: Tensor) -> Tensor | None:
         if stream.ndim != 3 or stream.shape[-1] != model.hidden_size:
             raise ModelError(
@@ -180,6 +256,7 @@ def _register(model: LanguageModel, layer: int, edit: Edit) -> RemovableHandle:
                 return None
             return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
 
+        setattr(before, _OWN, knows_positions)
         return model.layers[0].register_forward_pre_hook(before, with_kwargs=True)
 
     def after(module, args, output):
@@ -189,4 +266,5 @@ def _register(model: LanguageModel, layer: int, edit: Edit) -> RemovableHandle:
             return edited
         return type(output)((edited, *output[1:]))
 
+    setattr(after, _OWN, knows_positions)
     return model.layers[layer - 1].register_forward_hook(after)

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pscope.errors import ModelError
-from pscope.models import LanguageModel
+from pscope.models import LanguageModel, not_finite
 from pscope.plain import PlainPath
 from pscope.prompts import Prompt
-from pscope.residual import recording
+from pscope.residual import calling, editing, recording, stream_of
 from pscope.staircase import Staircase
 
 PathName = Literal["staircase", "plain", "uncached"]
@@ -22,20 +23,25 @@ PathName = Literal["staircase", "plain", "uncached"]
 
 PATHS = {"staircase": Staircase, "plain": PlainPath, "uncached": partial(PlainPath, cached=False)}
 
-TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """In standard deviations of the logits. Rounding stays well below; a wrong mask or cache is of the order of 1."""
+
+ROUNDINGS = 2
+"""How often whole prompts are run with other roundings, to see what those alone change in half precision."""
 
 
 @dataclass(frozen=True)
 class SelfCheck:
     """Which path was chosen, why, and how far the staircase was from whole-prompt passes.
 
-    `difference` is the largest one between logits, in standard deviations of the logits; None if it was not measured.
+    `difference` is the largest one between logits, in standard deviations of the logits, and `tolerance` what was
+    accepted there; None if it was not measured.
     """
 
     path: PathName
     reason: str
     difference: float | None = None
+    tolerance: float | None = None
 
     def __str__(self) -> str:
         return f"{self.path} path: {self.reason}"
@@ -45,7 +51,9 @@ class SelfCheck:
 def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | PlainPath, SelfCheck]:
     """Run the clean row and a few patched ones on each path, and let them go on, also when some have left.
 
-    Raises ModelError if the model's own logits are not finite.
+    A path is taken if every state that was patched stands in the residual stream to the last bit, and if the logits are
+    those of whole prompts: in single precision within a fixed tolerance, in half precision, for each row, within
+    twice what one more rounding in each layer changes. Raises ModelError if the model's own logits are not finite.
     """
     # From the top down, which is not the order in which rows climb.
     layers = torch.tensor(sorted({0, model.n_layers // 2, model.n_layers - 1, model.n_layers}, reverse=True))
@@ -54,57 +62,139 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     # States of the clean run, each patched where it does not belong.
     borrowed = [streams[(layer + model.n_layers // 2 + 1) % (model.n_layers + 1)] for layer in layers.tolist()]
     states = torch.stack([stream[0, list(target.positions)].to(model.device) for stream in borrowed])
+    trial = _Trial(model, target, states, layers)
     yardstick = PATHS["uncached"](model, target)
-    expected = _answers(yardstick, states, layers)
+    expected = trial.run(yardstick)
     if not all(logits.isfinite().all() for logits in expected):
-        raise ModelError(f"{model.name} gives logits that are not finite in {model.dtype}; try another dtype")
-    # Quantised weights are unpacked to half precision on the way.
-    tolerance = TOLERANCE.get(torch.bfloat16 if model.quantised else model.dtype, TOLERANCE[torch.bfloat16])
-    staircase, difference, fault = _tried("staircase", model, target, states, layers, expected)
-    if difference is not None and difference <= tolerance:
-        return staircase, SelfCheck("staircase", f"within {difference:.0e} of whole-prompt passes", difference)
+        raise ModelError(f"the logits of {model.name} are {not_finite(model.dtype)}")
+    allowed = trial.allowed(yardstick, expected)
+
+    staircase, found, fault = _tried("staircase", trial, expected, allowed)
+    if staircase is not None:
+        return staircase, SelfCheck("staircase", f"within {found.difference:.0e} of whole-prompt passes", *found)
     reason = f"on {type(model.hf).__name__} the staircase {fault}"
-    plain, own_difference, own_fault = _tried("plain", model, target, states, layers, expected)
-    if own_difference is not None and own_difference <= tolerance:
-        return plain, SelfCheck("plain", reason, difference)
-    return yardstick, SelfCheck("uncached", f"{reason}, and going on from its own cache {own_fault}", difference)
+    plain, _, own_fault = _tried("plain", trial, expected, allowed)
+    if plain is not None:
+        return plain, SelfCheck("plain", reason, *found)
+    return yardstick, SelfCheck("uncached", f"{reason}, and going on from its own cache {own_fault}", *found)
+
+
+class _Found(NamedTuple):
+    """A difference between logits and how much of one was allowed, in standard deviations; None if none was found."""
+
+    difference: float | None = None
+    tolerance: float | None = None
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The rows that are run on every path: `states` (rows, positions, hidden), each at its layer, (rows,)."""
+
+    model: LanguageModel
+    target: Prompt
+    states: Tensor
+    layers: Tensor
+
+    def run(self, path: Staircase | PlainPath) -> list[Tensor]:
+        """The logits of all rows, then after a token more, then of every other row after yet another, as the window
+        permits.
+        """
+        room = 2 if self.model.window is None else min(2, self.model.window - len(self.target))
+        rows = path.start(self.states, self.layers, new_tokens=room)
+        answers = [rows.logits]
+        kept = torch.arange(0, len(rows.logits), 2, device=rows.logits.device)
+        # Any tokens will do, as long as they are the same on every path.
+        tokens = torch.arange(3, 3 + len(rows.logits), device=rows.logits.device) % rows.logits.shape[1]
+        if room > 0:
+            rows.step(tokens)
+            answers.append(rows.logits)
+        if room > 1:
+            rows.keep(kept)
+            rows.step(tokens[kept])
+            answers.append(rows.logits)
+        if room > 0:
+            # Without room to go on, a path may keep less.
+            answers.append(path.start(self.states, self.layers).logits)
+        return answers
+
+    def allowed(self, yardstick: PlainPath, expected: list[Tensor]) -> list[Tensor]:
+        """How far the logits of each row may be from those expected, (rows,) for each answer."""
+        # Quantised weights are unpacked to half precision on the way.
+        dtype = torch.bfloat16 if self.model.quantised else self.model.dtype
+        if dtype in TOLERANCE:
+            return [torch.full((len(logits),), TOLERANCE[dtype], dtype=torch.float64) for logits in expected]
+        # That of the logits themselves is the least there is.
+        least = [
+            torch.finfo(dtype).eps * logits.abs().amax(-1).double() / logits.double().std(-1) for logits in expected
+        ]
+        allowed = [2 * changed.cpu().clamp(min=TOLERANCE[torch.float32]) for changed in least]
+        for seed in range(ROUNDINGS):
+            with _rounding_otherwise(self.model, torch.finfo(dtype).eps, seed):
+                changed = _differences(self.run(yardstick), expected)
+            allowed = [torch.maximum(most, 2 * more) for most, more in zip(allowed, changed, strict=True)]
+        return allowed
+
+    def check_written(self, path: Staircase | PlainPath) -> bool:
+        """Whether the states that are patched between the layers stand in the stream that the next layer reads."""
+        standing: dict[int, Tensor] = {}
+
+        def look(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+            standing[layer] = stream_of(args, kwargs)
+            return args, kwargs
+
+        with calling(self.model, look):
+            path.start(self.states, self.layers)
+        return all(
+            _stands(state.to(standing[layer]), standing[layer])
+            for layer, state in zip(self.layers.tolist(), self.states, strict=True)
+            # What enters at layer 0 is written after it was looked at, and above the last there is no layer to look.
+            if 0 < layer < self.model.n_layers
+        )
+
+
+def _stands(state: Tensor, stream: Tensor) -> bool:
+    """Whether all vectors of `state` (positions, hidden) stand in one row of `stream` (rows, tokens, hidden)."""
+    found = (stream[:, :, None] == state).all(dim=-1)  # (rows, tokens, positions)
+    return bool(found.any(dim=1).all(dim=-1).any())
+
+
+def _rounding_otherwise(model: LanguageModel, eps: float, seed: int) -> AbstractContextManager[None]:
+    """A block within which the stream of each layer is rounded once more, to one side or the other at random."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def edit(stream: Tensor, positions: range) -> Tensor:
+        aside = torch.rand(stream.shape, generator=generator).to(stream.device) - 0.5
+        return (stream.float() * (1 + eps * aside)).to(stream.dtype)
+
+    return editing(model, dict.fromkeys(range(model.n_layers + 1), edit))
 
 
 def _tried(
-    name: PathName, model: LanguageModel, target: Prompt, states: Tensor, layers: Tensor, expected: list[Tensor]
-) -> tuple[Staircase | PlainPath | None, float | None, str]:
-    """A path, how far it is from what is expected, and what to say of it if that is too far or it does not run."""
+    name: PathName, trial: _Trial, expected: list[Tensor], allowed: list[Tensor]
+) -> tuple[Staircase | PlainPath | None, _Found, str]:
+    """A path if it agrees with what is expected; where it differs most, and what to say of it if it does not agree."""
     try:
-        path = PATHS[name](model, target)
-        answers = _answers(path, states, layers)
-        # Without room to go on, a path may keep less.
-        answers.append(path.start(states, layers).logits)
+        path = PATHS[name](trial.model, trial.target)
+        answers = trial.run(path)
+        written = trial.check_written(path)
     except torch.OutOfMemoryError:
         raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         # Whatever a model's code says to such a batch or cache, the other paths do not depend on it.
-        return None, None, f"does not run ({' '.join(str(error).split())})"
-    differences = [_difference(got, right) for got, right in zip(answers, [*expected, expected[0]], strict=True)]
+        return None, _Found(), f"does not run ({' '.join(str(error).split())})"
+    differences, most = torch.cat(_differences(answers, expected)), torch.cat(allowed)
     # Not a number compares as neither more nor less.
-    difference = max(differences) if all(value == value for value in differences) else math.inf
-    return path, difference, f"is {difference:.1e} off"
+    differences = differences.nan_to_num(nan=math.inf)
+    worst = (differences / most).argmax()
+    found = _Found(differences.max().item(), most[worst].item())
+    if differences[worst] > most[worst]:
+        return None, found._replace(difference=differences[worst].item()), f"is {differences[worst]:.1e} off"
+    if not written:
+        return None, found, "does not hold the states that are patched as they are"
+    return path, found, ""
 
 
-def _answers(path: Staircase | PlainPath, states: Tensor, layers: Tensor) -> list[Tensor]:
-    """The logits of all rows, then those after a token more, then those of every other row after yet another."""
-    rows = path.start(states, layers, new_tokens=2)
-    answers = [rows.logits]
-    kept = torch.arange(0, len(rows.logits), 2, device=rows.logits.device)
-    # Any tokens will do, as long as they are the same on every path.
-    tokens = torch.arange(3, 3 + len(rows.logits), device=rows.logits.device) % rows.logits.shape[1]
-    rows.step(tokens)
-    answers.append(rows.logits)
-    rows.keep(kept)
-    rows.step(tokens[kept])
-    return [*answers, rows.logits]
-
-
-def _difference(logits: Tensor, expected: Tensor) -> float:
-    """The largest difference, in standard deviations of each row's expected logits."""
-    logits, expected = logits.cpu().double(), expected.cpu().double()
-    return ((logits - expected).abs().amax(dim=-1) / expected.std(dim=-1)).max().item()
+def _differences(answers: list[Tensor], expected: list[Tensor]) -> list[Tensor]:
+    """For each answer the largest difference of each row, (rows,), in standard deviations of its expected logits."""
+    pairs = ((got.cpu().double(), right.cpu().double()) for got, right in zip(answers, expected, strict=True))
+    return [(got - right).abs().amax(dim=-1) / right.std(dim=-1) for got, right in pairs]

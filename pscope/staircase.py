@@ -32,17 +32,12 @@ class Staircase:
     def __init__(self, model: LanguageModel, target: Prompt) -> None:
         self.model = model
         _check_cache(model)
-        ids = torch.tensor([target.ids], device=model.device)
         first = min(target.positions)
-        self._prefix_ids, self._suffix_ids = ids[:, :first], ids[:, first:]
+        self._prefix_ids, self._suffix_ids = target.ids[:first], target.ids[first:]
         self._places = [position - first for position in target.positions]
-        # Plain full-length cache layers: where the model has sliding windows, its mask does the windowing. The
-        # layers that transformers would choose drop keys, and then disagree with the mask of a longer suffix.
-        self._prefix = DynamicCache()
-        if first:
-            model.next_token_logits(self._prefix_ids, self._prefix)
+        prefix = self._run_prefix()
         self._batch_axes = find_batch_axes(
-            model, lambda rows: model.next_token_logits(self._suffix_ids.expand(rows, -1), self._cache(rows))
+            model, lambda rows: model.next_token_logits(self._suffix(rows), _grown(prefix, rows))
         )
 
     def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> CachedRows:
@@ -51,7 +46,6 @@ class Staircase:
         Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
         """
         total, top = len(states) + 1, self.model.n_layers
-        cache = self._cache(total, self._suffix_ids.shape[1] + new_tokens if new_tokens else 0)
         edits = {
             layer: _join(states[target_layers == layer], self._places) for layer in target_layers.unique().tolist()
         }
@@ -61,31 +55,43 @@ class Staircase:
         edits[top] = _in_turn(edits.get(top), lambda stream: stream[given.to(stream.device)])
         # The model is given all rows, so that what it does with the whole batch at the top is right; of their streams
         # the first goes up, and the others join it, each at its layer.
-        ids = self._suffix_ids.expand(total, -1)
-        with editing(self.model, edits), fitting(self.model, self._batch_axes):
-            logits = self.model.next_token_logits(ids, cache)
+        with self.model.lock:
+            # Anew in every pass: weights and other people's edits may have changed since the last one.
+            cache = _grown(self._run_prefix(), total, len(self._suffix_ids) + new_tokens if new_tokens else 0)
+            with editing(self.model, edits), fitting(self.model, self._batch_axes):
+                logits = self.model.next_token_logits(self._suffix(total), cache)
         if new_tokens:
             cache.reorder_cache(given.to(self.model.device))
         return CachedRows(self.model, cache, logits)
 
     def row_bytes(self, new_tokens: int) -> int:
         """About how much memory a row takes at the top of the staircase, its keys and values included."""
-        suffix = self._suffix_ids.shape[1]
-        cached = (self._prefix_ids.shape[1] + suffix + new_tokens) * (self.model.n_layers if new_tokens else 2)
-        return cached * self._cache_bytes_per_token() + self.model.activation_bytes(suffix)
+        prefix, suffix = len(self._prefix_ids), len(self._suffix_ids)
+        if new_tokens:
+            cached = self.model.cache_bytes(prefix + suffix + new_tokens)
+        else:
+            # They are forgotten layer by layer.
+            cached = 2 * max(layer.per_row + (prefix + suffix) * layer.per_token for layer in self.model.kept)
+        return cached + self.model.activation_bytes(suffix, prefix)
 
-    def _cache(self, rows: int, room: int = 0) -> Cache:
-        if self._prefix.layers:
-            return Cache(layers=[_GrowingLayer(layer, rows, room) for layer in self._prefix.layers])
-        # Some models keep more cache layers than they have decoder layers, so they are made as they are asked for.
-        return Cache(layer_class_to_replicate=partial(_GrowingLayer, DynamicLayer(), rows, room))
+    def _suffix(self, rows: int) -> Tensor:
+        return torch.tensor([self._suffix_ids], device=self.model.device).expand(rows, -1)
 
-    def _cache_bytes_per_token(self) -> int:
-        """Bytes of keys and values per token and layer; without a prefix to look at, the most there can be."""
-        if not self._prefix.layers:
-            return 2 * self.model.hidden_size * self.model.dtype.itemsize
-        layer = self._prefix.layers[0]
-        return (layer.keys.nbytes + layer.values.nbytes) // layer.get_seq_length()
+    def _run_prefix(self) -> Cache:
+        # Plain full-length cache layers: where the model has sliding windows, its mask does the windowing. The
+        # layers that transformers would choose drop keys, and then disagree with the mask of a longer suffix.
+        prefix = DynamicCache()
+        if self._prefix_ids:
+            self.model.next_token_logits(torch.tensor([self._prefix_ids], device=self.model.device), prefix)
+        return prefix
+
+
+def _grown(prefix: Cache, rows: int, room: int = 0) -> Cache:
+    """A cache for so many rows after a prefix that they share."""
+    if prefix.layers:
+        return Cache(layers=[_GrowingLayer(layer, rows, room) for layer in prefix.layers])
+    # Some models keep more cache layers than they have decoder layers, so they are made as they are asked for.
+    return Cache(layer_class_to_replicate=partial(_GrowingLayer, DynamicLayer(), rows, room))
 
 
 def _check_cache(model: LanguageModel) -> None:

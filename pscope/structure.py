@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pscope.errors import ModelError
-from pscope.models import LanguageModel
+from pscope.models import LanguageModel, not_finite
 from pscope.residual import Edit, calling, editing, stream_of
 
 COUNTS = ("num_hidden_layers", "num_layers")
@@ -16,25 +16,29 @@ CAUSAL = {torch.float64: 1e-3, torch.float32: 1e-3}
 """How far a later token may move a state, in standard deviations: by rounding only, where experts share batches."""
 
 
+OWN = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 0.05}
+"""How far logits may be from those of the model's own forward pass, in their standard deviations."""
+
+
 @torch.no_grad()
 def check_structure(model: LanguageModel) -> LanguageModel:
     """The model, if two short passes show that it is one to patch.
 
     Raises ModelError if it is an encoder-decoder, has no weights, runs its decoder layers otherwise than once each and
     in order, each on what the last one wrote, passes on anything but one stream of the width that its config says, lets
-    tokens see later ones, or gives logits that are not finite.
+    tokens see later ones, gives logits that are not finite, or gives others when its own forward pass is asked.
     """
     what = type(model.hf).__name__
     if model.hf.config.is_encoder_decoder:
         raise ModelError(f"{what} is an encoder-decoder; pscope patches decoder-only models")
     _check_weights(model)
-    counts = {getattr(model.hf.config.get_text_config(), name, None) for name in COUNTS} - {None}
+    counts = {getattr(model.config, name, None) for name in COUNTS} - {None}
     if counts and model.n_layers not in counts:
         raise ModelError(
             f"{what} lists {model.n_layers} decoder layers where its config says {max(counts)}: layers that are shared "
             "or kept elsewhere cannot be told apart; give a model with one list of all its layers"
         )
-    token = model.hf.config.get_text_config().vocab_size // 2
+    token = model.config.vocab_size // 2
     last = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
     moved = ((last[0] - last[1]).abs().amax(dim=-1) / last[0].std(dim=-1))[:-1].max()
     if moved > CAUSAL.get(model.dtype, 0.05):
@@ -44,6 +48,7 @@ def check_structure(model: LanguageModel) -> LanguageModel:
                 "in 4 bits, or as it is"
             )
         raise ModelError(f"{what} lets tokens see later ones, as masked language models do; pscope patches causal ones")
+    _ask_the_model(model, torch.tensor([[token, token + 1, token + 2], [token + 3, token, token + 1]]))
     return model
 
 
@@ -56,6 +61,19 @@ def _check_weights(model: LanguageModel) -> None:
         )
 
 
+def _ask_the_model(model: LanguageModel, ids: Tensor) -> None:
+    """Raise ModelError unless our passes give the logits of the model's own forward pass, for one row and for two."""
+    for rows in (ids[:1], ids):
+        rows = rows.to(model.device)
+        own = model.hf(input_ids=rows).logits[:, -1].float()
+        difference = ((model.next_token_logits(rows).float() - own).abs().amax(dim=-1) / own.std(dim=-1)).max()
+        if difference > OWN.get(model.dtype, 0.2):
+            raise ModelError(
+                f"{type(model.hf).__name__}, called as it is, gives other logits than in pscope's passes, by "
+                f"{difference:.1g} sd: it counts positions, or makes masks, in a way of its own; it cannot be patched"
+            )
+
+
 def _top(model: LanguageModel, ids: list[int]) -> Tensor:
     """The states of layer L, (tokens, hidden), of a pass in which each layer ran once and read what the last wrote."""
     what = type(model.hf).__name__
@@ -64,7 +82,10 @@ def _top(model: LanguageModel, ids: list[int]) -> Tensor:
 
     def follow(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         stream = stream_of(args, kwargs)
-        if streams and not (stream.shape == streams[-1].shape and stream.to(streams[-1]).equal(streams[-1])):
+        if streams and not (
+            stream.shape == streams[-1].shape
+            and torch.allclose(stream.to(streams[-1]), streams[-1], 0, 0, equal_nan=True)
+        ):
             raise ModelError(
                 f"layer {layer} of {what}, {type(model.layers[layer]).__name__}, does not read what the one before it "
                 "wrote, so the list that was found does not carry the residual stream; this model cannot be patched"
@@ -89,5 +110,5 @@ def _top(model: LanguageModel, ids: list[int]) -> Tensor:
             "cannot be patched one by one; give a model that runs each once"
         )
     if not logits.isfinite().all():
-        raise ModelError(f"{model.name} gives logits that are not finite in {model.dtype}; try another dtype")
+        raise ModelError(f"the logits of {model.name} are {not_finite(model.dtype)}")
     return streams[0][0].float()

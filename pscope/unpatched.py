@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pscope.errors import RowError
+from pscope.errors import PscopeError, RowError
 from pscope.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows
 from pscope.models import LanguageModel
 from pscope.patchscope import MEMORY
 from pscope.prompts import Prompt
-from pscope.selfcheck import PathName
+from pscope.residual import others_intervene
+from pscope.selfcheck import PATHS, PathName, choose_path
 
 
 def continue_prompts(
@@ -24,24 +26,31 @@ def continue_prompts(
     *,
     settled: Settled | None = None,
     memory: int = MEMORY,
-    path: PathName = "staircase",
+    path: PathName | Literal["auto"] = "auto",
 ) -> Iterator[tuple[int, list[int]]]:
     """Continue every prompt; yields its index and its new token ids, batch by batch, the shortest prompts first.
 
     A prompt of which `settled(index, text)` says so need not go on. Prompts of one length share a batch, so that none
-    is padded, in about `memory` bytes beside the model. `path` is that of a Patchscope's self-check on the model: it
-    says which kind of cache can be relied on, if any.
+    is padded, in about `memory` bytes beside the model. `path` is that of a Patchscope's self-check, which says which
+    kind of cache can be relied on, if any; by default the longest prompt is checked. While others have hooks on the
+    model that may have to see whole prompts, these are run for every token.
 
-    Raises PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite.
+    Raises PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite,
+    PscopeError for a `path` that there is none of.
     """
     for prompt in prompts:
         model.check_window(len(prompt) + decoding.new_tokens)
+    if path not in ("auto", *PATHS):
+        raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
+    if path == "auto" and prompts:
+        path = "uncached" if others_intervene(model) else choose_path(model, max(prompts, key=len))[1].path
     draws = decoding.draws(len(prompts))
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for length, same_length in groupby(by_length, key=lambda index: len(prompts[index])):
         indices = list(same_length)
         tokens = length + decoding.new_tokens
         row_bytes = model.cache_bytes(tokens) + model.activation_bytes(tokens)
+        row_bytes += decoding.choosing_bytes(model.config.vocab_size)
         together = max(1, memory // row_bytes)
         for first in range(0, len(indices), together):
             batch = indices[first : first + together]

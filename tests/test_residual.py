@@ -1,11 +1,15 @@
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+
 import pytest
 import torch
 from conftest import random_model
 from reference import hidden_states, patched_logits
 from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
-from pscope import ModelError, PscopeError, capture, editing, overwriting, recording
-from pscope.residual import length_batches
+import pscope
+from pscope import ModelError, Patchscope, PscopeError, capture, editing, overwriting, recording
+from pscope.residual import length_batches, others_intervene
 
 TEXTS = ["Amazon's former CEO", "A short one", "The quick brown fox jumps over the lazy dog and runs away"]
 
@@ -167,3 +171,80 @@ def test_capture_refuses_positions_outside_the_prompt(tiny):
         capture(tiny, [prompt], [[2]])
     with pytest.raises(PscopeError, match="no prompt"):
         capture(tiny, [])
+
+
+def test_positions_are_true_in_every_pass(tiny):
+    prompt = tiny.prompt(TEXTS[2])
+    seen = []
+
+    def look(stream, positions):
+        assert stream.shape[1] == len(positions)
+        seen.append(positions)
+
+    def aside(stream, number=3):
+        assert number == 3
+
+    with editing(tiny, {0: look, 2: look, 3: aside}), torch.no_grad():
+        cache = tiny.own_cache()
+        tiny.next_token_logits(torch.tensor([prompt.ids[:2]]), cache)
+        tiny.next_token_logits(torch.tensor([prompt.ids[2:]]), cache)
+        tiny.hf.generate(torch.tensor([prompt.ids]), max_new_tokens=2, do_sample=False)
+    whole = range(len(prompt))
+    step = range(len(prompt), len(prompt) + 1)
+    assert seen[::2] == seen[1::2] == [whole[:2], whole[2:], whole, step]
+
+
+def test_overwriting_holds_where_the_model_goes_on_from_its_cache(tiny):
+    prompt = tiny.prompt(TEXTS[2])
+    vector = torch.randn(tiny.hidden_size, generator=torch.Generator().manual_seed(0))
+    with overwriting(tiny, 1, 4, vector):
+        cache = tiny.own_cache()
+        for part in (prompt.ids[:3], prompt.ids[3:6], prompt.ids[6:]):
+            got = tiny.next_token_logits(torch.tensor([part]), cache)[0]
+    expected = patched_logits(tiny.hf, tiny.layers, prompt.ids, 4, 1, vector)[-1]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
+    with (
+        pytest.raises(PscopeError, match="vectors for 2 rows do not fit a pass of 1; give one for all"),
+        overwriting(tiny, 1, 4, torch.zeros(2, tiny.hidden_size)),
+    ):
+        tiny.next_token_logits(torch.tensor([prompt.ids]))
+
+
+def test_whose_hooks_may_need_whole_prompts(tiny):
+    assert not others_intervene(tiny)
+    with overwriting(tiny, 1, 2, torch.zeros(tiny.hidden_size)), recording(tiny, [2, 3]):
+        assert not others_intervene(tiny)
+    with editing(tiny, {2: lambda stream: None}):
+        assert others_intervene(tiny)
+    with torch.no_grad():
+        # Leaves hooks of transformers behind, which only look.
+        tiny.hf(torch.tensor([[1, 2]]), output_hidden_states=True)
+    assert not others_intervene(tiny)
+    for hook in (lambda *_: None, partial(print, end="")):
+        handle = tiny.layers[1].mlp.register_forward_hook(hook)
+        assert others_intervene(tiny)
+        handle.remove()
+    assert not others_intervene(tiny)
+
+
+def test_threads_take_turns(tiny):
+    """Each thread's passes are those of the thread alone, whatever hooks the others have on at the time."""
+    prompts = [tiny.prompt(text) for text in TEXTS]
+    scopes = [Patchscope(tiny, prompt) for prompt in prompts]
+    states = torch.randn(3, tiny.hidden_size, generator=torch.Generator().manual_seed(0))
+
+    def work(number):
+        prompt, scope = prompts[number % 3], scopes[number % 3]
+        if number % 2:
+            return capture(tiny, [prompt])
+        (part,) = scope.logits(states, [0, 2, 4])
+        return part.patched
+
+    alone = [work(number) for number in range(6)]
+    # The same model, by another name.
+    again = pscope.load(tiny.hf, tiny.tokenizer)
+    assert again.lock is tiny.lock
+    with ThreadPoolExecutor(4) as threads:
+        together = list(threads.map(work, [number % 6 for number in range(60)]))
+    for number, got in enumerate(together):
+        torch.testing.assert_close(got, alone[number % 6], rtol=1e-4, atol=1e-4)

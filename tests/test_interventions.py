@@ -1,0 +1,146 @@
+"""A Patchscope is that of the model as it is at the call: its weights, its adapters, and what others do to it."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from conftest import random_model
+from peft import LoraConfig, get_peft_model
+from reference import patched_continuation, patched_logits
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaForCausalLM, MambaConfig, MambaForCausalLM
+
+import pscope
+from pscope import Decoding, Patchscope, capture, continue_prompts, editing, overwriting
+from pscope.patchscope import SelfCheck
+
+TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
+PATHS = ["auto", "staircase", "plain", "uncached"]
+
+
+@pytest.fixture
+def own(tokenizer):
+    """A model of the test's own, which it may change."""
+    return random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+
+
+def assert_agrees(scope, states, layers=None):
+    """Logits and continuations are those of one-row passes of the model as it is now; any hooks on it take part."""
+    model, target = scope.model, scope.target
+    everywhere = range(model.n_layers + 1)
+    (part,) = scope.logits(states, everywhere)
+    spoken = scope.generate(states, everywhere, Decoding(3))
+    for layer, state in enumerate(states):
+        where = (model.hf, layers or model.layers, target.ids, target.position, layer, state)
+        expected = patched_logits(*where)[-1]
+        assert (part.patched[layer] - expected).abs().max() / expected.std() < 1e-4
+        assert spoken.patched[layer] == patched_continuation(*where, 3)
+    clean = model.hf(torch.tensor([target.ids])).logits[0, -1].detach()
+    assert (part.clean - clean).abs().max() / clean.std() < 1e-4
+
+
+@contextmanager
+def hooked(module, hook):
+    handle = module.register_forward_hook(hook)
+    try:
+        yield
+    finally:
+        handle.remove()
+
+
+def added(vector, position=None):
+    """A forward hook of somebody's, on the output of a decoder layer or of a module within one."""
+
+    def hook(module, args, output):
+        stream = output if isinstance(output, torch.Tensor) else output[0]
+        stream = stream.clone()
+        stream[:, slice(None) if position is None else position] += vector
+        return stream if isinstance(output, torch.Tensor) else (stream, *output[1:])
+
+    return hook
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_edits_around_a_patchscope(tiny, path):
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7), path=path)
+    states = capture(tiny, [tiny.prompt("Amazon's former CEO")])[0]
+    vector = 3 * torch.randn(tiny.hidden_size, generator=torch.Generator().manual_seed(5))
+    (without,) = scope.logits(states, range(5))
+    for block in (
+        lambda: editing(tiny, {1: lambda stream: stream + vector}),
+        lambda: editing(tiny, {0: lambda stream, positions: stream + vector * torch.tensor(positions)[:, None] / 9}),
+        # Before, at and behind the patch.
+        *(lambda place=place: overwriting(tiny, 1, place, vector) for place in (2, 7, 9)),
+    ):
+        with block():
+            assert_agrees(scope, states)
+            (within,) = scope.logits(states, range(5))
+        assert (within.patched - without.patched).abs().max() / without.patched.std() > 0.01
+    assert_agrees(scope, states)
+
+
+@pytest.mark.parametrize("position", [None, 2, 8])
+def test_hooks_of_others_see_whole_prompts(tiny, position):
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7))
+    assert scope.check.path == "staircase"
+    states = capture(tiny, [tiny.prompt("Amazon's former CEO")])[0]
+    vector = 3 * torch.randn(tiny.hidden_size, generator=torch.Generator().manual_seed(5))
+    for module in (tiny.layers[1], tiny.layers[2].mlp):
+        with hooked(module, added(vector, position)):
+            assert_agrees(scope, states)
+            prompts = [tiny.prompt("The quick brown fox jumps over the lazy dog")]
+            ((_, said),) = continue_prompts(tiny, prompts, Decoding(3))
+            ids = list(prompts[0].ids)
+            for token in said:
+                assert token == tiny.hf(torch.tensor([ids])).logits[0, -1].argmax()
+                ids.append(token)
+    with editing(tiny, {2: lambda stream: torch.cat([stream[:, :3], stream[:, 3:4] + vector, stream[:, 4:]], dim=1)}):
+        assert_agrees(scope, states)
+
+
+def test_weights_may_change_between_calls(own):
+    scope = Patchscope(own, own.prompt(TARGET))
+    states = capture(own, [own.prompt("Amazon's former CEO")])[0]
+    assert_agrees(scope, states)
+    with torch.no_grad():
+        for layer in own.layers:
+            layer.mlp.down_proj.weight *= 1.7
+    assert_agrees(scope, states)
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "targets", "path"),
+    [
+        (LlamaForCausalLM, LlamaConfig, ["q_proj", "v_proj", "down_proj"], "staircase"),
+        (GPTNeoXForCausalLM, GPTNeoXConfig, ["query_key_value"], "staircase"),
+        (MambaForCausalLM, MambaConfig, ["in_proj", "x_proj"], "plain"),
+    ],
+)
+def test_adapters_take_the_path_of_the_model_they_adapt(tokenizer, model_class, config_class, targets, path):
+    base = random_model(model_class, config_class, tokenizer)
+    adapted = get_peft_model(base.hf, LoraConfig(r=4, target_modules=targets, init_lora_weights=False)).eval()
+    model = pscope.load(adapted, tokenizer)
+    scope = Patchscope(model, model.prompt(TARGET, 7))
+    assert scope.check.path == path
+    states = capture(model, [model.prompt("Amazon's former CEO")])[0]
+    assert_agrees(scope, states, base.layers)
+    (with_adapter,) = scope.logits(states, range(5))
+    with adapted.disable_adapter():
+        assert_agrees(scope, states, base.layers)
+        (without,) = scope.logits(states, range(5))
+    assert (with_adapter.patched - without.patched).abs().max() / without.patched.std() > 0.01
+
+
+def test_a_scaled_state_is_no_rounding(own, monkeypatch):
+    """Half precision is judged by what roundings change, and what is patched must stand there to the last bit."""
+    model = pscope.load(own.hf.bfloat16(), own.tokenizer)
+    check = Patchscope(model, model.prompt(TARGET)).check
+    assert check.path == "staircase"
+    assert check.difference <= check.tolerance < 0.5
+    start = pscope.staircase.Staircase.start
+    monkeypatch.setattr(
+        pscope.staircase.Staircase,
+        "start",
+        lambda self, states, layers, new_tokens=0: start(self, 1.1 * states, layers, new_tokens),
+    )
+    assert isinstance(check, SelfCheck)
+    assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"
