@@ -147,7 +147,11 @@ class LanguageModel:
         """What each layer of a cache keeps of a row, measured; one that keeps nothing, for a model without a cache."""
         if self._cache_parameter is None:
             return (Kept(0, 0),)
-        one, two = (self._bytes_kept(tokens) for tokens in (2, 3))
+        try:
+            one, two = (self._bytes_kept(tokens) for tokens in (2, 3))
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            # A model that does not run with it takes the path that needs none.
+            return (Kept(0, 0),)
         return tuple(
             Kept(max(0, 3 * less - 2 * more), max(0, more - less)) for less, more in zip(one, two, strict=True)
         )
@@ -155,9 +159,7 @@ class LanguageModel:
     def _bytes_kept(self, tokens: int) -> list[int]:
         cache = self.own_cache()
         self.next_token_logits(torch.full((1, tokens), self.config.vocab_size // 2, device=self.device), cache)
-        return [
-            sum(value.nbytes for value in vars(layer).values() if isinstance(value, Tensor)) for layer in cache.layers
-        ] or [0]
+        return [_bytes_of(vars(layer)) for layer in cache.layers] or [0]
 
     def own_cache(self) -> Cache:
         """An empty cache of the kind that the model chooses by itself, with windows or recurrent states if it has any.
@@ -224,3 +226,14 @@ class LanguageModel:
             options["position_ids"] = positions.expand(ids.shape[0], -1)
         with self.lock:
             return self.hf(input_ids=ids, **options).logits[:, -1]
+
+
+def _bytes_of(value: object) -> int:
+    """Those of all tensors in a value, which may be a container of containers."""
+    if isinstance(value, Tensor):
+        return value.nbytes
+    if isinstance(value, dict):
+        value = value.values()
+    elif not isinstance(value, (list, tuple)):
+        return 0
+    return sum(map(_bytes_of, value))

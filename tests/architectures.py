@@ -57,6 +57,7 @@ MLA = {
     "head_dim": 8,
     "num_key_value_heads": 4,
 }
+CAUSAL_ROBERTA = {"is_decoder": True, "pad_token_id": 1}
 LINEAR = {
     "linear_num_key_heads": 2,
     "linear_num_value_heads": 4,
@@ -327,6 +328,14 @@ ARCHITECTURES = {
     "laguna": EXPERTS | {"head_dim": 8},
     "kimi_linear": EXPERTS | MLA | {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": HYBRID_LAYERS},
     "trocr": {"d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
+    # Their positions are counted from behind that of padding.
+    "roberta": CAUSAL_ROBERTA,
+    "roberta-prelayernorm": CAUSAL_ROBERTA,
+    "xlm-roberta": CAUSAL_ROBERTA,
+    "xlm-roberta-xl": CAUSAL_ROBERTA,
+    "camembert": CAUSAL_ROBERTA,
+    "data2vec-text": CAUSAL_ROBERTA,
+    "bert": {"is_decoder": True},
     "internlm3": {},
     "hyperclovax": {},
     "mellum": {},
@@ -381,6 +390,13 @@ LAYERS = {
     "dbrx": "transformer.blocks",
     "trocr": "model.decoder.layers",
     "cpmant": "cpmant.encoder.layers",
+    "roberta": "roberta.encoder.layer",
+    "roberta-prelayernorm": "roberta_prelayernorm.encoder.layer",
+    "xlm-roberta": "roberta.encoder.layer",
+    "xlm-roberta-xl": "roberta.encoder.layer",
+    "camembert": "roberta.encoder.layer",
+    "data2vec-text": "data2vec_text.encoder.layer",
+    "bert": "bert.encoder.layer",
     "gemma3": "model.language_model.layers",
 }
 """Where the decoder layers stand, if not in `model.layers`."""

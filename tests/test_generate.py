@@ -6,7 +6,7 @@ from conftest import rows_for_every_layer
 from reference import hidden_states, patched_continuation
 from test_patchscope import PATHS, TARGET
 
-from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError, capture, load
+from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError, capture, generate, load
 from pscope.generate import continue_rows
 
 
@@ -97,8 +97,9 @@ def test_sampled_tokens_follow_the_softmax():
 def test_bad_settings():
     with pytest.raises(PscopeError, match="new_tokens is 0"):
         Decoding(0)
-    with pytest.raises(PscopeError, match="temperature is -1"):
-        Decoding(temperature=-1)
+    for temperature in (-1, float("nan"), float("inf")):
+        with pytest.raises(PscopeError, match=f"temperature is {temperature}"):
+            Decoding(temperature=temperature)
     with pytest.raises(PscopeError, match="stop is ','"):
         Decoding(stop=",")
     with pytest.raises(PscopeError, match="none of them empty"):
@@ -184,3 +185,27 @@ def test_the_pad_token_plays_no_part(tiny, pad):
         assert got == patched_continuation(
             tiny.hf, tiny.layers, target.ids, target.position, layer, states[0, layer], 6, model.end_tokens
         )
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-320])
+def test_the_lowest_temperatures_choose_as_greedy_does(temperature):
+    logits = torch.randn(8, 50, generator=torch.Generator().manual_seed(0)).float()
+    draws = torch.rand(8, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert Decoding(1, temperature=temperature).choose(logits, draws).equal(logits.argmax(dim=-1))
+
+
+def test_stop_strings_are_looked_up_once(tiny, monkeypatch):
+    made = []
+    criteria = generate.StopStringCriteria
+
+    def counted(*args):
+        made.append(args)
+        return criteria(*args)
+
+    monkeypatch.setattr(generate, "StopStringCriteria", counted)
+    states = torch.zeros(12, tiny.hidden_size)
+    scope = Patchscope(tiny, tiny.prompt("one two three"), memory=1)
+    decoding = Decoding(3, stop=("zyx", "!?"))
+    assert len(scope.generate(states, 1, decoding).patched) == 12
+    scope.generate(states, 2, decoding)
+    assert len(made) == 1

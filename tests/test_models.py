@@ -11,7 +11,20 @@ import pytest
 import torch
 from conftest import random_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from transformers import LlamaConfig, LlamaForCausalLM, T5Config, T5ForConditionalGeneration
+from transformers import (
+    DeepseekV3Config,
+    DeepseekV3ForCausalLM,
+    GemmaConfig,
+    GemmaForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MambaConfig,
+    MambaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import pscope
 from pscope import ModelError, loading, packaged
@@ -286,3 +299,88 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelError, match="set PSCOPE_CACHE to a writable folder"):
         pscope.load("smollm2")
+
+
+CAUSAL_ROBERTA = {"is_decoder": True, "pad_token_id": 1, "max_position_embeddings": 32}
+
+
+def test_positions_are_counted_as_the_model_counts_them(tokenizer, tiny):
+    assert tiny.first_position == 0
+    roberta = random_model(RobertaForCausalLM, RobertaConfig, tokenizer, **CAUSAL_ROBERTA)
+    ids = torch.tensor([[5, 6, 7, 8], [9, 8, 7, 6]])
+    with torch.no_grad():
+        expected = roberta.hf(ids).logits[:, -1]
+    torch.testing.assert_close(roberta.next_token_logits(ids), expected, rtol=1e-4, atol=1e-4)
+    # Two entries of the table of positions are those of padding.
+    assert roberta.window == 30
+    with torch.no_grad():
+        assert roberta.hf(torch.full((1, 30), 5)).logits.isfinite().all()
+        with pytest.raises((IndexError, RuntimeError)):
+            roberta.hf(torch.full((1, 31), 5))
+
+
+def test_a_model_whose_own_forward_gives_something_else_is_refused(tiny, tokenizer, monkeypatch):
+    class Own(LlamaForCausalLM):
+        def forward(self, input_ids=None, position_ids=None, **options):
+            if position_ids is None:
+                position_ids = 2 * torch.arange(input_ids.shape[1])[None]
+            return super().forward(input_ids=input_ids, position_ids=position_ids, **options)
+
+    with pytest.raises(ModelError, match="Own, called as it is, gives other logits than in pscope's passes, by .* sd"):
+        pscope.load(Own(tiny.hf.config).eval(), tokenizer)
+
+    class Paired(LlamaForCausalLM):
+        """Right for one row, wrong for two."""
+
+        def forward(self, input_ids=None, position_ids=None, **options):
+            if position_ids is None and len(input_ids) == 2:
+                position_ids = 2 * torch.arange(input_ids.shape[1])[None]
+            return super().forward(input_ids=input_ids, position_ids=position_ids, **options)
+
+    with pytest.raises(ModelError, match="Paired, called as it is"):
+        pscope.load(Paired(tiny.hf.config).eval(), tokenizer)
+
+
+DEEPSEEK = {
+    "num_key_value_heads": 4,
+    "q_lora_rank": 16,
+    "kv_lora_rank": 8,
+    "qk_nope_head_dim": 64,
+    "qk_rope_head_dim": 8,
+    "v_head_dim": 64,
+    "n_routed_experts": 4,
+    "num_experts_per_tok": 2,
+    "n_group": 2,
+    "topk_group": 1,
+    "moe_intermediate_size": 16,
+    "first_k_dense_replace": 1,
+}
+
+
+@pytest.mark.parametrize(
+    ("model_class", "config_class", "options"),
+    [
+        (LlamaForCausalLM, LlamaConfig, {}),
+        (GemmaForCausalLM, GemmaConfig, {"head_dim": 64, "num_key_value_heads": 4}),
+        (DeepseekV3ForCausalLM, DeepseekV3Config, DEEPSEEK),
+        (MambaForCausalLM, MambaConfig, {"state_size": 4}),
+    ],
+)
+def test_a_cache_takes_as_much_as_is_told(tokenizer, model_class, config_class, options):
+    model = random_model(model_class, config_class, tokenizer, **options)
+    cache = model.own_cache()
+    model.next_token_logits(torch.full((3, 40), 7), cache)
+    if model_class is MambaForCausalLM:
+        real = sum(
+            state.nbytes for layer in cache.layers for state in (layer.conv_states[0], layer.recurrent_states[0])
+        )
+    else:
+        real = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    assert 3 * model.cache_bytes(40) == real > 0
+
+
+def test_eager_attention_counts_its_scores(tiny, tokenizer):
+    eager = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, attn_implementation="eager")
+    # In fp32 4 heads of 200 × 200 scores stand there three times.
+    assert eager.activation_bytes(200) - tiny.activation_bytes(200) == 3 * 4 * 4 * 200 * 200
+    assert eager.activation_bytes(2, 198) - tiny.activation_bytes(2, 198) == 3 * 4 * 4 * 2 * 200

@@ -5,6 +5,8 @@ from reference import greedy_choices, hidden_states, patched_continuation, patch
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
 )
@@ -258,3 +260,48 @@ def test_several_positions_with_the_same_or_different_states(tiny, path, at):
 def test_several_positions_pass_the_self_check(tiny):
     scope = Patchscope(tiny, tiny.prompt("say x x x x x please now", [2, 3, 4, 5, 6]))
     assert scope.check.path == "staircase"
+
+
+@pytest.mark.parametrize("path", ["auto", *PATHS])
+@pytest.mark.parametrize("room", [0, 1])
+def test_a_target_that_fills_the_window(tokenizer, path, room):
+    # A table of positions, beyond whose end there is nothing to look up.
+    model = random_model(
+        GPT2LMHeadModel, GPT2Config, tokenizer, n_embd=32, n_layer=4, n_head=4, n_inner=64, max_position_embeddings=16
+    )
+    target = model.prompt("x" + " x" * (15 - room), 9)
+    assert len(target) == model.window - room
+    scope = Patchscope(model, target, path=path)
+    assert scope.check.path == ("staircase" if path == "auto" else path)
+    states, layers = rows_for_every_layer(model, per_layer=1)
+    assert_agrees(scope, states, layers)
+    if room:
+        for state, layer, got in zip(states, layers, scope.generate(states, layers, Decoding(1)).patched, strict=True):
+            assert got == patched_continuation(model.hf, model.layers, target.ids, 9, layer, state, 1)
+    with pytest.raises(PromptError, match="more than the window"):
+        scope.generate(states, layers, Decoding(room + 1))
+
+
+def test_sampling_takes_memory_of_its_own(tiny, monkeypatch):
+    states, layers = rows_for_every_layer(tiny, per_layer=3)
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7))
+    scope.memory = 4 * scope._path.row_bytes(2)
+    passes = []
+    start = Staircase.start
+    monkeypatch.setattr(
+        Staircase, "start", lambda self, states, *more: passes.append(len(states)) or start(self, states, *more)
+    )
+    scope.generate(states, layers, Decoding(2))
+    assert max(passes) == 4
+    passes.clear()
+    scope.generate(states, layers, Decoding(2, temperature=1.0))
+    # Four copies of the logits in double precision, where a row had three in single precision and little else.
+    assert max(passes) == 1
+
+
+def test_what_cannot_be_meant(tiny):
+    with pytest.raises(PscopeError, match="there is no path 'stairs'; one of auto, staircase, plain, uncached"):
+        Patchscope(tiny, tiny.prompt(TARGET), path="stairs")
+    scope = Patchscope(tiny, tiny.prompt(TARGET))
+    with pytest.raises(PscopeError, match=r"states of torch.complex64 are no hidden states"):
+        scope.logits(torch.zeros(1, tiny.hidden_size, dtype=torch.complex64), 0)

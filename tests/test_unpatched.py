@@ -1,9 +1,10 @@
 import pytest
 import torch
-from conftest import without_a_number
+from conftest import random_model, without_a_number
 from test_generate import ending
+from transformers import MambaConfig, MambaForCausalLM
 
-from pscope import Decoding, PromptError, RowError, continue_prompts
+from pscope import Decoding, PromptError, PscopeError, RowError, continue_prompts
 
 TEXTS = ["one two three", "a", "The quick brown fox jumps", "four five six", "b", "seven eight nine"]
 
@@ -55,3 +56,12 @@ def test_what_cannot_be_continued(tiny):
         pytest.raises(RowError, match="row 3 failed: its logits are not finite"),
     ):
         list(continue_prompts(tiny, prompts, Decoding(2)))
+
+
+def test_a_recurrent_model_is_checked_before_it_goes_on(tokenizer):
+    mamba = random_model(MambaForCausalLM, MambaConfig, tokenizer, state_size=4)
+    prompts = [mamba.prompt("The quick brown fox"), mamba.prompt("Amazon's former CEO attended")]
+    spoken = dict(continue_prompts(mamba, prompts, Decoding(4)))
+    assert [spoken[index] for index in range(2)] == [greedy(mamba, prompt.ids, 4) for prompt in prompts]
+    with pytest.raises(PscopeError, match="there is no path 'stairs'"):
+        list(continue_prompts(mamba, prompts, path="stairs"))
