@@ -328,7 +328,7 @@ ARCHITECTURES = {
     "laguna": EXPERTS | {"head_dim": 8},
     "kimi_linear": EXPERTS | MLA | {"linear_head_dim": 8, "linear_num_heads": 4, "layer_types": HYBRID_LAYERS},
     "trocr": {"d_model": 32, "decoder_layers": 4, "decoder_attention_heads": 4, "decoder_ffn_dim": 64},
-    # Their positions are counted from behind that of padding.
+    # All but the last count positions from behind that of padding.
     "roberta": CAUSAL_ROBERTA,
     "roberta-prelayernorm": CAUSAL_ROBERTA,
     "xlm-roberta": CAUSAL_ROBERTA,
