@@ -116,7 +116,9 @@ def fig4(
     if query is not None:
         composed = [Query(first=query[1], second=query[0], answers=())]
     else:
-        composed = compose(shipped_relations()) if queries is None else read_queries(queries)
+        composed, skipped = (compose(shipped_relations()), []) if queries is None else read_queries(queries)
+        for line in skipped:
+            err.print(line, soft_wrap=True, markup=False)
     lm = load_model(model, dtype, device, device_map, revision)
 
     import numpy as np

@@ -119,6 +119,9 @@ def table2(
     for line in skipped:
         err.print(line, soft_wrap=True, markup=False)
     for question in asked:
+        if question.unread:
+            lost = f"{question.relation.name}: {len(question.unread)} source prompts cannot be read"
+            err.print(f"{lost}, the first because {question.unread[0]}", soft_wrap=True, markup=False)
         known = f"{question.relation.name}: {question.answered} of {question.subjects} subjects are known"
         fate = f"{len(question.samples)} are read" if question.enough else f"skipped, fewer than the {FOLDS} folds"
         err.print(f"{known}, {fate}", soft_wrap=True, markup=False)

@@ -24,7 +24,28 @@ ENTITY_DESCRIPTION = (
 )
 """The paper's few-shot prompt (section 4.3) that makes a model describe the entity whose state it reads at `x`."""
 
-At = str | int | Sequence[str | int]
+
+@dataclass(frozen=True)
+class Nearest:
+    """A position given by a piece of the text that may stand in it several times: the nearest to a place is meant.
+
+    The place is `character`, the number of characters of the text before it, or, where that is not known, `index`,
+    that of a token, which may have been counted by another tokenizer.
+    """
+
+    piece: str
+    index: int
+    character: int | None = None
+
+    def choose(self, positions: Sequence[int], offsets: Sequence[tuple[int, int]]) -> int:
+        """The nearest of several positions, given where each token of the text begins and ends."""
+        if self.character is not None:
+            return min(positions, key=lambda position: abs(offsets[position][1] - self.character))
+        index = self.index + len(offsets) if self.index < 0 else self.index
+        return min(positions, key=lambda position: abs(position - index))
+
+
+At = str | int | Nearest | Sequence[str | int | Nearest]
 """A position, or several."""
 
 
@@ -78,7 +99,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> 
             text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token)
             for token, (start, end) in zip(ids, offsets, strict=True)
         )
-    marks = [at] if isinstance(at, (str, int)) else at
+    marks = [at] if isinstance(at, (str, int, Nearest)) else at
     positions = tuple(_position(mark, text, tokens, offsets, tokenizer) for mark in marks)
     if not positions or len(set(positions)) < len(positions):
         raise PromptError(f"the positions {list(marks)} of {text!r} are none, or one of them twice: {_listed(tokens)}")
@@ -122,7 +143,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
 
 
 def _position(
-    at: str | int,
+    at: str | int | Nearest,
     text: str,
     tokens: tuple[str, ...],
     offsets: list | None,
@@ -134,6 +155,8 @@ def _position(
         return at % len(tokens)
     if at == "last":
         return len(tokens) - 1
+    nearest = at if isinstance(at, Nearest) else None
+    at = nearest.piece if nearest else at
     if offsets is None:
         raise PromptError(
             f"the tokenizer {type(tokenizer).__name__} tells no offsets, so {at!r} cannot be looked up; "
@@ -142,6 +165,8 @@ def _position(
     found = _whole_token_matches(at, text, offsets)
     if len(found) == 1:
         return found[0]
+    if found and nearest:
+        return nearest.choose(found, offsets)
     if found:
         raise PromptError(
             f"{at!r} stands {len(found)} times in the prompt, at {found}; give one of these indices: {_listed(tokens)}"

@@ -59,6 +59,11 @@ def parse_csv(content: str, source: str, delimiter: str = ",") -> Iterator[tuple
 
 def text_of(record: object, key: str, where: str) -> str:
     """The text under `key` of a record, without the blanks around it. Raises DataError if there is none."""
+    return prompt_of(record, key, where).strip()
+
+
+def prompt_of(record: object, key: str, where: str) -> str:
+    """The text under `key` of a record as it stands: a blank at its start is part of a prompt. Raises DataError."""
     if not isinstance(record, dict) or key not in record:
         has = f"it has {', '.join(map(repr, record))}" if isinstance(record, dict) else "this is none"
         raise DataError(f'{where}: a record with "{key}" is needed; {has}')
@@ -67,4 +72,4 @@ def text_of(record: object, key: str, where: str) -> str:
         raise DataError(f'{where}: "{key}" is empty or no string')
     if any("\ud800" <= character <= "\udfff" for character in text):
         raise DataError(f'{where}: "{key}" holds half of a surrogate pair')
-    return text.strip()
+    return text

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import ast
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
 from pscope.metrics import answer_found
-from pscope.records import parse_csv, parse_json, read_text, text_of
+from pscope.prompts import Nearest
+from pscope.records import parse_csv, parse_json, prompt_of, read_text, text_of
 
 SLOT, PLACEHOLDER = "{}", "x"
 
@@ -19,7 +23,7 @@ class Marked:
     """A prompt that is yet to be tokenised, and the position in it: an index, or text that stands there."""
 
     text: str
-    at: str | int
+    at: str | int | Nearest
 
 
 @dataclass(frozen=True)
@@ -87,32 +91,42 @@ def shipped_relations() -> list[Relation]:
 
 
 def read_relations(path: Path) -> tuple[list[Relation], list[str]]:
-    """The relations in a file or in all files of a folder, and what was skipped, a line each.
+    """The relations in a file or in all files of a folder, and what was skipped, a line for each file.
 
     A `.json` file holds one relation: "name", "kind", a "template" with one {} for the subject, perhaps a "phrase" for
     the object, and "samples" of "subject", "object", perhaps "aliases" of the object, and "contexts", sentences that
-    hold the subject once. A file `contexts.json` beside it may give contexts by subject. A `.tsv` file has the
-    columns of the paper's: subject, object, prompt_source, prompt_target, position_source, position_target; rows
-    with an empty prompt_source are skipped. Raises DataError, naming the line or sample where there is one to name.
+    hold the subject once. A file `contexts.json` beside it may give contexts by subject.
+
+    A `.tsv` file has the columns of the paper's: subject, object, prompt_source, prompt_target, position_source,
+    position_target, perhaps source_cropped_toks; others are not looked at. Its positions are another tokenizer's, so
+    the subject and the placeholder x are found by their text; of several places the one where source_cropped_toks, a
+    list of tokens, ends is meant, or the one at the position. Further objects of a subject are accepted as well. Rows
+    that cannot be used are left out and counted.
+
+    A file that cannot be read is skipped where another can. Raises DataError if none can, naming the line or sample
+    where there is one to name.
     """
     paths = sorted(path.iterdir()) if path.is_dir() else [path]
     paths = [file for file in paths if file.suffix in (".json", ".tsv") and file.name != "contexts.json"]
     if not paths:
         raise DataError(f"{path} holds no relation: a .json or .tsv file, or a folder of them, is needed")
-    relations: list[Relation] = []
+    relations: dict[str, Relation] = {}
     skipped: list[str] = []
+    faults: list[DataError] = []
     for file in paths:
-        if file.suffix == ".tsv":
-            relation, notes = _parse_tsv(read_text(file), str(file), file.stem)
-            skipped += notes
+        try:
+            relation, notes = _read_relation(file)
+            if relation.name in relations:
+                raise DataError(f"{file}: there is a relation {relation.name!r} already")
+        except DataError as fault:
+            faults.append(fault)
+            skipped.append(f"{fault}; the file is skipped")
         else:
-            beside = file.with_name("contexts.json")
-            contexts = _contexts(read_text(beside), str(beside)) if beside.is_file() else {}
-            relation = _parse_relation(read_text(file), str(file), contexts)
-        if relation.name in {other.name for other in relations}:
-            raise DataError(f"{file}: there is a relation {relation.name!r} already")
-        relations.append(relation)
-    return relations, skipped
+            relations[relation.name] = relation
+            skipped += notes
+    if not relations:
+        raise faults[0]
+    return list(relations.values()), skipped
 
 
 def compose(relations: Sequence[Relation]) -> list[Query]:
@@ -146,22 +160,23 @@ def compose(relations: Sequence[Relation]) -> list[Query]:
     return queries
 
 
-def read_queries(path: Path) -> list[Query]:
+def read_queries(path: Path) -> tuple[list[Query], list[str]]:
     """Queries from a `.json` list of "first", "second", "answer", and perhaps "aliases" and "bridge".
 
     Aliases and bridge are a text or a list of texts. A folder, or any other file that `read_relations` takes, is
-    composed. Raises DataError.
+    composed; what that skipped is returned beside the queries. Raises DataError.
     """
     if path.suffix == ".json" and path.is_file():
         records = parse_json(read_text(path), str(path))
         if isinstance(records, list):
-            return _queries(records, str(path))
-    queries = compose(read_relations(path)[0])
+            return _queries(records, str(path)), []
+    relations, skipped = read_relations(path)
+    queries = compose(relations)
     if not queries:
         raise DataError(
             f"{path}: no query can be composed; objects of one relation (with a phrase) must be subjects of another"
         )
-    return queries
+    return queries, skipped
 
 
 def _queries(records: list, source: str) -> list[Query]:
@@ -189,9 +204,19 @@ def _queries(records: list, source: str) -> list[Query]:
     return queries
 
 
+def _read_relation(file: Path) -> tuple[Relation, list[str]]:
+    """The relation in a file, and what was skipped of it."""
+    if file.suffix == ".tsv":
+        return _parse_tsv(read_text(file), str(file), file.stem)
+    beside = file.with_name("contexts.json")
+    contexts = _contexts(read_text(beside), str(beside)) if beside.is_file() else {}
+    return _parse_relation(read_text(file), str(file), contexts), []
+
+
 def _parse_relation(content: str, source: str, contexts: dict[str, tuple[str, ...]]) -> Relation:
     record = parse_json(content, source)
-    name, kind, template = (text_of(record, key, source) for key in ("name", "kind", "template"))
+    name, kind = (text_of(record, key, source) for key in ("name", "kind"))
+    template = prompt_of(record, "template", source)
     phrase = text_of(record, "phrase", source) if record.get("phrase") else ""
     for key, text in (("template", template), ("phrase", phrase)):
         if text and text.count(SLOT) != 1:
@@ -205,7 +230,7 @@ def _parse_relation(content: str, source: str, contexts: dict[str, tuple[str, ..
         where = f"{source}, sample {number}"
         subject = text_of(entry, "subject", where)
         _refuse(subject, text_of(entry, "object", where), samples, where)
-        sentences = _texts(entry, "contexts", where) or contexts.get(subject, ())
+        sentences = _texts(entry, "contexts", where, prompt_of) or contexts.get(subject, ())
         if not sentences:
             raise DataError(f'{where}: {subject!r} has no "contexts", sentences that hold it')
         for sentence in sentences:
@@ -218,29 +243,52 @@ def _parse_relation(content: str, source: str, contexts: dict[str, tuple[str, ..
 
 
 def _parse_tsv(content: str, source: str, name: str) -> tuple[Relation, list[str]]:
-    skipped = []
     targets: set[Marked] = set()
-    answers: dict[str, str] = {}
+    answers: dict[str, list[str]] = {}
     sources: dict[str, list[Marked]] = {}
+    counts: Counter[str] = Counter()
     for where, row in parse_csv(content, source, delimiter="\t"):
-        if "prompt_source" in row and not row["prompt_source"].strip():
-            skipped.append(f"{where}: skipped, its prompt_source is empty")
+        empty = [column for column in ("prompt_source", "subject", "object") if not row.get(column, column).strip()]
+        if empty:
+            counts[f"with an empty {empty[0]}"] += 1
             continue
-        subject, answer, prompt = (text_of(row, key, where) for key in ("subject", "object", "prompt_source"))
-        if answers.setdefault(subject, answer) != answer:
-            raise DataError(f"{where}: {subject!r} has two objects, {answers[subject]!r} and {answer!r}")
-        _refuse(subject, answer, (), where)
-        marked = Marked(prompt, _index(row, "position_source", where))
-        if marked in sources.setdefault(subject, []):
-            raise DataError(f"{where}: {subject!r} is there already with this prompt_source")
-        sources[subject].append(marked)
-        targets.add(Marked(text_of(row, "prompt_target", where), _index(row, "position_target", where)))
+        subject, answer = (text_of(row, column, where) for column in ("subject", "object"))
+        prompt, target = (prompt_of(row, column, where) for column in ("prompt_source", "prompt_target"))
+        index, target_index = (_index(row, column, where) for column in ("position_source", "position_target"))
+        holds_placeholder = re.search(rf"(?<!\w){PLACEHOLDER}(?!\w)", target)
+        targets.add(Marked(target, Nearest(PLACEHOLDER, target_index) if holds_placeholder else target_index))
         if len(targets) > 1:
             raise DataError(f"{where}: a relation has one prompt_target and position_target, here is a second")
+        if _bare(subject) == _bare(answer):
+            counts["whose object is the subject"] += 1
+            continue
+        if subject not in prompt:
+            counts["whose prompt_source does not hold the subject"] += 1
+            continue
+        marked = Marked(prompt, Nearest(subject, index, _cropped_end(row, prompt)))
+        known, seen = answers.setdefault(subject, []), sources.setdefault(subject, [])
+        if answer in known and marked in seen:
+            counts["that repeat others"] += 1
+        if answer not in known:
+            if known:
+                counts["with a further object, accepted too"] += 1
+            known.append(answer)
+        if marked not in seen:
+            seen.append(marked)
+    told = f"{source}: rows " + ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
     if not sources:
-        raise DataError(f"{source} holds no sample with a prompt_source")
-    samples = tuple(Sample(subject, (answers[subject],), tuple(marked)) for subject, marked in sources.items())
-    return Relation(name, "unknown", targets.pop(), samples), skipped
+        raise DataError(f"{told}; no row is left" if counts else f"{source} holds no row")
+    samples = tuple(Sample(subject, tuple(answers[subject]), tuple(marked)) for subject, marked in sources.items())
+    return Relation(name, "unknown", targets.pop(), samples), [told] if counts else []
+
+
+def _cropped_end(row: dict[str, str], prompt: str) -> int | None:
+    """Where the text of source_cropped_toks, a list of tokens up to the subject, ends in the prompt, if it is given."""
+    try:
+        cropped = "".join(ast.literal_eval(row.get("source_cropped_toks", "").strip()))
+    except (ValueError, SyntaxError, TypeError, RecursionError, MemoryError):
+        return None
+    return max(prompt.find(cropped), 0) + len(cropped) if cropped else None
 
 
 def _refuse(subject: str, answer: str, others: Iterable[str], where: str) -> None:
@@ -258,20 +306,20 @@ def _index(row: dict[str, str], key: str, where: str) -> int:
         raise DataError(f"{where}: {key} {text!r} is no whole number") from error
 
 
-def _texts(record: dict, key: str, where: str) -> tuple[str, ...]:
+def _texts(record: dict, key: str, where: str, read: Callable[[object, str, str], str] = text_of) -> tuple[str, ...]:
     """The texts under a key that may be missing, or hold one text or a list of them."""
     value = record.get(key) or []
     texts = [value] if isinstance(value, str) else value
     if not isinstance(texts, list):
         raise DataError(f'{where}: "{key}" is neither a text nor a list of texts')
-    return tuple(text_of({key: text}, key, where) for text in texts)
+    return tuple(read({key: text}, key, where) for text in texts)
 
 
 def _contexts(content: str, source: str) -> dict[str, tuple[str, ...]]:
     record = parse_json(content, source)
     if not isinstance(record, dict):
         raise DataError(f"{source}: an object with sentences for every subject is needed")
-    return {subject: _texts(record, subject, source) for subject in record}
+    return {subject: _texts(record, subject, source, prompt_of) for subject in record}
 
 
 def _bare(name: str) -> str:

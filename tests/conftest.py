@@ -6,7 +6,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers.processors import TemplateProcessing
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 import pscope
 
@@ -30,6 +31,17 @@ def smollm2() -> pscope.LanguageModel:
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
     return smollm2.tokenizer
+
+
+@pytest.fixture(scope="session")
+def bos_eos_tokenizer(tokenizer):
+    """The default tokenizer, made to put a BOS before and an EOS after every text."""
+    backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    copy = type(backend.backend_tokenizer).from_str(backend.backend_tokenizer.to_str())
+    copy.post_processor = TemplateProcessing(
+        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
+    )
+    return PreTrainedTokenizerFast(tokenizer_object=copy, bos_token="<|im_start|>", eos_token="<|im_end|>")
 
 
 @pytest.fixture(scope="session")

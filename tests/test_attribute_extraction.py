@@ -26,6 +26,7 @@ from pscope.experiments.attribute_extraction import (
 )
 from pscope.metrics import answer_found
 from pscope.plots.attribute_extraction import accuracy_figure, accuracy_heatmaps
+from pscope.prompts import Nearest
 from pscope.relations import Marked, Relation, Sample
 
 PAIRS = [(0, 0), (0, 3), (3, 1), (4, 4)]
@@ -196,6 +197,26 @@ def test_what_the_model_knows_is_kept(smollm2):
     with pytest.raises(PscopeError, match="2 subjects are fewer than the 3 folds"):
         list(extract(Patchscope(smollm2, question.target), question, [(1, 1)]))
     assert everything.enough
+
+
+def test_source_prompts_without_their_subject_are_left_out(smollm2):
+    def sample(subject, answer, *texts):
+        return Sample(subject, (answer,), tuple(Marked(text, Nearest(subject, 99)) for text in texts))
+
+    samples = (
+        sample("Japan", "Tokyo", " Japanese food", " Japan is far", " Peru", " From Japan to Japan", " In Japan"),
+        sample("France", "Paris", " Francesca"),
+        sample("Italy", "Rome", " To Italy"),
+    )
+    relation = Relation("capital", "unknown", Marked("The capital city of x", Nearest("x", 0)), samples)
+    (question,) = ask_plainly(smollm2, [relation], samples=9, contexts=2)
+    assert (question.subjects, question.answered, len(question.unread)) == (3, 2, 3)
+    assert "'Japan' stands only inside longer tokens" in question.unread[0]
+    assert [sample.subject for sample in question.samples] == ["Japan", "Italy"]
+    japan, italy = question.sources
+    # At the first token of a text nothing is told of it, so that a line break comes before.
+    assert [(prompt.text, prompt.position) for prompt in japan] == [("\n Japan is far", 1), (" From Japan to Japan", 3)]
+    assert [(prompt.text, prompt.token) for prompt in italy] == [(" To Italy", " Italy")]
 
 
 def test_what_fails_is_named(tiny, asked):

@@ -296,7 +296,7 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
     )
     result = run("table2", relations, "--model", tiny_folder, "--quick", "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert "line 2: skipped, its prompt_source is empty" in result.stderr
+    assert "more.tsv: rows with an empty prompt_source: 1" in result.stderr
     assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds" in result.stderr
     assert "pscope: no relation is left: the model knows too few subjects of each" in result.stderr
     assert not (tmp_path / "run").exists()

@@ -1,20 +1,8 @@
 import pytest
-from tokenizers.processors import TemplateProcessing
-from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer
 
 from pscope import PromptError
-from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, continuing_token, tokenize, written_out
-
-
-@pytest.fixture(scope="module")
-def bos_eos_tokenizer(tokenizer):
-    """The default tokenizer, made to put a BOS before and an EOS after every text."""
-    backend = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
-    copy = type(backend.backend_tokenizer).from_str(backend.backend_tokenizer.to_str())
-    copy.post_processor = TemplateProcessing(
-        single="<|im_start|> $A <|im_end|>", special_tokens=[("<|im_start|>", 1), ("<|im_end|>", 2)]
-    )
-    return PreTrainedTokenizerFast(tokenizer_object=copy, bos_token="<|im_start|>", eos_token="<|im_end|>")
+from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_token, tokenize, written_out
 
 
 def test_tokens_are_the_tokenizers_own(tokenizer):
@@ -39,6 +27,26 @@ def test_text_inside_a_longer_token_does_not_count(tokenizer):
     assert prompt.tokens[prompt.position] == " other"
     with pytest.raises(PromptError, match="only inside longer tokens"):
         tokenize(tokenizer, "Amazon's former CEO", "EO")
+
+
+def test_of_several_places_the_nearest_is_read(tokenizer, bos_eos_tokenizer):
+    # "art" is a word twice, and stands inside another.
+    text = "cart art is art now"
+    for tok, added in ((tokenizer, 0), (bos_eos_tokenizer, 1)):
+        first, second = (
+            index
+            for index, (start, end) in enumerate(tok(text, return_offsets_mapping=True).offset_mapping)
+            if text[start:end] == " art"
+        )
+        assert second == first + 2
+        for index, character, expected in [
+            (0, None, first), (1 + added, None, first), (99, None, second), (-1, None, second), (-99, None, first),
+            (99, 3, first), (99, len("cart art"), first), (0, len("cart art is art"), second),
+        ]:  # fmt: skip
+            assert tokenize(tok, text, Nearest("art", index, character)).position == expected
+    assert tokenize(tokenizer, text, ["is", Nearest("art", -1)]).positions == (second - 2, second - 1)
+    with pytest.raises(PromptError, match="'ar' stands only inside longer tokens"):
+        tokenize(tokenizer, text, Nearest("ar", 0))
 
 
 def test_a_character_of_several_tokens_ends_at_its_last(tokenizer):

@@ -1,11 +1,13 @@
+import csv
 import json
 import re
 from collections import Counter
 
 import pytest
 
-from pscope import DataError
+from pscope import DataError, PromptError
 from pscope.metrics import answer_found
+from pscope.prompts import tokenize
 from pscope.relations import Marked, compose, read_queries, read_relations, shipped_relations
 
 CURRENCY = {
@@ -82,26 +84,124 @@ def test_json_relations(folder):
     assert food.samples[3].sources == (Marked("The paella is hot.", "paella"),)
 
 
-def test_tsv_relations_as_in_the_paper(tmp_path):
-    path = tmp_path / "largest_city.tsv"
-    path.write_text(
-        "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\n"
-        "Japan\tTokyo\tHe went to Japan in May.\tThe largest city in x\t3\t-1\n"
-        "Japan\tTokyo\tJapan is far.\tThe largest city in x\t-4\t-1\n"
-        "Peru\tLima\t\tThe largest city in x\t0\t-1\n"
-        'Chile\tSantiago\t"He said ""Chile""."\tThe largest city in x\t3\t-1\n'
-    )
+COLUMNS = ["", "sample_id", "prompt_target", "position_target", "target_baseline", "object", "subject"]
+COLUMNS += ["generations_baseline", "generations_baseline_str", "is_correct_baseline"]
+COLUMNS += ["prompt_source", "position_source", "source_cropped_toks"]
+
+
+def table(path, rows, columns=COLUMNS):
+    """A file as the paper's, of rows of subject, object, source prompt, position and the tokens up to the subject."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", extrasaction="ignore")
+        writer.writeheader()
+        for number, (subject, answer, prompt, position, tokens) in enumerate(rows):
+            cells = ["The largest city in x", -1, f"The largest city in {subject}", answer, subject]
+            cells += [[[464, 4387], [1748]], ['a "city",\nthe largest'], True, prompt, position, tokens]
+            writer.writerow(dict(zip(COLUMNS, [number, number, *cells], strict=True)))
+    return path
+
+
+FAR = " Far from Peru, a ship that was built in Peru sank"
+QUOTED = ' He said "Chile", and no more'
+ROWS = [
+    # The positions are not those of any tokenizer that is used here.
+    ("Japan", "Tokyo", " He went to Japan in May", 9, [" He", " went", " to", " Ja", "pan"]),
+    ("Japan", "Tokyo", " He went to Japan in May", 9, [" He", " went", " to", " Ja", "pan"]),
+    ("Japan", "Edo", " He went to Japan in May", 9, [" He", " went", " to", " Ja", "pan"]),
+    ("Japan", "Tokyo", " Japan is far", 7, [" Ja", "pan"]),
+    ("Peru", "Lima", FAR, 40, [" Far", " from", " Pe", "ru"]),
+    ("Peru", "Lima", FAR, 1, [" Far", " from Peru, a ship that", " was built", " in Pe", "ru"]),
+    # Cut off at its start, it ends at the same place.
+    ("Peru", "Lima", FAR, 1, [" from Peru, a ship that", " was built", " in Pe", "ru"]),
+    ("Peru", "Lima", "", 0, []),
+    ("Peru", "Lima", "  ", 0, []),
+    ("Panama", "the Panama", " We saw Panama", 3, [" We", " saw", " Panama"]),
+    ("Spain", "Madrid", " They left Portugal", 3, [" They", " left", " Portugal"]),
+    ("Chile", "Santiago", QUOTED, 99, "not a list"),
+    ("Kenya", "Nairobi", " In Kenyatta's time", 1, [" In", " Kenya"]),
+]
+
+
+def test_tsv_relations_as_in_the_paper(tmp_path, tokenizer, bos_eos_tokenizer):
+    path = table(tmp_path / "largest_city.tsv", ROWS)
     (relation,), skipped = read_relations(path)
     assert relation.name == "largest_city"
-    assert relation.target == Marked("The largest city in x", -1)
-    assert [sample.subject for sample in relation.samples] == ["Japan", "Chile"]
-    assert relation.samples[0].sources == (Marked("He went to Japan in May.", 3), Marked("Japan is far.", -4))
-    assert relation.samples[1].sources == (Marked('He said "Chile".', 3),)
-    assert skipped == [f"{path}, line 4: skipped, its prompt_source is empty"]
+    assert skipped == [
+        f"{path}: rows that repeat others: 2, with a further object, accepted too: 1, with an empty prompt_source: 2, "
+        "whose object is the subject: 1, whose prompt_source does not hold the subject: 1"
+    ]
+    read = {sample.subject: sample for sample in relation.samples}
+    assert {name: sample.answers for name, sample in read.items()} == {
+        "Japan": ("Tokyo", "Edo"),
+        "Peru": ("Lima",),
+        "Chile": ("Santiago",),
+        "Kenya": ("Nairobi",),
+    }
+    # The texts as they are, and what stands before the end of the subject that is read.
+    before = {
+        "Japan": [(" He went to Japan in May", " He went to Japan"), (" Japan is far", " Japan")],
+        "Peru": [(FAR, " Far from Peru"), (FAR, " Far from Peru, a ship that was built in Peru")],
+        "Chile": [(QUOTED, ' He said "Chile')],
+    }
+    for tok in (tokenizer, bos_eos_tokenizer):
+        for name, expected in before.items():
+            for source, (text, up_to) in zip(read[name].sources, expected, strict=True):
+                assert source.text == text
+                assert tokenize(tok, source.text, source.at).position == last_token(tok, text, up_to)
+        target = tokenize(tok, relation.target.text, relation.target.at)
+        assert target.position == last_token(tok, "The largest city in x", "The largest city in x")
+        with pytest.raises(PromptError, match="'Kenya' stands only inside longer tokens"):
+            tokenize(tok, read["Kenya"].sources[0].text, read["Kenya"].sources[0].at)
+
+
+def last_token(tok, text, up_to):
+    """The one token of a text that ends where the text's beginning `up_to` does."""
+    assert text.startswith(up_to)
+    encoded = tok(text, return_offsets_mapping=True)
+    (index,) = [i for i, (start, end) in enumerate(encoded.offset_mapping) if start < end == len(up_to)]
+    return index
+
+
+def test_the_index_chooses_where_no_tokens_are_given(tmp_path, tokenizer, bos_eos_tokenizer):
+    rows = [("Peru", "Lima", FAR, 4, []), ("Peru", "Lima", FAR, 13, []), ("Peru", "Lima", FAR, -1, [])]
+    (relation,), _ = read_relations(table(tmp_path / "a.tsv", rows, COLUMNS[:-1]))
+    first, *others = relation.samples[0].sources
+    for tok in (tokenizer, bos_eos_tokenizer):
+        assert tokenize(tok, FAR, first.at).position == last_token(tok, FAR, " Far from Peru")
+        for other in others:
+            up_to = " Far from Peru, a ship that was built in Peru"
+            assert tokenize(tok, FAR, other.at).position == last_token(tok, FAR, up_to)
+
+
+def test_a_placeholder_of_several_is_chosen_by_the_index(tmp_path, tokenizer):
+    path = tmp_path / "a.tsv"
+    for target, position, expected in [
+        ("tax x is x so", -1, 3),
+        ("tax x is x so", 1, 1),
+        ("tax of y", 2, 2),
+        ("tax of y", -1, 2),
+    ]:
+        lines = ["\t".join(ROW), "\t".join({**ROW, "prompt_target": target, "position_target": str(position)}.values())]
+        path.write_text("\n".join(lines))
+        (relation,), _ = read_relations(path)
+        assert tokenize(tokenizer, relation.target.text, relation.target.at).position == expected
+
+
+def test_prompts_are_kept_as_they_are(tmp_path):
+    entry = {"subject": " Japan ", "object": " yen", "contexts": [" In Japan it rains. "]}
+    beside = {"subject": "Peru", "object": "sol"}
+    record = {**CURRENCY, "template": "\nThe currency of {} is", "samples": [entry, beside]}
+    (tmp_path / "a.json").write_text(json.dumps(record))
+    (tmp_path / "contexts.json").write_text('{"Peru": "\\tTo Peru"}')
+    (relation,), _ = read_relations(tmp_path)
+    assert relation.target.text == "\nThe currency of x is"
+    japan, peru = relation.samples
+    assert (japan.subject, japan.object, japan.sources) == ("Japan", "yen", (Marked(" In Japan it rains. ", "Japan"),))
+    assert peru.sources == (Marked("\tTo Peru", "Peru"),)
 
 
 def test_queries_are_composed_where_objects_are_subjects(folder):
-    one, two = read_queries(folder)
+    (one, two), _ = read_queries(folder)
     # Articles do not matter; a query that holds its answer is left out, and one whose bridge is no subject.
     assert (one.text, one.answers) == ("The currency of the country of sushi", ("yen", "JPY"))
     assert (one.first, one.second, one.bridge) == ("the country of sushi", "The currency of", ("Japan", "Japan"))
@@ -116,7 +216,8 @@ def test_queries_of_the_users(tmp_path):
     path = tmp_path / "queries.json"
     record = {"first": "the company that made X", "second": "The CEO of", "answer": "Ann", "bridge": "Acme"}
     path.write_text(json.dumps([record, {**record, "second": "The owner of", "aliases": ["A.", "Anne"], "bridge": []}]))
-    one, two = read_queries(path)
+    (one, two), skipped = read_queries(path)
+    assert skipped == []
     assert (one.text, one.bridge, one.hop_two) == (
         "The CEO of the company that made X",
         ("Acme",),
@@ -183,11 +284,12 @@ ROW = {
     ("rows", "message"),
     [
         ([{**ROW, "position_source": "one"}], "line 2: position_source 'one' is no whole number"),
-        ([ROW, ROW], "line 3: 'Japan' is there already with this prompt_source"),
-        ([ROW, {**ROW, "object": "Kyoto"}], "line 3: 'Japan' has two objects, 'Tokyo' and 'Kyoto'"),
         ([ROW, {**ROW, "subject": "Peru", "prompt_target": "x"}], "line 3: a relation has one prompt_target"),
-        ([{**ROW, "object": "Japan"}], "line 2: the object of 'Japan' is the subject itself"),
-        ([{**ROW, "prompt_source": ""}], "holds no sample with a prompt_source"),
+        ([{**ROW, "object": "Japan"}], "a.tsv: rows whose object is the subject: 1; no row is left"),
+        (
+            [{**ROW, "prompt_source": ""}, {**ROW, "object": " "}],
+            "an empty prompt_source: 1, with an empty object: 1; no",
+        ),
         ([{"subject": "a", "object": "b"}], 'line 2: a record with "prompt_source" is needed'),
     ],
 )
@@ -198,10 +300,29 @@ def test_tsv_relations_that_cannot_be_read(tmp_path, rows, message):
         read_relations(tmp_path / "a.tsv")
 
 
-def test_folders_that_cannot_be_read(folder, tmp_path):
+def test_one_bad_file_does_not_stop_a_folder(folder, tmp_path):
     (folder / "again.json").write_text(json.dumps(CURRENCY))
-    with pytest.raises(DataError, match="there is a relation 'currency' already"):
-        read_relations(folder)
+    (folder / "bad.json").write_text("{")
+    (folder / "cut.tsv").write_text("subject\tobject\na\n")
+    relations, skipped = read_relations(folder)
+    assert [relation.name for relation in relations] == ["currency", "food"]
+    assert skipped == [
+        f"{folder / 'bad.json'}, line 1, column 2: not JSON (Expecting property name enclosed in double quotes); "
+        "the file is skipped",
+        f"{folder / 'currency.json'}: there is a relation 'currency' already; the file is skipped",
+        f"{folder / 'cut.tsv'}, line 2: 1 cells where the first line names 2; the file is skipped",
+    ]
+    # The relation was read, from the first of two files.
+    queries, told = read_queries(folder)
+    assert (len(queries), told) == (2, skipped)
+
+
+def test_folders_that_cannot_be_read(tmp_path):
+    (tmp_path / "bad").mkdir()
+    for name in ("a.json", "b.json"):
+        (tmp_path / "bad" / name).write_text("{")
+    with pytest.raises(DataError, match=r"a\.json, line 1, column 2: not JSON"):
+        read_relations(tmp_path / "bad")
     (tmp_path / "empty").mkdir()
     for path in (tmp_path / "empty", tmp_path / "a.txt"):
         with pytest.raises(DataError, match="holds no relation"):

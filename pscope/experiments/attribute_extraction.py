@@ -41,7 +41,8 @@ class Question:
     """A relation, ready to be asked of a model: the target prompt that asks, and the samples it is asked of.
 
     `subjects` were in the file; the model itself answers for `answered` of them when asked in plain words; of these
-    `samples` were drawn, each with its `sources`.
+    `samples` were drawn, each with its `sources`. `unread` tells of every source prompt of the file in which the
+    subject cannot be found why not.
     """
 
     relation: Relation
@@ -50,6 +51,7 @@ class Question:
     sources: tuple[tuple[Prompt, ...], ...]
     subjects: int
     answered: int
+    unread: tuple[str, ...] = ()
 
     @property
     def enough(self) -> bool:
@@ -70,17 +72,22 @@ def ask_plainly(
 ) -> list[Question]:
     """Keep what the model knows: the samples whose answer stands in its own continuation of the unpatched question.
 
-    Of those, `samples` of each relation are drawn by the seed, each with its first `contexts` source prompts; the
-    questions of all relations share their passes. Raises PscopeError, naming the relation, for what cannot be read.
+    Of those, `samples` of each relation are drawn by the seed, each with its first `contexts` source prompts that can
+    be read; the questions of all relations share their passes. Raises PscopeError, naming the relation, for a target
+    prompt that cannot be read.
     """
-    targets, asked, plain = [], [], []
+    targets, unread, asked, plain = [], [], [], []
     for relation in relations:
         with _naming(relation):
             targets.append(model.prompt(relation.target.text, relation.target.at))
+            unread.append([])
             for sample in relation.samples:
-                asked.append((relation, sample))
-                plain.append(model.prompt(written_out(model.tokenizer, targets[-1], sample.subject)))
-    known: dict[str, list[Sample]] = {relation.name: [] for relation in relations}
+                sources, faults = _readable(model, sample)
+                unread[-1] += faults
+                if sources:
+                    asked.append((relation, sample, sources[:contexts]))
+                    plain.append(model.prompt(written_out(model.tokenizer, targets[-1], sample.subject)))
+    known: dict[str, list[tuple[Sample, tuple[Prompt, ...]]]] = {relation.name: [] for relation in relations}
     spoken = continue_prompts(
         model,
         plain,
@@ -91,24 +98,32 @@ def ask_plainly(
     )
     try:
         for index, tokens in sorted(spoken):
-            relation, sample = asked[index]
+            relation, sample, sources = asked[index]
             if answer_found(decoding.text(tokens, model.tokenizer), sample.answers):
-                known[relation.name].append(sample)
+                known[relation.name].append((sample, sources))
     except RowError as error:
-        relation, sample = asked[error.row]
+        relation, sample, _ = asked[error.row]
         raise PscopeError(f"{relation.name}: {sample.subject!r} failed: {error.reason}") from error
     questions = []
-    for relation, target in zip(relations, targets, strict=True):
+    for relation, target, faults in zip(relations, targets, unread, strict=True):
         answered = known[relation.name]
         order = np.random.default_rng(seed).permutation(len(answered))
-        drawn = tuple(answered[index] for index in sorted(order[:samples].tolist()))
-        with _naming(relation):
-            sources = tuple(
-                tuple(source_prompt(model, marked.text, marked.at) for marked in sample.sources[:contexts])
-                for sample in drawn
-            )
-        questions.append(Question(relation, target, drawn, sources, len(relation.samples), len(answered)))
+        drawn = [answered[index] for index in sorted(order[:samples].tolist())]
+        of_samples, of_sources = (tuple(part[place] for part in drawn) for place in (0, 1))
+        counts = len(relation.samples), len(answered)
+        questions.append(Question(relation, target, of_samples, of_sources, *counts, tuple(faults)))
     return questions
+
+
+def _readable(model: LanguageModel, sample: Sample) -> tuple[tuple[Prompt, ...], list[str]]:
+    """The source prompts of a sample in which its subject is found, and why it is not in the others."""
+    prompts, faults = [], []
+    for marked in sample.sources:
+        try:
+            prompts.append(source_prompt(model, marked.text, marked.at))
+        except PromptError as error:
+            faults.append(str(error))
+    return tuple(prompts), faults
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from pscope.errors import PscopeError, RowError
 from pscope.generate import Decoding
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
-from pscope.prompts import Prompt, continuing_token
+from pscope.prompts import Nearest, Prompt, continuing_token
 from pscope.residual import check_layer
 
 Pair = tuple[int, int]
@@ -40,7 +40,7 @@ def layer_pairs(
     return pairs
 
 
-def source_prompt(model: LanguageModel, text: str, at: str | int = "last") -> Prompt:
+def source_prompt(model: LanguageModel, text: str, at: str | int | Nearest = "last") -> Prompt:
     """A prompt whose state is to be read, never at the first token of the text: a line break is put before that one.
 
     There, unless the tokenizer adds a start token, a model keeps an attention sink that says nothing of the token.
@@ -48,7 +48,7 @@ def source_prompt(model: LanguageModel, text: str, at: str | int = "last") -> Pr
     """
     prompt = model.prompt(text, at)
     at_the_sink = prompt.position == 0 and prompt.ids[0] not in model.tokenizer.all_special_ids
-    return model.prompt(f"\n{text}", at) if at_the_sink and isinstance(at, str) else prompt
+    return model.prompt(f"\n{text}", at) if at_the_sink and not isinstance(at, int) else prompt
 
 
 def spread_layers(model: LanguageModel, fractions: Sequence[float]) -> list[int]:
