@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 import unicodedata
 from collections.abc import Sequence
+from functools import lru_cache
 
 import datasets
 import evaluate
@@ -105,10 +106,11 @@ class RougeL(evaluate.Metric):
 
 
 def answer_found(text: str, answers: Sequence[str]) -> bool:
-    """Whether one of the answers stands in the text as whole words; capitals and kinds of blanks do not count.
+    """Whether one of the answers stands in the text as whole words, with a capital wherever the answer has one.
 
-    Letters are compared as Unicode's NFKC folds them. In scripts that write no blanks between words an answer must
-    be set off by something else.
+    So "Jobs" is not found in "creates jobs", whereas "yen" is found in "the Yen", and "Japan" in "JAPAN". Accents,
+    kinds of blanks, hyphens and apostrophes do not count: a hyphen is a blank, and other letters are compared as
+    Unicode's NFKC has them. In scripts that write no blanks between words an answer must be set off by something else.
     """
     return _stands(text, answers, r"(?!\w)")
 
@@ -118,9 +120,21 @@ def answer_settled(text: str, answers: Sequence[str]) -> bool:
     return _stands(text, answers, r"(?=\W)")
 
 
+def gives_away(text: str, answers: Sequence[str]) -> bool:
+    """Whether one of the answers stands in the text, with or without its capitals."""
+    return answer_found(text, [answer.lower() for answer in answers])
+
+
 def _stands(text: str, answers: Sequence[str], after: str) -> bool:
-    text = _folded(text)
-    return any(re.search(rf"(?<!\w){re.escape(_folded(answer))}{after}", text) for answer in answers)
+    text = _plain(text)
+    return any(_pattern(answer, after).search(text) for answer in answers)
+
+
+@lru_cache(maxsize=1 << 14)
+def _pattern(answer: str, after: str) -> re.Pattern:
+    """The answer as a whole word, in which capitals match themselves alone, and small letters capitals too."""
+    letters = [re.escape(letter) if letter.isupper() else f"(?i:{re.escape(letter)})" for letter in _plain(answer)]
+    return re.compile(rf"(?<!\w){''.join(letters)}{after}")
 
 
 class AnswerFound(evaluate.Metric):
@@ -144,5 +158,11 @@ class AnswerFound(evaluate.Metric):
         return {"answer_found": float(np.mean(found))}
 
 
-def _folded(text: str) -> str:
-    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
+_APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032\u00b4`", "'"))
+
+
+def _plain(text: str) -> str:
+    """The text without accents and soft hyphens, with one kind of apostrophe, and one blank for blanks and hyphens."""
+    letters = unicodedata.normalize("NFKD", text.translate(_APOSTROPHES))
+    text = unicodedata.normalize("NFKC", re.sub("[\u0300-\u036f\u00ad]", "", letters))
+    return " ".join(re.sub(r"(?<=\w)[-\u2010-\u2015](?=\w)", " ", text).split())

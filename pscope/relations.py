@@ -11,7 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
-from pscope.metrics import answer_found
+from pscope.metrics import gives_away
 from pscope.prompts import Nearest
 from pscope.records import parse_csv, parse_json, prompt_of, read_text, text_of
 
@@ -155,7 +155,7 @@ def compose(relations: Sequence[Relation]) -> list[Query]:
                     hop_two=two.template.replace(SLOT, bridge.subject),
                     source=f"{one.name} → {two.name}",
                 )
-                if not answer_found(query.text, query.answers) and not answer_found(bridge.subject, query.answers):
+                if not gives_away(query.text, query.answers) and not gives_away(bridge.subject, query.answers):
                     queries.append(query)
     return queries
 
@@ -194,7 +194,7 @@ def _queries(records: list, source: str) -> list[Query]:
             hop_one=f"{first[:1].upper()}{first[1:]} is",
             source=source,
         )
-        if answer_found(query.text, query.answers):
+        if gives_away(query.text, query.answers):
             raise DataError(f"{where}: the answer {answer!r} stands in the query itself")
         queries.append(query)
     if not queries:

@@ -12,6 +12,7 @@ from pscope.metrics import (
     Surprisal,
     answer_found,
     answer_settled,
+    gives_away,
     rouge_l,
     surprisal,
 )
@@ -73,14 +74,58 @@ def test_rouge_l_is_that_of_rouge_score_on_ascii_and_counts_words_of_any_script(
 
 def test_an_answer_is_found_as_whole_words():
     assert answer_found("It is the Yen, said he", ["yen"])
-    assert answer_found("in New\n  York.", ["Boston", "new york"])
-    assert answer_found("C++ and (A.B.) are", ["a.b."])
-    assert answer_found("the Cafe\u0301 closed", ["café"])
+    assert answer_found("in New\n  York.", ["Boston", "New York"])
+    assert answer_found("C++ and (A.B.) are", ["A.B."])
     assert not answer_found("Yenisei and doyen", ["yen"])
     assert not answer_found("", ["yen"])
     assert not answer_found("anything", [])
     predictions, references = ["the yen", "the dollar", "euro"], [["yen"], ["euro", "franc"], ["franc", "euro"]]
     assert AnswerFound().compute(predictions=predictions, references=references) == {"answer_found": 2 / 3}
+
+
+@pytest.mark.parametrize(
+    ("text", "answer", "found"),
+    [
+        ("creates jobs", "Jobs", False),
+        ("the gates of hell", "Gates", False),
+        ("whales and wales", "Wales", False),
+        ("some of us", "US", False),
+        ("new york", "New York", False),
+        ("NEW YORK CITY", "New York", True),
+        ("an Iphone", "iPhone", False),
+        ("An IPHONE", "iPhone", True),
+        ("Gold, GOLD", "gold", True),
+        ("Ärzte in ÅRHUS", "Århus", True),
+    ],
+)
+def test_a_name_is_found_with_its_capitals(text, answer, found):
+    assert answer_found(text, [answer]) == answer_settled(f"{text}.", [answer]) == found
+
+
+def test_an_answer_is_given_away_in_any_case():
+    assert gives_away("She creates JOBS and coca cola", ["Jobs"])
+    assert gives_away("She creates JOBS and coca cola", ["tea", "Coca-Cola"])
+    assert not gives_away("She creates jobs", ["Job"])
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("Coca Cola", "Coca-Cola"),
+        ("Coca\u2011Cola", "Coca\u2013Cola"),
+        ("Sao Paulo", "São Paulo"),
+        ("Sa\u0303o Paulo", "S\u00e3o Paulo"),
+        ("McDonald\u2019s", "McDonald's"),
+        ("McDonald\u00b4s", "McDonald\u02bcs"),
+        ("Tür\u00adkiye", "Turkiye"),
+        ("ＫＦＣ", "KFC"),
+        ("Ёлкин", "Елкин"),
+        ("서울", "\u1109\u1165\u110b\u116e\u11af"),
+    ],
+)
+def test_accents_hyphens_and_apostrophes_do_not_count(one, other):
+    assert answer_found(f"in {one}", [other])
+    assert answer_settled(f"in {other}, now", [one])
 
 
 def test_an_answer_is_settled_once_its_last_word_cannot_grow():
@@ -89,3 +134,9 @@ def test_an_answer_is_settled_once_its_last_word_cannot_grow():
     assert not answer_settled("a fishing", ["fish"])
     assert answer_settled("a fish,", ["fish"])
     assert answer_settled("a fish in the fish", ["fish"])
+    # Whatever follows, which may be an accent, or turn a hyphen into one within a word.
+    endings = ["", "ing", "\u0301", "-eye", "'s", "\u00ad", " and", "s", "\u00adery", "1"]
+    for text in ("a fish-", "a fish'", "a fish\u00ad,", "A FISH;"):
+        assert answer_settled(text, ["fish"])
+        assert all(answer_found(text + ending, ["fish"]) for ending in endings)
+    assert not answer_settled("a fish\u00ad", ["fish"])
