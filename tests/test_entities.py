@@ -3,10 +3,12 @@ import re
 from collections import Counter
 from importlib.resources import files
 
+import numpy as np
 import pytest
 
 from pscope import ENTITY_DESCRIPTION, DataError
 from pscope.entities import ALL, Entity, read_entities, shipped_entities, without_demonstrated
+from pscope.metrics import rouge_l
 
 RECORDS = [
     {"entity": "Beyoncé", "reference": "American singer, and dancer", "group": "popular"},
@@ -28,8 +30,9 @@ def test_the_shipped_entities(tiny):
     for entity in entities:
         assert entity.reference.endswith("."), entity
         assert 4 <= len(entity.reference.split()) <= 24, entity
-        # Whoever only repeats the name earns nothing.
         assert not re.search(rf"(?<!\w){re.escape(entity.name)}(?!\w)", entity.reference, re.IGNORECASE), entity
+    # Whoever only repeats the name earns next to nothing.
+    assert np.mean(rouge_l([entity.name for entity in entities], [entity.reference for entity in entities])) < 0.03
     assert without_demonstrated(entities, tiny.prompt(ENTITY_DESCRIPTION)) == (entities, [])
 
 

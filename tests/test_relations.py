@@ -6,7 +6,7 @@ from collections import Counter
 import pytest
 
 from pscope import DataError, PromptError
-from pscope.metrics import answer_found
+from pscope.metrics import answer_found, gives_away
 from pscope.prompts import tokenize
 from pscope.relations import Marked, compose, read_queries, read_relations, shipped_relations
 
@@ -53,20 +53,33 @@ def test_the_shipped_relations(tiny):
         assert 20 <= len(relation.samples) <= 60, relation.name
         for sample in relation.samples:
             assert len(sample.sources) == len(set(sample.sources)) == 5
-            assert not answer_found(sample.subject, [sample.object]), sample
+            assert not gives_away(sample.subject, [sample.object]), sample
             for source in sample.sources:
                 # The position is found, and nothing gives the answer away.
                 assert tiny.prompt(source.text, source.at)
-                assert not answer_found(source.text, sample.answers), (relation.name, source)
+                assert not gives_away(source.text, sample.answers), (relation.name, source)
     queries = compose(relations)
     assert len(queries) >= 300
     assert len({query.text for query in queries}) == len(queries)
     assert len(Counter(query.source for query in queries)) >= 10
     for query in queries:
-        assert not answer_found(query.text, query.answers)
+        assert not gives_away(query.text, query.answers)
         assert query.bridge
         assert query.hop_one
         assert query.hop_two.startswith(query.second)
+
+
+def test_no_shipped_answer_is_an_ordinary_word():
+    everyday = (
+        "He won a real fight in Wales. She creates jobs. Jobs are rare. Knight and Allen met at the gates of hell, "
+        "or the Gates. A pound of sterling silver, pounds of coal, the soles of my shoes, Sol, Ayn Rand, a dong, a fluid. "
+        "Percy Shelley, Hugo Boss, Ella Fitzgerald, Old McDonald, Bruce Lee, Julianne Moore, Lana Turner."
+    )
+    for relation in shipped_relations():
+        for sample in relation.samples:
+            # What one does with a tool is an ordinary word.
+            found = [answer for answer in sample.answers if answer_found(everyday, [answer])]
+            assert not found or relation.name == "tool task", (relation.name, sample.subject, found)
 
 
 def test_json_relations(folder):
@@ -229,6 +242,7 @@ def test_queries_of_the_users(tmp_path):
         ([], "holds no query"),
         ([record, record], "some query is there twice"),
         ([{**record, "answer": "X"}], "entry 1: the answer 'X' stands in the query itself"),
+        ([{**record, "first": "the firm of ann"}], "entry 1: the answer 'Ann' stands in the query itself"),
         ([{"first": "a", "second": "b"}], 'entry 1: a record with "answer" is needed'),
         ([{**record, "bridge": 7}], 'entry 1: "bridge" is neither a text nor a list'),
     ]:
