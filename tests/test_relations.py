@@ -72,8 +72,8 @@ def test_the_shipped_relations(tiny):
 def test_no_shipped_answer_is_an_ordinary_word():
     everyday = (
         "He won a real fight in Wales. She creates jobs. Jobs are rare. Knight and Allen met at the gates of hell, "
-        "or the Gates. A pound of sterling silver, pounds of coal, the soles of my shoes, Sol, Ayn Rand, a dong, a fluid. "
-        "Percy Shelley, Hugo Boss, Ella Fitzgerald, Old McDonald, Bruce Lee, Julianne Moore, Lana Turner."
+        "or the Gates. A pound of sterling silver, pounds of coal, the soles of my shoes, Sol, Ayn Rand, a dong. "
+        "A fluid. Percy Shelley, Hugo Boss, Ella Fitzgerald, Old McDonald, Bruce Lee, Julianne Moore, Lana Turner."
     )
     for relation in shipped_relations():
         for sample in relation.samples:
