@@ -87,6 +87,8 @@ def table2(
     from pscope.relations import read_relations, shipped_relations
 
     read, skipped = (shipped_relations(), []) if relations is None else read_relations(relations)
+    for line in skipped:
+        err.print(line, soft_wrap=True, markup=False)
     lm = load_model(model, dtype, device, device_map, revision)
 
     import pscope
@@ -116,11 +118,9 @@ def table2(
             memory=budget,
             path=check.path,
         )
-    for line in skipped:
-        err.print(line, soft_wrap=True, markup=False)
     for question in asked:
         if question.unread:
-            lost = f"{question.relation.name}: {len(question.unread)} source prompts cannot be read"
+            lost = f"{question.relation.name}: source prompts left out: {len(question.unread)}"
             err.print(f"{lost}, the first because {question.unread[0]}", soft_wrap=True, markup=False)
         known = f"{question.relation.name}: {question.answered} of {question.subjects} subjects are known"
         fate = f"{len(question.samples)} are read" if question.enough else f"skipped, fewer than the {FOLDS} folds"

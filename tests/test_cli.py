@@ -292,11 +292,13 @@ def test_table2_on_the_users_relations(relations, tmp_path):
 
 def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_path):
     (relations / "more.tsv").write_text(
-        "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\nA\ta\t\tx\t0\t0\nB\tc\tB\tx\t0\t0\n"
+        "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\n"
+        "A\ta\t\tx\t0\t0\nB\tc\tB\tx\t0\t0\nCat\td\tCatalan\tx\t0\t0\n"
     )
     result = run("table2", relations, "--model", tiny_folder, "--quick", "--out", tmp_path / "run")
     assert result.exit_code == 2
     assert "more.tsv: rows with an empty prompt_source: 1" in result.stderr
+    assert "more: source prompts left out: 1, the first because 'Cat' stands only inside longer tokens" in result.stderr
     assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds" in result.stderr
     assert "pscope: no relation is left: the model knows too few subjects of each" in result.stderr
     assert not (tmp_path / "run").exists()
