@@ -20,7 +20,7 @@ SLOT, PLACEHOLDER = "{}", "x"
 
 @dataclass(frozen=True)
 class Marked:
-    """A prompt that is yet to be tokenised, and the position in it: an index, or text that stands there."""
+    """A prompt that is yet to be tokenised, and the position in it: an index, a text, or the nearest of several."""
 
     text: str
     at: str | int | Nearest
