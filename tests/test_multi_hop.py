@@ -1,3 +1,5 @@
+import re
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -101,6 +103,25 @@ def test_both_hops_are_asked_alone(smollm2):
     assert "Tokyo" in right.two
     with pytest.raises(PscopeError, match='has no "bridge"'):
         answer_hops(smollm2, [Query("a", "b", ("c",))])
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_what_is_asked_twice_goes_on_until_all_who_ask_are_answered(tiny, order):
+    first, second, question = "The land of sushi is", "The money of Japan is", "The money of the land of sushi"
+    early, late = [], []
+    for text in (first, second, question):
+        words = re.findall(r"[a-z]{3,}", tiny.tokenizer.decode(greedy(tiny, tiny.prompt(text).ids, 40)).casefold())
+        once = [word for word in words if words.count(word) == 1]
+        early.append(once[0])
+        late.append(once[-1])
+    soon, later = (
+        Query("the land of sushi", "The money of", (two, three), (one,), first, second)
+        for one, two, three in (early, late)
+    )
+    for asked in ([soon], [later], [soon, later][::order]):
+        assert all(hops.solvable for hops in answer_hops(tiny, asked, Decoding(40)))
+    chunks = correct(tiny, [soon, later][::order], PAIRS, Decoding(40), reasoning=Decoding(1), wirings=())
+    assert next(chunks)["found"].all()
 
 
 def test_steps_are_asked_for_in_the_chat_template_with_one_start_token(smollm2):

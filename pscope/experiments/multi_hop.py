@@ -6,7 +6,7 @@ it, "The current CEO of". The whole question is what a model often gets wrong al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,9 +67,8 @@ def answer_hops(
             raise PscopeError(f'{query.text!r} has no "bridge", so its hops cannot be asked alone; keep all queries')
     one = [query.hop_one for query in queries]
     two = [query.hop_two for query in queries]
-    right = {text: query.bridge for text, query in zip(one, queries, strict=True)}
-    right.update({text: query.answers for text, query in zip(two, queries, strict=True)})
-    spoken = _continued(model, [*one, *two], decoding, memory, path, right)
+    right = [*(query.bridge for query in queries), *(query.answers for query in queries)]
+    spoken = _continued(model, [*one, *two], right, decoding, memory, path)
     return [
         Hops(
             query,
@@ -124,8 +123,7 @@ def correct(
         (VANILLA, [query.text for query in queries], decoding),
         (STEP_BY_STEP, [step_by_step(model, query, chat) for query in queries], reasoning),
     ):
-        right = {prompt: query.answers for prompt, query in zip(prompts, queries, strict=True)}
-        spoken = _continued(model, prompts, how, memory, first.check.path, right)
+        spoken = _continued(model, prompts, [query.answers for query in queries], how, memory, first.check.path)
         yield pd.concat(
             [
                 _rows(query, number, folds, method, CLEAN, [(None, None)], [spoken[prompt]])
@@ -272,17 +270,23 @@ def _patched(
 def _continued(
     model: LanguageModel,
     texts: Sequence[str],
+    right: Sequence[Sequence[str]],
     decoding: Decoding,
     memory: int,
     path: PathName,
-    right: Mapping[str, Sequence[str]],
 ) -> dict[str, str]:
-    """What the model says after each text, until it has said what is `right`; texts that coincide are run once."""
-    once = list(dict.fromkeys(texts))
+    """What the model says after each text, until it has said what is `right` for it.
+
+    Texts that coincide are run once, until all who ask are answered.
+    """
+    wanted: dict[str, list[Sequence[str]]] = {}
+    for text, answers in zip(texts, right, strict=True):
+        wanted.setdefault(text, []).append(answers)
+    once = list(wanted)
     prompts = [model.prompt(text) for text in once]
 
     def settled(index: int, text: str) -> bool:
-        return answer_settled(text, right[once[index]])
+        return all(answer_settled(text, answers) for answers in wanted[once[index]])
 
     try:
         spoken = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, path=path))
