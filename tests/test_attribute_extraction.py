@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -116,6 +118,23 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
             assert (row.continuation, row.found) == (clean, answer_found(clean, sample.answers))
     assert settled > 0
     assert table[table["condition"] == PATCHED]["found"].any()
+
+
+def test_random_rows_depend_on_relation_subject_and_seed_alone(tiny):
+    keys = ["subject", "layer", "target_layer"]
+
+    def random_rows(name="planted", kept=slice(None), seed=1, memory=2**30):
+        relation = replace(relation_of([("a",), ("b",), ("c",), ("d",), ("e",)]), name=name)
+        question = question_of(tiny, replace(relation, samples=relation.samples[kept]))
+        table = table_of(Patchscope(tiny, question.target, memory=memory), question, seed=seed)
+        return table[table["condition"] == RANDOM].set_index(keys)["continuation"].sort_index()
+
+    everybody = random_rows()
+    others = everybody.drop(["Japan", "Peru"], level="subject")
+    pd.testing.assert_series_equal(random_rows(kept=slice(2, None)), others)
+    pd.testing.assert_series_equal(random_rows(memory=1), everybody)
+    assert (random_rows(name="another") != everybody).mean() > 0.5
+    assert (random_rows(seed=2) != everybody).mean() > 0.5
 
 
 def test_a_row_goes_on_until_everybody_who_borrows_it_has_his_answer(tiny):

@@ -117,6 +117,9 @@ def test_the_same_seed_gives_the_same_table(tiny):
     pd.testing.assert_frame_equal(roomy.set_index(keys).sort_index(), tight.set_index(keys).sort_index())
     other = table_of(Patchscope(tiny, target), ENTITIES, pairs, Decoding(3), seed=4)
     assert not other.equals(roomy)
+    fewer = table_of(Patchscope(tiny, target), ENTITIES[2:], pairs, Decoding(3), seed=3).set_index(keys)["continuation"]
+    own = fewer.drop(ANOTHER, level="condition")
+    pd.testing.assert_series_equal(own, roomy.set_index(keys)["continuation"].loc[own.index])
 
 
 def test_one_entity_has_no_other(tiny):

@@ -84,6 +84,10 @@ def test_every_row_against_the_one_row_loop(tiny, memory):
             assert row.probability == pytest.approx(logits.softmax(0)[answer].item(), rel=1e-3)
         if row.method == BACKPATCH and row.condition != CLEAN:
             assert row.target_layer < row.layer
+    alone = table_of(tiny, QUERIES[1:2], memory=memory)
+    keys = ["method", "condition", "layer", "target_layer"]
+    among = table[table["query"] == 1].set_index(keys)["continuation"]
+    pd.testing.assert_series_equal(alone.set_index(keys)["continuation"], among, check_index_type=False)
     same = [table_of(tiny, QUERIES, memory=memory, seed=seed) for seed in (3, 3, 4)]
     pd.testing.assert_frame_equal(same[0], same[1])
     assert not same[0].equals(same[2])

@@ -273,7 +273,6 @@ def _read_states(
 ) -> Iterator[pd.DataFrame]:
     samples = question.samples
     layers, columns = source_layers(pairs)
-    generator = torch.Generator().manual_seed(seed)
     lenders = _lenders(samples, seed)
     borrowers = [[index for index, lender in enumerate(lenders) if lender == sample] for sample in range(len(samples))]
     # A chunk holds as many samples, with all their contexts, as share a pass.
@@ -286,7 +285,8 @@ def _read_states(
         firsts = [place for place, (_, context) in enumerate(own) if context == 0]
         units = [(*unit, PATCHED) for unit in own] + [(*own[place], RANDOM) for place in firsts]
         states = capture(scope.model, [question.sources[sample][context] for sample, context in own], layers=layers)
-        states = torch.cat([states, same_norm(states[firsts], generator)])[:, columns]  # (units, pairs, hidden)
+        random = same_norm(states[firsts], [f"{question.relation.name}/{samples[s].subject}" for s in part], seed)
+        states = torch.cat([states, random])[:, columns]  # (units, pairs, hidden)
         wanted = [
             [samples[index].answers for index in (sample, *(borrowers[sample] if condition == PATCHED else ()))]
             for sample, _, condition in units

@@ -203,13 +203,13 @@ def _patched(
 ) -> Iterator[pd.DataFrame]:
     """The conditions in which the target is patched, and the clean one, which comes with every pass."""
     layers, columns = source_layers(pairs)
-    generator = torch.Generator().manual_seed(seed)
     together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs)))
     previous: tuple[Entity, list[str]] | None = None
     for start in range(0, len(entities), together):
         part = entities[start : start + together]
         states = capture(scope.model, sources[start : start + together], layers=layers)  # (entities, layers, hidden)
-        states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 entities, pairs, hidden)
+        random = same_norm(states, [entity.name for entity in part], seed)
+        states = torch.cat([states, random])[:, columns]  # (2 entities, pairs, hidden)
         names = [f"{entity.name!r} ({condition})" for condition in (PATCHED, RANDOM) for entity in part]
         texts, clean = speak(scope, states, names, pairs, decoding)
         frames = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -62,10 +63,22 @@ def source_layers(pairs: Sequence[Pair]) -> tuple[list[int], list[int]]:
     return layers, [layers.index(layer) for layer, _ in pairs]
 
 
-def same_norm(states: Tensor, generator: torch.Generator) -> Tensor:
-    """Vectors of random direction, each as long as the state in its place: (…, hidden)."""
-    random = torch.randn(states.shape, generator=generator).to(states)
+def same_norm(states: Tensor, names: Sequence[str], seed: int) -> Tensor:
+    """Vectors of random direction, each as long as the state in its place: (units, …, hidden).
+
+    Those of a unit are drawn from the seed and its name alone, whoever else is there.
+    """
+    drawn = [
+        torch.randn(state.shape, generator=_generator(seed, name)) for state, name in zip(states, names, strict=True)
+    ]
+    random = torch.stack(drawn).to(states)
     return random * (states.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
+
+
+def _generator(seed: int, name: str) -> torch.Generator:
+    """One that is the unit's own; Python's `hash` would differ from process to process."""
+    key = hashlib.sha256(repr((seed, name)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
 
 
 def speak(

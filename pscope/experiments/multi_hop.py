@@ -131,7 +131,6 @@ def correct(
             ],
             ignore_index=True,
         )
-    generator = torch.Generator().manual_seed(seed)
     layers, _ = source_layers(pairs)
     # Read once: two wirings share the states of π1.
     read = {
@@ -151,7 +150,8 @@ def correct(
             for start in range(0, len(members), together):
                 part = members[start : start + together]
                 states = read[_source_of(wiring)][part]
-                states = torch.cat([states, same_norm(states, generator)])[:, columns]  # (2 queries, pairs, hidden)
+                random = same_norm(states, [f"{wiring}/{queries[number].text}" for number in part], seed)
+                states = torch.cat([states, random])[:, columns]  # (2 queries, pairs, hidden)
                 yield _patched(scope, states, wiring, queries, part, folds, grid, decoding)
 
 
