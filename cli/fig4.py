@@ -202,7 +202,9 @@ def _as_table(summary: pd.DataFrame) -> Table:
         shown.add_column(heading, justify="right" if heading == "answered" else "left")
     previous = None
     for row in summary.itertuples():
-        layers = "" if row.layer is pd.NA else f"{row.layer} → {row.target_layer}"
+        layers = f"{row.layer} → {row.target_layer}" if row.layer is not pd.NA else ""
+        if row.layer is pd.NA and row.pairs is not pd.NA:
+            layers = f"{row.pairs} pairs"
         answered = f"{row.found:.2f} ({row.low:.2f}–{row.high:.2f})"
         shown.add_row("" if row.method == previous else row.method, row.measure, answered, layers)
         previous = row.method

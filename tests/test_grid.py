@@ -4,6 +4,7 @@ import torch
 
 from pscope import PscopeError
 from pscope.experiments.grid import (
+    at_chosen,
     chosen_elsewhere,
     layer_pairs,
     same_norm,
@@ -48,9 +49,21 @@ def test_nobody_chooses_for_himself():
     scores = pd.DataFrame({"a": [0, 0, 0, 1, 1], "b": [1, 1, 1, 0.5, 0.5]}, index=list("uvwxy"))
     folds = pd.Series([0, 0, 0, 1, 1], index=list("uvwxy"))
     chosen = chosen_elsewhere(scores, folds)
-    assert chosen["chosen"].tolist() == ["a", "a", "a", "b", "b"]
-    assert chosen["score"].tolist() == [0, 0, 0, 0.5, 0.5]
-    assert chosen.index.tolist() == list("uvwxy")
+    assert chosen.idxmax(axis=1).tolist() == ["a", "a", "a", "b", "b"]
+    assert at_chosen(scores, chosen).to_dict() == {"u": 0, "v": 0, "w": 0, "x": 0.5, "y": 0.5}
+
+
+def test_columns_that_tie_count_alike():
+    # For fold 0 columns a and c were best, both with 1 of 2; which of them stands first decides nothing.
+    scores = pd.DataFrame({"a": [1, 1, 0], "b": [0, 0, 0], "c": [0, 0, 1]}, index=list("uvw"), dtype=float)
+    folds = pd.Series([0, 1, 1], index=list("uvw"))
+    for columns in (["a", "b", "c"], ["c", "b", "a"]):
+        chosen = chosen_elsewhere(scores[columns], folds)
+        assert chosen[["a", "b", "c"]].values.tolist() == [[0.5, 0, 0.5], [1, 0, 0], [1, 0, 0]]
+        assert at_chosen(scores[columns], chosen).to_dict() == {"u": 0.5, "v": 1, "w": 0}
+    # A control of some of the units is averaged over the same columns.
+    control = pd.DataFrame({"a": [0], "b": [1], "c": [1]}, index=["u"], dtype=float)
+    assert at_chosen(control, chosen).to_dict() == {"u": 0.5}
 
 
 def test_no_state_is_read_at_the_first_token_of_a_text(smollm2):

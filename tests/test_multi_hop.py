@@ -146,6 +146,10 @@ def test_what_fails_is_named(tiny):
         table_of(tiny, [])
 
 
+PLANTED = [(1, 0), (3, 0), (1, 2), (3, 2)]
+BACKWARDS = [(1, 0), (3, 0), (3, 2)]
+
+
 def planted(queries=6) -> pd.DataFrame:
     rows = []
     for query in range(queries):
@@ -153,7 +157,7 @@ def planted(queries=6) -> pd.DataFrame:
         rows.append({**base, "method": VANILLA, "condition": CLEAN, "found": query == 0})
         rows.append({**base, "method": STEP_BY_STEP, "condition": CLEAN, "found": query < 2})
         for method in (COT, BACKPATCH):
-            for layer, target in pairs_of(method, [(1, 0), (3, 0), (1, 2), (3, 2)]):
+            for layer, target in pairs_of(method, PLANTED):
                 found = (layer, target) == (3, 0) or query == layer
                 at = {**base, "method": method, "layer": layer, "target_layer": target}
                 rows.append({**at, "condition": PATCHED, "found": found and method == COT})
@@ -176,8 +180,30 @@ def test_the_summary_by_hand():
     means = (np.arange(6) == 0).astype(float)[random.integers(6, size=(20_000, 6))].mean(axis=1)
     band = summary.loc[(VANILLA, "accuracy"), ["low", "high"]].tolist()
     assert band == pytest.approx(np.quantile(means, [0.025, 0.975]), abs=0.01)
+    # Back-patching answers nobody, so that all its pairs tie.
+    tied = summary.loc[(BACKPATCH, "held-out pair")]
+    assert (tied["pairs"], tied["layer"] is pd.NA, cot.loc["held-out pair", "pairs"]) == (len(BACKWARDS), True, 1)
     few = summarise(planted(2))
     assert not few["measure"].str.startswith("held-out").any()
+
+
+def test_what_ties_on_other_queries_is_averaged():
+    # Three queries, each answered at a pair of its own, and one that is answered at all; random vectors also at 1.
+    answered_at = [{1}, {3}, {5}, {1, 3, 5}]
+    rows = [
+        {"query": query, "text": f"t{query}", "fold": query % 3, "method": COT, "condition": condition}
+        | {"layer": layer, "target_layer": 0, "found": layer in (layers | {1} if condition == RANDOM else layers)}
+        for query, layers in enumerate(answered_at)
+        for condition in (PATCHED, RANDOM)
+        for layer in (1, 3, 5)
+    ]
+    table = pd.DataFrame(rows).astype({"layer": "Int64", "target_layer": "Int64"})
+    summary = summarise(table).set_index("measure")
+    # Queries 0 and 3 share a fold: there 3 and 5 tie; query 1 takes 1 or 5, query 2 takes 1 or 3.
+    assert summary.loc["held-out pair", "found"] == pytest.approx((0 + 0 + 0 + 1) / 4)
+    assert summary.loc["held-out pair, random vector", "found"] == pytest.approx((0 + 1 / 2 + 1 / 2 + 1) / 4)
+    assert summary.loc["held-out pair", "pairs"] == 3
+    assert summary.loc["held-out pair", ["layer", "target_layer"]].isna().all()
 
 
 def test_transcripts_hold_every_text():

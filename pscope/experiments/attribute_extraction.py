@@ -19,7 +19,16 @@ from sklearn.model_selection import GroupKFold
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PromptError, PscopeError, RowError
-from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, source_prompt, speak
+from pscope.experiments.grid import (
+    Pair,
+    at_chosen,
+    chosen_elsewhere,
+    first_token,
+    same_norm,
+    source_layers,
+    source_prompt,
+    speak,
+)
 from pscope.experiments.probe import probe_elsewhere
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
@@ -170,9 +179,10 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     `subjects` and `samples` (subject × context) count what was read. The paper's number is `oracle`, with
     `oracle_std`: at each ℓ the share of samples for which any ℓ* gives the answer, mean and standard deviation over ℓ;
     `random_oracle` and `another_oracle` are those of the controls. `held_out` is the accuracy at the (ℓ, ℓ*) that was
-    best for the subjects of the other folds, with its band, and `random_held_out` and `another_held_out` those of the
-    controls at the same pairs. `probe` and `probe_std` are over ℓ, `probe_held_out` is at the layer that was best for
-    the other folds. `p` is that of a paired permutation test of held_out against probe_held_out over subjects, times
+    best for the subjects of the other folds, averaged over those that tie, with its band, and `random_held_out` and
+    `another_held_out` those of the controls at the same pairs. `probe` and `probe_std` are over ℓ, `probe_held_out` is
+    at the layer that was best for the other folds. `p` is that of a paired permutation test of held_out against
+    probe_held_out over subjects, times
     the number of relations (Bonferroni).
     """
     relations = list(dict.fromkeys(table["relation"]))
@@ -185,9 +195,10 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         }
         any_target = {name: cells.T.groupby(level="layer").max().T for name, cells in grid.items() if not cells.empty}
         probe = _cells(rows, PROBE, ["layer"])
-        held_out = chosen_elsewhere(grid[PATCHED], folds.loc[grid[PATCHED].index])
-        probed = chosen_elsewhere(probe, folds.loc[probe.index])["score"]
-        per_subject = held_out["score"].groupby("subject").agg(["sum", "count"])
+        chosen = chosen_elsewhere(grid[PATCHED], folds.loc[grid[PATCHED].index])
+        held_out = at_chosen(grid[PATCHED], chosen)
+        probed = at_chosen(probe, chosen_elsewhere(probe, folds.loc[probe.index]))
+        per_subject = held_out.groupby("subject").agg(["sum", "count"])
         (low,), (high,) = mean_bands(per_subject[["sum"]].to_numpy(), per_subject["count"].to_numpy(), seed)
         result = {
             "relation": relation,
@@ -195,7 +206,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             "samples": len(held_out),
             "oracle": any_target[PATCHED].mean().mean(),
             "oracle_std": any_target[PATCHED].mean().std(ddof=0),
-            "held_out": held_out["score"].mean(),
+            "held_out": held_out.mean(),
             "held_out_low": low,
             "held_out_high": high,
             "probe": probe.mean().mean(),
@@ -207,9 +218,8 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for condition, name in ((RANDOM, "random"), (ANOTHER, "another")):
             cells = grid[condition]
             result[f"{name}_oracle"] = any_target[condition].mean().mean() if len(cells) else np.nan
-            at_chosen = [cells.loc[unit, pair] for unit, pair in held_out["chosen"].items() if unit in cells.index]
-            result[f"{name}_held_out"] = np.mean(at_chosen) if at_chosen else np.nan
-        result["p"] = min(1.0, len(relations) * _paired_p(held_out["score"], probed, seed))
+            result[f"{name}_held_out"] = at_chosen(cells, chosen).mean() if len(cells) else np.nan
+        result["p"] = min(1.0, len(relations) * _paired_p(held_out, probed, seed))
         found.append(result)
     return pd.DataFrame(found)
 

@@ -131,14 +131,22 @@ def first_token(
 
 
 def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:
-    """For each unit its score in the column that was best on the other folds, which it had no part in choosing.
+    """How much each column counts for each unit: all that were best on the other folds, alike, and no other.
 
-    `scores` is (units, pairs), `folds` (units,) says which fold each is in. One row per unit: `score` and `chosen`, the
-    column. Of columns that tie the first is taken.
+    `scores` is (units, columns), `folds` (units,) says which fold each is in, so that a unit has no part in choosing
+    its own. The weights, (units, columns), sum to 1 for every unit.
     """
-    parts = []
+    weights = pd.DataFrame(0.0, scores.index, scores.columns)
     for fold in folds.unique():
-        best = scores[folds != fold].mean().idxmax()
-        here = scores[folds == fold]
-        parts.append(pd.DataFrame({"score": here[best], "chosen": [best] * len(here)}, index=here.index))
-    return pd.concat(parts).loc[scores.index]
+        means = scores[folds != fold].mean()
+        best = means == means.max()
+        weights.loc[folds == fold] = (best / best.sum()).to_numpy()
+    return weights
+
+
+def at_chosen(scores: pd.DataFrame, weights: pd.DataFrame) -> pd.Series:
+    """Each unit's score where `chosen_elsewhere` says, averaged over the columns that tied: (units,).
+
+    `scores`, (units, columns), may be of some of the units only, as a control's are.
+    """
+    return (scores * weights.loc[scores.index]).sum(axis=1)

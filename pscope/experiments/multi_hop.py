@@ -17,7 +17,16 @@ from torch import Tensor
 
 from pscope.bootstrap import mean_bands
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.grid import Pair, chosen_elsewhere, first_token, same_norm, source_layers, source_prompt, speak
+from pscope.experiments.grid import (
+    Pair,
+    at_chosen,
+    chosen_elsewhere,
+    first_token,
+    same_norm,
+    source_layers,
+    source_prompt,
+    speak,
+)
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import answer_found, answer_settled
 from pscope.models import LanguageModel
@@ -174,9 +183,10 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """How often each method answers: one row per method × measure, the share of queries `found`, `low` and `high`.
 
     Vanilla and step by step have one measure, "accuracy". A wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives
-    the answer, and "held-out pair", at the (ℓ, ℓ*) that was best for the queries of the other folds; and of both what
-    random vectors give. `layer` and `target_layer` are the pair that most folds chose. Bands are from resampling
-    queries; below three queries nothing is held out.
+    the answer, and "held-out pair", at the (ℓ, ℓ*) that was best for the queries of the other folds, averaged over
+    those that tie; and of both what random vectors give. `pairs` is how many were chosen in all, `layer` and
+    `target_layer` the one that counts most, missing where several count alike. Bands are from resampling queries;
+    below three queries nothing is held out.
     """
     found = []
     for method, rows in table.groupby("method", sort=False):
@@ -189,13 +199,21 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         if len(own) >= FOLDS:
             folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
             chosen = chosen_elsewhere(own, folds)
-            pair = chosen["chosen"].mode().iloc[0]
-            at_chosen = pd.Series({query: random.loc[query, cell] for query, cell in chosen["chosen"].items()})
-            layers = {"layer": pair[0], "target_layer": pair[1]}
-            found.append({**_measured(method, "held-out pair", chosen["score"], seed), **layers})
-            found.append({**_measured(method, "held-out pair, random vector", at_chosen, seed), **layers})
-    columns = ["method", "measure", "found", "low", "high", "queries", "layer", "target_layer"]
-    return pd.DataFrame(found).reindex(columns=columns).astype({"layer": "Int64", "target_layer": "Int64"})
+            layers = _pairs_told(chosen)
+            found.append({**_measured(method, "held-out pair", at_chosen(own, chosen), seed), **layers})
+            found.append(
+                {**_measured(method, "held-out pair, random vector", at_chosen(random, chosen), seed), **layers}
+            )
+    columns = ["method", "measure", "found", "low", "high", "queries", "pairs", "layer", "target_layer"]
+    return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
+
+
+def _pairs_told(chosen: pd.DataFrame) -> dict:
+    """What the summary says of the pairs that `chosen_elsewhere` has weighed."""
+    weights = chosen.sum()
+    most = weights[np.isclose(weights, weights.max())]
+    layer, target = most.index[0] if len(most) == 1 else (None, None)
+    return {"pairs": (weights > 0).sum(), "layer": layer, "target_layer": target}
 
 
 def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict]:
