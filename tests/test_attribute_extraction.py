@@ -168,7 +168,25 @@ def test_the_probe_against_scikit_learn_alone(tiny, asked):
             rows = rows.set_index(["subject", "context"])
             for (i, context), guess in zip(np.array(units)[test], guesses, strict=True):
                 row = rows.loc[(asked.samples[i].subject, context)]
-                assert (row["continuation"], row["found"]) == (guess, guess == asked.samples[i].object)
+                assert (row["continuation"], row["found"]) == (guess, answer_found(guess, asked.samples[i].answers))
+
+
+def test_the_probe_is_graded_as_continuations_are(tiny):
+    # Each answer is an alias of the other, so that whatever is predicted is right.
+    answers = [("gold", "silver"), ("silver", "gold"), ("gold", "silver"), ("silver", "gold"), ("gold", "silver")]
+    question = question_of(tiny, relation_of(answers))
+    table = table_of(Patchscope(tiny, question.target), question, new_tokens=1)
+    probed = table[table["condition"].isin([PROBE, MAJORITY])]
+    assert (probed["continuation"] != probed["object"]).any()
+    assert probed["found"].all()
+    assert probed["nameable"].all()
+    unique = question_of(tiny, relation_of([("a", "z"), ("b",), ("c", "a"), ("d",), ("e",)]))
+    table = table_of(Patchscope(tiny, unique.target), unique, new_tokens=1, seed=1)
+    folds = table.drop_duplicates("subject").set_index("subject")["fold"]
+    assert folds["Japan"] != folds["Chile"]
+    told = table[table["condition"] == MAJORITY].drop_duplicates("subject").set_index("subject")["nameable"]
+    # Chile's "a" is Japan's answer; nobody's counts for the others.
+    assert told.to_dict() == {subject: subject == "Chile" for subject in SUBJECTS}
 
 
 def test_a_planted_relation_on_a_model_whose_answer_is_known(tokenizer):
@@ -266,7 +284,9 @@ def planted() -> pd.DataFrame:
                     )
                     at = {**base, "layer": layer, "target_layer": target}
                     rows += [{**at, "condition": PATCHED, "found": found}, {**at, "condition": RANDOM, "found": False}]
-                rows.append({**base, "layer": layer, "condition": PROBE, "found": number == 0})
+                # At layer 3 the probe is better; within the other folds layer 1 was.
+                probed = {"found": number < layer // 3 + 1, "chosen": layer == 1, "nameable": True}
+                rows.append({**base, "layer": layer, "condition": PROBE, **probed})
             rows += [
                 {**base, "condition": CLEAN, "found": False},
                 {**base, "condition": MAJORITY, "found": number == 1},
@@ -280,7 +300,7 @@ def test_the_summary_by_hand():
     # Any target layer: half of them at ℓ = 1, all at ℓ = 3.
     assert (a["oracle"], a["oracle_std"]) == (0.75, 0.25)
     assert (a["held_out"], a["held_out_low"], a["subjects"], a["samples"]) == (1, 1, 4, 4)
-    assert (a["probe"], a["probe_std"], a["probe_held_out"]) == (0.25, 0, 0.25)
+    assert (a["probe"], a["probe_std"], a["probe_held_out"]) == (0.375, 0.125, 0.25)
     assert (a["majority"], a["clean"], a["random_oracle"], a["random_held_out"]) == (0.25, 0, 0, 0)
     assert np.isnan(a["another_oracle"])
     # Differences of 0, 1, 1, 1: of 16 flips of sign two give a mean of 0.75 or more, and two of -0.75 or less; times 2.
@@ -306,4 +326,4 @@ def test_the_figure_shows_the_accuracies():
     assert [axes.get_title() for axes in panels] == ["a", "b"]
     lines = {line.get_label(): line.get_ydata().tolist() for line in panels[0].get_lines()}
     assert lines["patched, any target layer (oracle)"] == [0.5, 1]
-    assert lines["probe"] == [0.25, 0.25]
+    assert lines["probe"] == [0.25, 0.5]

@@ -158,7 +158,9 @@ def extract(
     - "random vector": a random direction of the same norm, in the place of each subject's first context;
     - "clean target": the target unpatched;
     - "probe": per layer, a logistic regression from states to answers, fitted on the other folds, and "majority
-      class", the answer most frequent there. Both belong to no target layer.
+      class", the answer most frequent there. Both belong to no target layer. An answer of other subjects counts as a
+      continuation does; `nameable` says whether any in the other folds would. `chosen` marks the probe's layer that was
+      best, or tied, when the other folds were probed by each other alone.
 
     The folds are of whole subjects. A row leaves the batch as soon as its answer is found, and those of all who borrow
     its state. Raises PscopeError, naming the subject, for a row that fails.
@@ -181,7 +183,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     `random_oracle` and `another_oracle` are those of the controls. `held_out` is the accuracy at the (ℓ, ℓ*) that was
     best for the subjects of the other folds, averaged over those that tie, with its band, and `random_held_out` and
     `another_held_out` those of the controls at the same pairs. `probe` and `probe_std` are over ℓ, `probe_held_out` is
-    at the layer that was best for the other folds. `p` is that of a paired permutation test of held_out against
+    at the layer that was best within the other folds. `p` is that of a paired permutation test of held_out against
     probe_held_out over subjects, times
     the number of relations (Bonferroni).
     """
@@ -194,10 +196,10 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             condition: _cells(rows, condition, ["layer", "target_layer"]) for condition in (PATCHED, RANDOM, ANOTHER)
         }
         any_target = {name: cells.T.groupby(level="layer").max().T for name, cells in grid.items() if not cells.empty}
-        probe = _cells(rows, PROBE, ["layer"])
+        probe = rows[rows["condition"] == PROBE]
         chosen = chosen_elsewhere(grid[PATCHED], folds.loc[grid[PATCHED].index])
         held_out = at_chosen(grid[PATCHED], chosen)
-        probed = at_chosen(probe, chosen_elsewhere(probe, folds.loc[probe.index]))
+        probed = probe[probe["chosen"].astype(bool)].groupby(["subject", "context"])["found"].mean()
         per_subject = held_out.groupby("subject").agg(["sum", "count"])
         (low,), (high,) = mean_bands(per_subject[["sum"]].to_numpy(), per_subject["count"].to_numpy(), seed)
         result = {
@@ -209,8 +211,8 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             "held_out": held_out.mean(),
             "held_out_low": low,
             "held_out_high": high,
-            "probe": probe.mean().mean(),
-            "probe_std": probe.mean().std(ddof=0),
+            "probe": probe["found"].mean(),
+            "probe_std": probe.groupby("layer")["found"].mean().std(ddof=0),
             "probe_held_out": probed.mean(),
             "majority": rows.loc[rows["condition"] == MAJORITY, "found"].mean(),
             "clean": rows.loc[rows["condition"] == CLEAN, "found"].mean(),
@@ -349,16 +351,22 @@ def _probed(model: LanguageModel, question: Question, layers: Sequence[int], fol
     """A logistic regression per layer, and the majority class, each fitted on the other folds."""
     units = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
     states = capture(model, [question.sources[sample][context] for sample, context in units], layers=layers)
-    answers = np.array([question.samples[sample].object for sample, _ in units])
-    fold = np.array([folds[sample] for sample, _ in units])
-    predicted, majority = probe_elsewhere(states.float().cpu().numpy(), answers, fold)
-    guesses = [(PROBE, layer, predicted[:, place]) for place, layer in enumerate(layers)]
-    guesses.append((MAJORITY, None, majority))
+    read = [question.samples[sample] for sample, _ in units]
+    probed = probe_elsewhere(
+        states.float().cpu().numpy(),
+        [sample.object for sample in read],
+        np.array([folds[sample] for sample, _ in units]),
+        lambda unit, answer: answer_found(answer, read[unit].answers),
+    )
     rows = []
-    for condition, layer, words in guesses:
-        for unit, word, answer in zip(units, words.tolist(), answers.tolist(), strict=True):
-            told = {"condition": condition, "layer": layer, "continuation": word, "found": word == answer}
-            rows.append({**_base(question, folds, *unit), **told})
+    for number, unit in enumerate(units):
+        base = {**_base(question, folds, *unit), "nameable": probed.nameable[number]}
+        told = {"continuation": probed.majority[number], "found": probed.majority_right[number]}
+        rows.append({**base, "condition": MAJORITY, **told})
+        for place, layer in enumerate(layers):
+            told = {"continuation": probed.predicted[number, place], "found": probed.right[number, place]}
+            chosen = probed.chosen[number, place]
+            rows.append({**base, "condition": PROBE, "layer": layer, **told, "chosen": chosen})
     return _table([pd.DataFrame(rows)])
 
 
@@ -403,6 +411,8 @@ def _table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
         "found": "bool",
         "rank": "Int64",
         "probability": "Float64",
+        "chosen": "boolean",
+        "nameable": "boolean",
     }
     whole = [frame.reindex(columns=list(dtypes)).astype(dtypes) for frame in frames]
     return pd.concat(whole, ignore_index=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from sklearn.exceptions import ConvergenceWarning
@@ -11,28 +13,64 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
 
-def probe_elsewhere(states: np.ndarray, answers: np.ndarray, folds: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """What is predicted for each unit by probes fitted on the other folds, and by their most frequent answer.
+class Probed(NamedTuple):
+    """What was predicted for each unit by what was fitted on the other folds."""
 
-    `states` are (units, layers, hidden), `answers` and `folds` (units,). Returns the predictions of each layer's probe,
-    (units, layers), and those of the majority class, (units,).
+    predicted: np.ndarray
+    """(units, layers): the answer that each layer's probe gives."""
+    right: np.ndarray
+    """(units, layers): whether it counts."""
+    chosen: np.ndarray
+    """(units, layers): whether the layer is the best for the unit's fold, or one that ties with it."""
+    majority: np.ndarray
+    """(units,): the answer most frequent in the other folds."""
+    majority_right: np.ndarray
+    """(units,)"""
+    nameable: np.ndarray
+    """(units,): whether any answer of the other folds counts, without which a probe cannot be right."""
+
+
+def probe_elsewhere(
+    states: np.ndarray, answers: Sequence[str], folds: np.ndarray, counts: Callable[[int, str], bool]
+) -> Probed:
+    """Probe each unit by what was fitted on the other folds, of which there must be two at least.
+
+    `states` are (units, layers, hidden), `answers` and `folds` (units,); `counts(unit, answer)` says whether an answer,
+    perhaps another unit's, is right for a unit. A layer is chosen for a fold by probes that have not seen it: fitted on
+    some of the other folds and scored on the one that they left out.
     """
-    predicted = np.empty(states.shape[:2], dtype=answers.dtype)
-    majority = np.empty(len(answers), dtype=answers.dtype)
+    names, classes = np.unique(answers, return_inverse=True)
+    accepted = np.array([[counts(unit, name) for name in names.tolist()] for unit in range(len(classes))])
+    units = np.arange(len(classes))
+    predicted, majority = np.empty(states.shape[:2], int), np.empty(len(classes), int)
+    chosen, nameable = np.empty(states.shape[:2], bool), np.empty(len(classes), bool)
     for fold in np.unique(folds):
         here, others = folds == fold, folds != fold
-        names, counts = np.unique(answers[others], return_counts=True)
-        majority[here] = names[counts.argmax()]
-        for layer in range(states.shape[1]):
-            predicted[here, layer] = _predict(states[others, layer], answers[others], states[here, layer])
-    return predicted, majority
+        predicted[here] = _predict(states, classes, others, here)
+        within = np.empty(states.shape[:2], int)
+        for left_out in np.unique(folds[others]):
+            inner = folds == left_out
+            within[inner] = _predict(states, classes, others & ~inner, inner)
+        shares = accepted[units[others, None], within[others]].mean(axis=0)
+        chosen[here] = shares == shares.max()
+        frequencies = np.bincount(classes[others], minlength=len(names))
+        majority[here] = frequencies.argmax()
+        nameable[here] = accepted[here][:, frequencies > 0].any(axis=1)
+    right, majority_right = accepted[units[:, None], predicted], accepted[units, majority]
+    return Probed(names[predicted], right, chosen, names[majority], majority_right, nameable)
 
 
-def _predict(states: np.ndarray, answers: np.ndarray, unseen: np.ndarray) -> np.ndarray:
-    if len(set(answers)) == 1:
-        return np.full(len(unseen), answers[0])
+def _predict(states: np.ndarray, classes: np.ndarray, seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
+    """The classes that probes fitted on the `seen` units give to the `unseen` ones, (unseen, layers)."""
+    known = np.unique(classes[seen])
+    if len(known) == 1:
+        return np.full((unseen.sum(), states.shape[1]), known[0])
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
     with warnings.catch_warnings():
         # With more features than samples the loss goes on falling; the predictions do not change any more.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        return probe.fit(states, answers).predict(unseen)
+        told = [
+            probe.fit(states[seen, layer], classes[seen]).predict(states[unseen, layer])
+            for layer in range(states.shape[1])
+        ]
+    return np.stack(told, axis=1)
