@@ -1,8 +1,9 @@
-"""Bootstrapped bands around means."""
+"""Bands around means: bootstrapped, and exact for shares in which nothing varies."""
 
 from __future__ import annotations
 
 import numpy as np
+from scipy.stats import binomtest
 
 RESAMPLES = 2000
 
@@ -22,4 +23,18 @@ def mean_bands(
     picked = random.multinomial(units, np.full(units, 1 / units), size=resamples)  # (resamples, units)
     means = (picked @ sums) / (picked @ counts)[:, None]
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
+    return low, high
+
+
+def share_bands(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """As `mean_bands`, for observations of 0 or 1: where all of a cell agree, resampling would give a band of no width.
+
+    There it is the exact interval (Clopper-Pearson) of as many trials as there are units, even of one.
+    """
+    low, high = mean_bands(sums, counts, seed)
+    units = len(sums)
+    for agreed, right in ((sums == 0, 0), (sums == counts[:, None], units)):
+        exact = binomtest(right, units).proportion_ci(0.95, method="exact")
+        cells = agreed.all(axis=0)
+        low[cells], high[cells] = exact.low, exact.high
     return low, high

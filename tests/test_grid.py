@@ -6,6 +6,7 @@ from pscope import PscopeError
 from pscope.experiments.grid import (
     at_chosen,
     chosen_elsewhere,
+    draw_folds,
     layer_pairs,
     same_norm,
     source_layers,
@@ -42,6 +43,17 @@ def test_the_random_vector_of_a_unit_is_its_own():
     directions = torch.cat([random.flatten(0, 1), same_norm(states, ["a", "b", "c"], 8).flatten(0, 1)])
     cosines = torch.nn.functional.cosine_similarity(directions[:, None], directions[None], dim=-1)
     assert (cosines - torch.eye(12)).abs().max() < 0.6
+
+
+def test_who_shares_a_group_shares_a_fold():
+    groups = ["a", "b", "a", "c", "d", "b", "e", "f"]
+    drawn = [draw_folds(groups, seed) for seed in range(5)]
+    for folds in drawn:
+        assert (folds[0], folds[1]) == (folds[2], folds[5])
+        assert set(folds) == {0, 1, 2}
+    assert len({tuple(folds) for folds in drawn}) > 1
+    assert draw_folds(groups, 0) == drawn[0]
+    assert draw_folds(["a", "b", "a", "b"], 0) == [0, 0, 0, 0]
 
 
 def test_nobody_chooses_for_himself():

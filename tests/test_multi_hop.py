@@ -50,10 +50,14 @@ def test_every_row_against_the_one_row_loop(tiny, memory):
     assert rows_to_decode(4, PAIRS) == 4 * 2 * (4 + 4 + 2) == table["layer"].notna().sum()
     assert not table.duplicated(["query", "method", "condition", "layer", "target_layer"]).any()
     assert set(table["method"]) == {VANILLA, STEP_BY_STEP, COT, WITH_PLACEHOLDER, BACKPATCH}
+    # Two ask by way of Japan.
+    assert (table.groupby("bridge")["fold"].nunique() == 1).all()
+    assert table["fold"].nunique() == table["bridge"].nunique() == 3
     decode = tiny.tokenizer.decode
     for row in table.itertuples():
         query = QUERIES[row.query]
         assert (row.text, row.found) == (query.text, answer_found(row.continuation, query.answers))
+        assert row.bridge == query.bridge[0].casefold()
         if row.method == VANILLA:
             assert row.continuation == decode(greedy(tiny, tiny.prompt(query.text).ids, 5))
             continue
@@ -154,6 +158,7 @@ def planted(queries=6) -> pd.DataFrame:
     rows = []
     for query in range(queries):
         base = {"query": query, "text": "t", "source": "s", "fold": query % 3, "continuation": "c"}
+        base["bridge"] = f"bridge {query}"
         rows.append({**base, "method": VANILLA, "condition": CLEAN, "found": query == 0})
         rows.append({**base, "method": STEP_BY_STEP, "condition": CLEAN, "found": query < 2})
         for method in (COT, BACKPATCH):
@@ -183,15 +188,31 @@ def test_the_summary_by_hand():
     # Back-patching answers nobody, so that all its pairs tie.
     tied = summary.loc[(BACKPATCH, "held-out pair")]
     assert (tied["pairs"], tied["layer"] is pd.NA, cot.loc["held-out pair", "pairs"]) == (len(BACKWARDS), True, 1)
+    # All six agree: 6 of 6 are not improbable (2.5 %) down to .025 to the power of a sixth.
+    assert cot.loc["oracle", ["low", "high"]].tolist() == pytest.approx([0.025 ** (1 / 6), 1])
     few = summarise(planted(2))
     assert not few["measure"].str.startswith("held-out").any()
+
+
+def test_bands_resample_whole_bridges():
+    # Three bridges of 1, 2 and 3 queries, of which the third is always answered and the others never.
+    table = planted()
+    table["bridge"] = table["query"].map({0: "a", 1: "b", 2: "b", 3: "c", 4: "c", 5: "c"})
+    table.loc[table["method"] == VANILLA, "found"] = table["query"] >= 3
+    vanilla = summarise(table).set_index(["method", "measure"]).loc[(VANILLA, "accuracy")]
+    # All three resamples may be of one bridge (1 in 27), which is more than 2.5 %.
+    assert (vanilla["found"], vanilla["low"], vanilla["high"]) == (0.5, 0, 1)
+    assert (vanilla["queries"], vanilla["bridges"]) == (6, 3)
+    table.loc[table["method"] == VANILLA, "found"] = True
+    vanilla = summarise(table).set_index(["method", "measure"]).loc[(VANILLA, "accuracy")]
+    assert vanilla["low"] == pytest.approx(0.025 ** (1 / 3))
 
 
 def test_what_ties_on_other_queries_is_averaged():
     # Three queries, each answered at a pair of its own, and one that is answered at all; random vectors also at 1.
     answered_at = [{1}, {3}, {5}, {1, 3, 5}]
     rows = [
-        {"query": query, "text": f"t{query}", "fold": query % 3, "method": COT, "condition": condition}
+        {"query": query, "bridge": f"{query}", "fold": query % 3, "method": COT, "condition": condition}
         | {"layer": layer, "target_layer": 0, "found": layer in (layers | {1} if condition == RANDOM else layers)}
         for query, layers in enumerate(answered_at)
         for condition in (PATCHED, RANDOM)
@@ -217,6 +238,8 @@ def test_transcripts_hold_every_text():
 
 def test_the_figures_show_the_table():
     summary = summarise(planted())
+    # A band that rounding puts beside its mean is none of less than no width.
+    summary.loc[0, "low"] = summary.loc[0, "found"] + 1e-12
     (axes,) = answers_figure(summary, "$").axes
     widths = [round(bar.get_width(), 3) for container in axes.containers for bar in getattr(container, "patches", [])]
     assert sorted(widths) == sorted(summary["found"].round(3))

@@ -6,8 +6,10 @@ import hashlib
 from collections.abc import Callable, Sequence
 from typing import Literal
 
+import numpy as np
 import pandas as pd
 import torch
+from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
 from pscope.errors import PscopeError, RowError
@@ -19,6 +21,8 @@ from pscope.residual import check_layer
 
 Pair = tuple[int, int]
 """A source layer ℓ and a target layer ℓ*."""
+
+FOLDS = 3
 
 
 def layer_pairs(
@@ -128,6 +132,20 @@ def first_token(
         probabilities.append((own - logits.logsumexp(dim=1, keepdim=True)).exp().squeeze(1))
     shape = (len(words), len(pairs))
     return torch.cat(ranks).reshape(shape).tolist(), torch.cat(probabilities).reshape(shape).tolist()
+
+
+def draw_folds(groups: Sequence[str], seed: int) -> list[int]:
+    """Which of the folds each unit is in, those of one group together; all in the first if there are too few groups.
+
+    `groups` (units,) names the group of each unit.
+    """
+    if len(set(groups)) < FOLDS:
+        return [0] * len(groups)
+    folds = np.empty(len(groups), int)
+    split = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(groups, groups=groups)
+    for fold, (_, held_out) in enumerate(split):
+        folds[held_out] = fold
+    return folds.tolist()
 
 
 def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:

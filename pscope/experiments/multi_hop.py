@@ -12,15 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 import pandas as pd
 import torch
-from sklearn.model_selection import KFold
 from torch import Tensor
 
-from pscope.bootstrap import mean_bands
+from pscope.bootstrap import share_bands
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.grid import (
+    FOLDS,
     Pair,
     at_chosen,
     chosen_elsewhere,
+    draw_folds,
     first_token,
     same_norm,
     source_layers,
@@ -41,7 +42,6 @@ VANILLA, STEP_BY_STEP = "vanilla", "step by step"
 COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
 WIRINGS = (COT, WITH_PLACEHOLDER, BACKPATCH)
 PATCHED, RANDOM, CLEAN = "patched", "random vector", "clean target"
-FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -113,8 +113,9 @@ def correct(
     """Ask every query as it stands, step by step, and by Patchscopes of three wirings at every (ℓ, ℓ*).
 
     Yields chunks of the table; a row is one query × method × pair × condition: `query` (its number), `text`, `source`,
-    `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation`, `found`, and for patched rows the `rank`
-    (from 1) and `probability` of the answer's first token right after the target prompt. The methods:
+    `bridge` (see `shared_bridge`), `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation`, `found`, and
+    for patched rows the `rank` (from 1) and `probability` of the answer's first token right after the target prompt.
+    Queries that share a bridge share a fold. The methods:
 
     - "vanilla": the whole query, unpatched; "step by step": with that request, continued as `reasoning` says;
     - "cot": the state of π1's last token, patched over the last token of π2;
@@ -126,7 +127,7 @@ def correct(
     """
     if not queries:
         raise PscopeError("there is no query to ask")
-    folds = _folds(len(queries), seed)
+    folds = draw_folds([shared_bridge(query) for query in queries], seed)
     first = Patchscope(model, model.prompt(queries[0].text), memory=memory)
     for method, prompts, how in (
         (VANILLA, [query.text for query in queries], decoding),
@@ -164,6 +165,11 @@ def correct(
                 yield _patched(scope, states, wiring, queries, part, folds, grid, decoding)
 
 
+def shared_bridge(query: Query) -> str:
+    """What queries have in common that go by the same bridge; one without a bridge stands alone, by its own text."""
+    return query.bridge[0].casefold() if query.bridge else query.text
+
+
 def _source_of(wiring: str) -> str:
     """Which text of a query is the source: the whole of it, or π1."""
     return "text" if wiring == BACKPATCH else "first"
@@ -185,26 +191,26 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     Vanilla and step by step have one measure, "accuracy". A wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives
     the answer, and "held-out pair", at the (ℓ, ℓ*) that was best for the queries of the other folds, averaged over
     those that tie; and of both what random vectors give. `pairs` is how many were chosen in all, `layer` and
-    `target_layer` the one that counts most, missing where several count alike. Bands are from resampling queries;
-    below three queries nothing is held out.
+    `target_layer` the one that counts most, missing where several count alike. Bands are from resampling bridges with
+    all their queries, and exact where all agree; below three bridges nothing is held out.
     """
     found = []
+    bridges = table.drop_duplicates("query").set_index("query")["bridge"]
     for method, rows in table.groupby("method", sort=False):
         if method in (VANILLA, STEP_BY_STEP):
-            found.append(_measured(method, "accuracy", rows.set_index("query")["found"].astype(float), seed))
+            answered = rows.set_index("query")["found"].astype(float)
+            found.append(_measured(method, "accuracy", answered, bridges, seed))
             continue
         own, random = (_grid(rows, condition) for condition in (PATCHED, RANDOM))
-        found.append(_measured(method, "oracle", own.max(axis=1), seed))
-        found.append(_measured(method, "oracle, random vector", random.max(axis=1), seed))
-        if len(own) >= FOLDS:
-            folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+        found.append(_measured(method, "oracle", own.max(axis=1), bridges, seed))
+        found.append(_measured(method, "oracle, random vector", random.max(axis=1), bridges, seed))
+        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+        if folds.nunique() == FOLDS:
             chosen = chosen_elsewhere(own, folds)
             layers = _pairs_told(chosen)
-            found.append({**_measured(method, "held-out pair", at_chosen(own, chosen), seed), **layers})
-            found.append(
-                {**_measured(method, "held-out pair, random vector", at_chosen(random, chosen), seed), **layers}
-            )
-    columns = ["method", "measure", "found", "low", "high", "queries", "pairs", "layer", "target_layer"]
+            for measure, cells in (("held-out pair", own), ("held-out pair, random vector", random)):
+                found.append({**_measured(method, measure, at_chosen(cells, chosen), bridges, seed), **layers})
+    columns = ["method", "measure", "found", "low", "high", "queries", "bridges", "pairs", "layer", "target_layer"]
     return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
 
 
@@ -313,22 +319,16 @@ def _continued(
     return {text: decoding.text(spoken[index], model.tokenizer) for index, text in enumerate(once)}
 
 
-def _folds(queries: int, seed: int) -> list[int]:
-    if queries < FOLDS:
-        return [0] * queries
-    split = KFold(FOLDS, shuffle=True, random_state=seed).split(range(queries))
-    fold_of = {index: fold for fold, (_, held_out) in enumerate(split) for index in held_out.tolist()}
-    return [fold_of[index] for index in range(queries)]
-
-
 def _grid(rows: pd.DataFrame, condition: str) -> pd.DataFrame:
     """Found or not, (queries, layer × target layer)."""
     here = rows[rows["condition"] == condition].astype({"layer": int, "target_layer": int, "found": float})
     return here.pivot(index="query", columns=["layer", "target_layer"], values="found").sort_index(axis=1)
 
 
-def _measured(method: str, measure: str, found: pd.Series, seed: int) -> dict:
-    (low,), (high,) = mean_bands(found.to_numpy()[:, None], np.ones(len(found)), seed)
+def _measured(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict:
+    """`found` and `bridges` are (queries,), by the query's number."""
+    groups = found.groupby(bridges)
+    (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
     return {
         "method": method,
         "measure": measure,
@@ -336,6 +336,7 @@ def _measured(method: str, measure: str, found: pd.Series, seed: int) -> dict:
         "low": low,
         "high": high,
         "queries": len(found),
+        "bridges": groups.ngroups,
     }
 
 
@@ -353,6 +354,7 @@ def _rows(
             "query": number,
             "text": query.text,
             "source": query.source,
+            "bridge": shared_bridge(query),
             "fold": folds[number],
             "method": method,
             "condition": condition,

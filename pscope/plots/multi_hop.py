@@ -21,7 +21,8 @@ def answers_figure(summary: pd.DataFrame, title: str) -> Figure:
         bars = summary.assign(place=places)
         for measure in labels:
             here = bars[bars["measure"] == measure]
-            error = [here["found"] - here["low"], here["high"] - here["found"]]
+            # Where a band has no width, rounding may put it beside its mean.
+            error = [(here["found"] - here["low"]).clip(lower=0), (here["high"] - here["found"]).clip(lower=0)]
             options = {"label": drawable(measure), "color": colours[measure], "capsize": 3}
             axes.barh(here["place"], here["found"], xerr=error, **options)
         axes.set_yticks(places, [drawable(method) for method in summary["method"]])
