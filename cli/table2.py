@@ -166,8 +166,10 @@ def table2(
 def _as_table(summary: pd.DataFrame) -> Table:
     shown = narrow_table(
         "oracle: any target layer gives the answer, mean ± std over source layers (the paper's number); held out: at "
-        "the pair of layers that was best for other subjects; p: of held out against the probe at the layer that was "
-        "best for other subjects, times the number of relations (Bonferroni)"
+        "the pair of layers that was best for other subjects, averaged over those that tie; p: of held out against the "
+        "probe at the layer that was best for other subjects, times the number of relations (Bonferroni), over the "
+        "subjects whose answer some of the others have, as no probe can name another; blank where they are too few to "
+        "reach .05"
     )
     # One blank between columns is all that fits.
     shown.padding = 0
@@ -186,7 +188,7 @@ def _as_table(summary: pd.DataFrame) -> Table:
             _number(row.probe),
             _number(row.majority),
             _number(row.clean),
-            "<.001" if row.p < 0.001 else f"{row.p:.2g}",
+            "" if row.p != row.p else "<.001" if row.p < 0.001 else f"{row.p:.2g}",
         )
     return shown
 

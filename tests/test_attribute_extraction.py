@@ -1,4 +1,5 @@
 from dataclasses import replace
+from itertools import product
 
 import numpy as np
 import pandas as pd
@@ -299,17 +300,61 @@ def test_the_summary_by_hand():
     a = summary.loc["a"]
     # Any target layer: half of them at ℓ = 1, all at ℓ = 3.
     assert (a["oracle"], a["oracle_std"]) == (0.75, 0.25)
-    assert (a["held_out"], a["held_out_low"], a["subjects"], a["samples"]) == (1, 1, 4, 4)
+    assert (a["held_out"], a["subjects"], a["samples"]) == (1, 4, 4)
+    # All four agree, which is not improbable (2.5 %) down to the fourth root of .025.
+    exact = [pytest.approx(0.025**0.25), 1]
+    assert a[["held_out_low", "held_out_high"]].tolist() == exact
     assert (a["probe"], a["probe_std"], a["probe_held_out"]) == (0.375, 0.125, 0.25)
     assert (a["majority"], a["clean"], a["random_oracle"], a["random_held_out"]) == (0.25, 0, 0, 0)
     assert np.isnan(a["another_oracle"])
-    # Differences of 0, 1, 1, 1: of 16 flips of sign two give a mean of 0.75 or more, and two of -0.75 or less; times 2.
-    assert a["p"] == pytest.approx(2 * 4 / 16)
+    # Of four subjects no permutation test can give less than 2 in 16.
+    assert np.isnan(a["p"])
     assert summary.loc["b", ["oracle", "held_out"]].tolist() == [0, 0]
     accuracy = over_layers(planted()).set_index(["relation", "condition", "layer"])
     assert accuracy.loc[("a", PATCHED, 1), "found"] == 0.5
-    assert accuracy.loc[("a", PATCHED, 3), ["found", "low", "high"]].tolist() == [1, 1, 1]
+    assert accuracy.loc[("a", PATCHED, 3), ["found", "low", "high"]].tolist() == [1, *exact]
     assert accuracy.loc[("a", PROBE, 1), "found"] == 0.25
+
+
+def compared(own, probe, nameable, relations=2) -> list[float]:
+    """The p values of relations whose subjects are answered so by patching and by the probe, at the only layers."""
+    rows = []
+    for relation in range(relations):
+        for number, (patched, probed, possible) in enumerate(zip(own, probe, nameable, strict=True)):
+            base = {"relation": f"{relation}", "subject": f"{number:02}", "context": 0, "fold": number % 3, "layer": 1}
+            rows.append({**base, "condition": PATCHED, "target_layer": 0, "found": patched})
+            told = {"found": probed, "chosen": True, "nameable": possible}
+            rows.append({**base, "condition": PROBE, **told})
+    return summarise(pd.DataFrame(rows))["p"].tolist()
+
+
+def test_p_against_all_flips_of_sign():
+    own, probe = [1, 1, 1, 1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 1, 0]
+    differences = np.subtract(own, probe)
+    flipped = [abs(np.dot(signs, differences)) for signs in product((1, -1), repeat=9)]
+    share = np.mean(np.array(flipped) >= abs(differences.sum()))
+    assert compared(own, probe, [True] * 9) == pytest.approx([2 * share] * 2)
+    assert compared(own, own, [True] * 9) == [1, 1]
+    assert compared(probe, own, [True] * 9, relations=5) == pytest.approx([min(1, 5 * share)] * 5)
+
+
+def test_p_is_missing_where_nothing_could_be_shown():
+    # Two of all flips are the most extreme: with six subjects 2 in 64, with seven 2 in 128; times the relations.
+    for subjects, relations, smallest in (
+        (6, 1, 1 / 32),
+        (5, 1, None),
+        (7, 3, 3 / 64),
+        (7, 4, None),
+        (12, 1, 1 / 2048),
+    ):
+        p = compared([True] * subjects, [False] * subjects, [True] * subjects, relations)
+        assert p == pytest.approx([np.nan if smallest is None else smallest] * relations, nan_ok=True)
+    # Where no probe could name any answer, or those of too few, it is no match for it.
+    assert np.isnan(compared([True] * 12, [False] * 12, [False] * 12)).all()
+    assert np.isnan(compared([True] * 12, [False] * 12, [True] * 5 + [False] * 7)).all()
+    # Those whose answer it could name are compared, and only they.
+    p = compared([True] * 7 + [False] * 5, [False] * 12, [True] * 7 + [False] * 5)
+    assert p == pytest.approx([2 / 64] * 2)
 
 
 def test_a_planted_cell_proves_the_axes_of_the_heatmap():

@@ -15,14 +15,15 @@ import numpy as np
 import pandas as pd
 import torch
 from scipy.stats import permutation_test
-from sklearn.model_selection import GroupKFold
 
-from pscope.bootstrap import mean_bands
+from pscope.bootstrap import share_bands
 from pscope.errors import PromptError, PscopeError, RowError
 from pscope.experiments.grid import (
+    FOLDS,
     Pair,
     at_chosen,
     chosen_elsewhere,
+    draw_folds,
     first_token,
     same_norm,
     source_layers,
@@ -42,7 +43,6 @@ from pscope.unpatched import continue_prompts
 
 PATCHED, ANOTHER, RANDOM, CLEAN = "patched", "another subject", "random vector", "clean target"
 PROBE, MAJORITY = "probe", "majority class"
-FOLDS = 3
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,9 @@ def extract(
     The folds are of whole subjects. A row leaves the batch as soon as its answer is found, and those of all who borrow
     its state. Raises PscopeError, naming the subject, for a row that fails.
     """
-    folds = _folds(question.samples, seed)
+    if not question.enough:
+        raise PscopeError(f"{len(question.samples)} subjects are fewer than the {FOLDS} folds")
+    folds = draw_folds([sample.subject for sample in question.samples], seed)
     yield from _read_states(scope, question, pairs, folds, decoding, seed)
     yield _probed(scope.model, question, source_layers(pairs)[0], folds)
 
@@ -181,11 +183,14 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     `subjects` and `samples` (subject × context) count what was read. The paper's number is `oracle`, with
     `oracle_std`: at each ℓ the share of samples for which any ℓ* gives the answer, mean and standard deviation over ℓ;
     `random_oracle` and `another_oracle` are those of the controls. `held_out` is the accuracy at the (ℓ, ℓ*) that was
-    best for the subjects of the other folds, averaged over those that tie, with its band, and `random_held_out` and
-    `another_held_out` those of the controls at the same pairs. `probe` and `probe_std` are over ℓ, `probe_held_out` is
-    at the layer that was best within the other folds. `p` is that of a paired permutation test of held_out against
-    probe_held_out over subjects, times
-    the number of relations (Bonferroni).
+    best for the subjects of the other folds, averaged over those that tie, and `random_held_out` and
+    `another_held_out` those of the controls at the same pairs; its band is from resampling subjects, and exact where
+    all agree. `probe` and `probe_std` are over ℓ, `probe_held_out` is at the layer that was best within the other
+    folds.
+
+    `p` is that of a paired permutation test of held_out against probe_held_out over the `nameable` subjects, times the
+    number of relations (Bonferroni). The others are left out, since no probe could name their answers: nobody in
+    the other folds has them. It is missing where so few subjects could not reach .05 whatever they showed.
     """
     relations = list(dict.fromkeys(table["relation"]))
     found = []
@@ -201,7 +206,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         held_out = at_chosen(grid[PATCHED], chosen)
         probed = probe[probe["chosen"].astype(bool)].groupby(["subject", "context"])["found"].mean()
         per_subject = held_out.groupby("subject").agg(["sum", "count"])
-        (low,), (high,) = mean_bands(per_subject[["sum"]].to_numpy(), per_subject["count"].to_numpy(), seed)
+        (low,), (high,) = share_bands(per_subject[["sum"]].to_numpy(), per_subject["count"].to_numpy(), seed)
         result = {
             "relation": relation,
             "subjects": len(per_subject),
@@ -221,7 +226,9 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             cells = grid[condition]
             result[f"{name}_oracle"] = any_target[condition].mean().mean() if len(cells) else np.nan
             result[f"{name}_held_out"] = at_chosen(cells, chosen).mean() if len(cells) else np.nan
-        result["p"] = min(1.0, len(relations) * _paired_p(held_out, probed, seed))
+        nameable = probe[probe["nameable"].astype(bool)]["subject"].unique()
+        result["nameable"] = len(nameable)
+        result["p"] = _corrected_p(held_out.loc[nameable], probed.loc[nameable], len(relations), seed)
         found.append(result)
     return pd.DataFrame(found)
 
@@ -235,7 +242,7 @@ def over_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for (relation, condition), rows in table.dropna(subset=["layer"]).groupby(["relation", "condition"], sort=False):
         units = rows.astype({"found": float}).groupby(["subject", "context", "layer"])["found"].max().unstack("layer")
         sums, counts = units.groupby("subject").sum(), units.groupby("subject").size()
-        low, high = mean_bands(sums.to_numpy(), counts.to_numpy(), seed)
+        low, high = share_bands(sums.to_numpy(), counts.to_numpy(), seed)
         frames.append(
             pd.DataFrame(
                 {
@@ -257,8 +264,12 @@ def _cells(rows: pd.DataFrame, condition: str, columns: list[str]) -> pd.DataFra
     return here.pivot(index=["subject", "context"], columns=columns, values="found").sort_index(axis=1)
 
 
-def _paired_p(one: pd.Series, other: pd.Series, seed: int) -> float:
+def _corrected_p(one: pd.Series, other: pd.Series, tests: int, seed: int) -> float:
+    """Of a paired permutation test over subjects, times the number of tests; NaN if they are too few to reach .05."""
     difference = (one.groupby("subject").mean() - other.groupby("subject").mean()).to_numpy()
+    # Of all flips of sign, two are the most extreme.
+    if tests * 2 / 2 ** len(difference) > 0.05:
+        return np.nan
     if not difference.any():
         return 1.0
     test = permutation_test(
@@ -269,15 +280,7 @@ def _paired_p(one: pd.Series, other: pd.Series, seed: int) -> float:
         n_resamples=9999,
         rng=np.random.default_rng(seed),
     )
-    return float(test.pvalue)
-
-
-def _folds(samples: Sequence[Sample], seed: int) -> list[int]:
-    if len(samples) < FOLDS:
-        raise PscopeError(f"{len(samples)} subjects are fewer than the {FOLDS} folds")
-    split = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(samples, groups=range(len(samples)))
-    fold_of = {index: fold for fold, (_, held_out) in enumerate(split) for index in held_out.tolist()}
-    return [fold_of[index] for index in range(len(samples))]
+    return min(1.0, tests * float(test.pvalue))
 
 
 def _read_states(
