@@ -105,6 +105,8 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
             assert row.found == answer_found(whole, sample.answers)
             settled += row.continuation != whole
             assert (row.condition == PATCHED) == (row.state_of == row.subject)
+            # "We saw Japan then", "In Japan"
+            assert (row.position, row.token) == (2 - row.context, f" {row.state_of}")
             if row.condition == ANOTHER:
                 assert not set(lender.answers) & set(sample.answers)
         if row.condition == PATCHED:
@@ -117,6 +119,13 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
             assert abs(row.rank - 1 - (logits > logits[first]).sum()) <= 2
         if row.condition == CLEAN:
             assert (row.continuation, row.found) == (clean, answer_found(clean, sample.answers))
+        if row.condition == PROBE:
+            assert (row.state_of, row.token) == (row.subject, f" {row.subject}")
+        if row.condition in (RANDOM, CLEAN, MAJORITY):
+            assert row.position is pd.NA
+    probed = table["condition"].isin([PROBE, MAJORITY])
+    assert set(table[~probed]["path"]) == {"staircase"}
+    assert table[probed]["path"].isna().all()
     assert settled > 0
     assert table[table["condition"] == PATCHED]["found"].any()
 

@@ -28,6 +28,7 @@ from pscope.experiments.multi_hop import (
 from pscope.metrics import answer_found
 from pscope.plots.multi_hop import answers_figure, answers_heatmaps
 from pscope.relations import Query
+from pscope.selfcheck import PATHS, SelfCheck
 
 PAIRS = [(0, 0), (3, 1), (4, 2), (1, 4)]
 QUERIES = [
@@ -72,6 +73,11 @@ def test_every_row_against_the_one_row_loop(tiny, memory):
             WITH_PLACEHOLDER: (f"{query.second} x is", -2),
             BACKPATCH: (query.text, -1),
         }[row.method]
+        if row.condition == PATCHED:
+            read = tiny.prompt(source)
+            assert (row.position, row.token) == (len(read) - 1, read.tokens[-1])
+        else:
+            assert row.position is row.token is pd.NA
         ids = tiny.prompt(target).ids
         assert tiny.prompt(target).tokens[position] in (" of", " in", " x", " sushi", "os", " phone")
         if row.condition == CLEAN:
@@ -141,6 +147,28 @@ def test_steps_are_asked_for_in_the_chat_template_with_one_start_token(smollm2):
     )["input_ids"]
     assert list(smollm2.prompt(text).ids) == list(expected)
     assert step_by_step(smollm2, QUERIES[0], chat=False) == "Let's think step by step. The money of the land of sushi"
+
+
+def test_the_path_of_every_target_is_its_own(tiny, monkeypatch):
+    checked = []
+
+    def choose(model, target):
+        checked.append(target.text)
+        name = "plain" if len(target) > 7 else "staircase"
+        return PATHS[name](model, target), SelfCheck(name, "planted")
+
+    monkeypatch.setattr("pscope.patchscope.choose_path", choose)
+    table = table_of(tiny, QUERIES)
+    lengths = {query.text: len(tiny.prompt(query.text)) for query in QUERIES}
+    backpatch = table["method"] == BACKPATCH
+    slow = backpatch & (table["text"].map(lengths) > 7)
+    assert slow.any()
+    assert not slow[backpatch].all()
+    assert set(table[slow]["path"]) == {"plain"}
+    assert set(table[~slow]["path"]) == {"staircase"}
+    # The first before all others; then each target, of whole queries one of each length.
+    assert len(checked) == 1 + 2 + 2 + len(set(lengths.values()))
+    assert len(set(lengths.values())) < len(lengths)
 
 
 def test_what_fails_is_named(tiny):

@@ -150,8 +150,9 @@ def extract(
 
     `scope` is a Patchscope of the question's target. Yields chunks of the table; a row is one source × pair ×
     condition: `relation`, `subject`, `object`, `context` (the number of the source prompt), `fold`, `condition`,
-    `layer`, `target_layer`, `state_of`, `continuation`, `found`, and for patched and random states `rank` (from 1) and
-    `probability` of the answer's first token right after the target prompt. The conditions:
+    `layer`, `target_layer`, `state_of` and the `position` and `token` of its source prompt where it was read, the
+    `path` taken, `continuation`, `found`, and for patched and random states `rank` (from 1) and `probability` of the
+    answer's first token right after the target prompt. The conditions:
 
     - "patched": the state of the subject;
     - "another subject": that of one with another answer, drawn by the seed (where there is one);
@@ -323,6 +324,8 @@ def _read_states(
         for unit, (sample, context, condition) in enumerate(units):
             base = _base(question, folds, sample, context)
             frame = _answered(base, condition, pairs, texts[unit], samples[sample].answers)
+            if condition == PATCHED:
+                frame = frame.assign(**_read_from(question, sample, context))
             frames.append(frame.assign(rank=ranks[unit], probability=probabilities[unit]))
             if condition == PATCHED:
                 said.setdefault(sample, []).append(texts[unit])
@@ -331,9 +334,10 @@ def _read_states(
             # As soon as both have spoken.
             if lender is not None and {sample, lender} <= said.keys() and (sample in part or lender in part):
                 for context in range(min(len(said[sample]), len(said[lender]))):
-                    base = {**_base(question, folds, sample, context), "state_of": samples[lender].subject}
-                    frames.append(_answered(base, ANOTHER, pairs, said[lender][context], samples[sample].answers))
-        yield _table(frames)
+                    base = _base(question, folds, sample, context)
+                    frame = _answered(base, ANOTHER, pairs, said[lender][context], samples[sample].answers)
+                    frames.append(frame.assign(**_read_from(question, lender, context)))
+        yield _table([frame.assign(path=scope.check.path) for frame in frames])
 
 
 def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
@@ -366,6 +370,7 @@ def _probed(model: LanguageModel, question: Question, layers: Sequence[int], fol
         base = {**_base(question, folds, *unit), "nameable": probed.nameable[number]}
         told = {"continuation": probed.majority[number], "found": probed.majority_right[number]}
         rows.append({**base, "condition": MAJORITY, **told})
+        base.update(_read_from(question, *unit))
         for place, layer in enumerate(layers):
             told = {"continuation": probed.predicted[number, place], "found": probed.right[number, place]}
             chosen = probed.chosen[number, place]
@@ -381,8 +386,13 @@ def _base(question: Question, folds: Sequence[int], sample: int, context: int) -
         "object": read.object,
         "context": context,
         "fold": folds[sample],
-        "state_of": None,
     }
+
+
+def _read_from(question: Question, sample: int, context: int) -> dict:
+    """Whose state it is, and where it was read."""
+    source = question.sources[sample][context]
+    return {"state_of": question.samples[sample].subject, "position": source.position, "token": source.token}
 
 
 def _answered(
@@ -394,8 +404,7 @@ def _answered(
 ) -> pd.DataFrame:
     frame = pd.DataFrame({"continuation": texts, "found": [answer_found(text, answers) for text in texts]})
     layers, targets = zip(*pairs, strict=True)
-    state_of = base["subject"] if condition == PATCHED else base["state_of"]
-    return frame.assign(**{**base, "state_of": state_of}, condition=condition, layer=layers, target_layer=targets)
+    return frame.assign(**base, condition=condition, layer=layers, target_layer=targets)
 
 
 def _table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
@@ -410,6 +419,9 @@ def _table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
         "layer": "Int64",
         "target_layer": "Int64",
         "state_of": "string",
+        "position": "Int64",
+        "token": "string",
+        "path": "string",
         "continuation": "string",
         "found": "bool",
         "rank": "Int64",

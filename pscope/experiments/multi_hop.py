@@ -113,9 +113,10 @@ def correct(
     """Ask every query as it stands, step by step, and by Patchscopes of three wirings at every (ℓ, ℓ*).
 
     Yields chunks of the table; a row is one query × method × pair × condition: `query` (its number), `text`, `source`,
-    `bridge` (see `shared_bridge`), `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation`, `found`, and
-    for patched rows the `rank` (from 1) and `probability` of the answer's first token right after the target prompt.
-    Queries that share a bridge share a fold. The methods:
+    `bridge` (see `shared_bridge`), `fold`, `method`, `condition`, `layer`, `target_layer`, `continuation`, `found`, the
+    `path` taken, and for patched rows the `position` and `token` whose state was read, and the `rank` (from 1) and
+    `probability` of the answer's first token right after the target prompt. Queries that share a bridge share a fold.
+    Of target prompts that are whole queries one of each length is checked, all others each. The methods:
 
     - "vanilla": the whole query, unpatched; "step by step": with that request, continued as `reasoning` says;
     - "cot": the state of π1's last token, patched over the last token of π2;
@@ -140,29 +141,35 @@ def correct(
                 for number, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
             ],
             ignore_index=True,
-        )
+        ).assign(path=first.check.path)
     layers, _ = source_layers(pairs)
     # Read once: two wirings share the states of π1.
-    read = {
-        text: capture(model, [source_prompt(model, getattr(query, text)) for query in queries], layers=layers)
+    read_at = {
+        text: [source_prompt(model, getattr(query, text)) for query in queries]
         for text in dict.fromkeys(_source_of(wiring) for wiring in wirings)
-    }  # (queries, layers, hidden)
+    }
+    # (queries, layers, hidden)
+    read = {text: capture(model, prompts, layers=layers) for text, prompts in read_at.items()}
     for wiring in wirings:
+        checked: dict[int, PathName] = {}
         grid = pairs_of(wiring, pairs)
         if not grid:
             continue
         columns = [layers.index(layer) for layer, _ in grid]
         for target, members in _by_target(model, queries, wiring).items():
-            # A target for each query: those of one form are checked once.
-            path = first.check.path if wiring == BACKPATCH else "auto"
+            # A target for each query: one of each length is checked, as masks and caches do not tell them apart.
+            path = checked.get(len(target), "auto") if wiring == BACKPATCH else "auto"
             scope = Patchscope(model, target, memory=memory, path=path)
+            checked[len(target)] = scope.check.path
             together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(grid)))
             for start in range(0, len(members), together):
                 part = members[start : start + together]
                 states = read[_source_of(wiring)][part]
                 random = same_norm(states, [f"{wiring}/{queries[number].text}" for number in part], seed)
                 states = torch.cat([states, random])[:, columns]  # (2 queries, pairs, hidden)
-                yield _patched(scope, states, wiring, queries, part, folds, grid, decoding)
+                sources = [read_at[_source_of(wiring)][number] for number in part]
+                chunk = _patched(scope, states, wiring, queries, part, sources, folds, grid, decoding)
+                yield chunk.assign(path=scope.check.path)
 
 
 def shared_bridge(query: Query) -> str:
@@ -262,6 +269,7 @@ def _patched(
     wiring: str,
     queries: Sequence[Query],
     members: Sequence[int],
+    sources: Sequence[Prompt],
     folds: Sequence[int],
     pairs: Sequence[Pair],
     decoding: Decoding,
@@ -284,6 +292,8 @@ def _patched(
     for place, (number, query) in enumerate(zip(members, asked, strict=True)):
         for condition, unit in ((PATCHED, place), (RANDOM, len(asked) + place)):
             frame = _rows(query, number, folds, wiring, condition, pairs, texts[unit])
+            if condition == PATCHED:
+                frame = frame.assign(position=sources[place].position, token=sources[place].token)
             if answered:
                 frame = frame.assign(rank=_whole(ranks[unit]), probability=probabilities[unit])
             frames.append(frame)
@@ -362,6 +372,8 @@ def _rows(
             "target_layer": _whole([target for _, target in pairs]),
             "continuation": pd.array(texts, dtype="string"),
             "found": [answer_found(text, query.answers) for text in texts],
+            "position": _whole([None] * len(texts)),
+            "token": pd.array([None] * len(texts), dtype="string"),
             "rank": _whole([None] * len(texts)),
             "probability": np.full(len(texts), np.nan),
         }
