@@ -73,7 +73,11 @@ def test_every_row_against_the_one_row_loop(tiny):
         if row.condition in (PATCHED, ANOTHER):
             vector = state(tiny, row.state_of, row.layer)
             assert row.continuation == said(tiny, target, vector, row.target_layer, 4)
-        elif row.condition == CLEAN:
+            name = tiny.prompt(f"\n{row.state_of}")
+            assert (row.position, row.token) == (len(name) - 1, name.tokens[-1])
+        else:
+            assert row.position is row.token is pd.NA
+        if row.condition == CLEAN:
             assert row.continuation == clean
         elif row.condition == WRITTEN_OUT:
             ids = tiny.prompt(f"one two {row.entity} three").ids

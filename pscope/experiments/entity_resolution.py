@@ -79,8 +79,8 @@ def describe_entities(
     """Figure 3: describe every entity from its state at every (ℓ, ℓ*), beside four controls, scored by ROUGE-L.
 
     Yields chunks of the table, `rows_of(entities, pairs)` rows in all, the entities in an order drawn by the seed; a
-    row is one entity × pair × condition: `entity`, `group`, `condition`, `layer`, `target_layer`, `state_of`,
-    `continuation`, `rouge_l`, `reference`. The conditions:
+    row is one entity × pair × condition: `entity`, `group`, `condition`, `layer`, `target_layer`, `state_of` and the
+    `position` and `token` of its name where it was read, `continuation`, `rouge_l`, `reference`. The conditions:
 
     - "patched": the state of the entity's own name;
     - "another entity": that of another one, drawn by the seed (if there is another);
@@ -204,26 +204,26 @@ def _patched(
     """The conditions in which the target is patched, and the clean one, which comes with every pass."""
     layers, columns = source_layers(pairs)
     together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs)))
-    previous: tuple[Entity, list[str]] | None = None
+    previous: tuple[list[str], Entity, Prompt] | None = None
     for start in range(0, len(entities), together):
-        part = entities[start : start + together]
-        states = capture(scope.model, sources[start : start + together], layers=layers)  # (entities, layers, hidden)
+        part, read = entities[start : start + together], sources[start : start + together]
+        states = capture(scope.model, read, layers=layers)  # (entities, layers, hidden)
         random = same_norm(states, [entity.name for entity in part], seed)
         states = torch.cat([states, random])[:, columns]  # (2 entities, pairs, hidden)
         names = [f"{entity.name!r} ({condition})" for condition in (PATCHED, RANDOM) for entity in part]
         texts, clean = speak(scope, states, names, pairs, decoding)
         frames = []
-        for entity, own, random in zip(part, texts[: len(part)], texts[len(part) :], strict=True):
-            frames.append(_scored(entity, PATCHED, pairs, own, entity.name))
+        for entity, source, own, random in zip(part, read, texts[: len(part)], texts[len(part) :], strict=True):
+            frames.append(_scored(entity, PATCHED, pairs, own, entity, source))
             frames.append(_scored(entity, RANDOM, pairs, random))
             frames.append(_scored(entity, CLEAN, [(None, None)], [clean]))
             # Another entity's continuations are those of its own rows: each lends them to the next one in the order,
             # and the last to the first.
             if previous is not None:
-                frames.append(_scored(entity, ANOTHER, pairs, previous[1], previous[0].name))
-            previous = entity, own
+                frames.append(_scored(entity, ANOTHER, pairs, *previous))
+            previous = own, entity, source
         if start + together >= len(entities) > 1:
-            frames.append(_scored(entities[0], ANOTHER, pairs, previous[1], previous[0].name))
+            frames.append(_scored(entities[0], ANOTHER, pairs, *previous))
         yield pd.concat(frames, ignore_index=True)
 
 
@@ -232,8 +232,10 @@ def _scored(
     condition: str,
     pairs: Sequence[Pair] | Sequence[tuple[None, None]],
     texts: Sequence[str],
-    state_of: str | None = None,
+    state_of: Entity | None = None,
+    source: Prompt | None = None,
 ) -> pd.DataFrame:
+    """The rows of one condition; a state that was read is `state_of` somebody, at the position marked in `source`."""
     return pd.DataFrame(
         {
             "entity": entity.name,
@@ -241,7 +243,9 @@ def _scored(
             "condition": condition,
             "layer": pd.array([layer for layer, _ in pairs], dtype="Int64"),
             "target_layer": pd.array([target for _, target in pairs], dtype="Int64"),
-            "state_of": pd.array([state_of] * len(pairs), dtype="string"),
+            "state_of": pd.array([None if state_of is None else state_of.name] * len(pairs), dtype="string"),
+            "position": pd.array([None if source is None else source.position] * len(pairs), dtype="Int64"),
+            "token": pd.array([None if source is None else source.token] * len(pairs), dtype="string"),
             "continuation": pd.array(texts, dtype="string"),
             "rouge_l": rouge_l(texts, [entity.reference] * len(texts)),
             "reference": entity.reference,
