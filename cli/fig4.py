@@ -35,6 +35,7 @@ from pscope.cli.grids import (
     check_grid,
     chosen_pairs,
     tell_price,
+    warn_few,
 )
 from rich.markup import escape
 from rich.table import Table
@@ -160,6 +161,7 @@ def fig4(
     err.print(
         "queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()), soft_wrap=True, markup=False
     )
+    warn_few({"queries": len(asked), "bridges": len({multi_hop.shared_bridge(one) for one in asked})})
     err.print(str(check), markup=False)
     tell_price(rows, new_tokens)
     settings = {
@@ -185,27 +187,31 @@ def fig4(
         summary = multi_hop.summarise(table, seed)
         run.note("summary", summary)
         run.note("queries", multi_hop.transcripts(table, asked))
-        figure = run.draw(answers_figure(summary, f"{lm.name}, {len(asked)} queries"))
+        steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
+        lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
+        figure = run.draw(answers_figure(summary, f"{lm.name}, {len(asked)} queries\n{lengths}"))
         heatmaps = run.draw(answers_heatmaps(table, lm.name), "heatmaps")
-    out.print(_as_table(summary))
+    out.print(_as_table(summary, lengths))
     err.print(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}", soft_wrap=True, markup=False)
 
 
-def _as_table(summary: pd.DataFrame) -> Table:
+def _as_table(summary: pd.DataFrame, lengths: str) -> Table:
     import pandas as pd
 
     shown = narrow_table(
-        "share of queries answered (95 % band from resampling queries); oracle: any pair of layers gives the answer; "
-        "held-out pair: the one that was best for other queries"
+        "share of queries answered (95 % band from resampling bridges, each with all its queries; exact where all "
+        "agree); oracle: any pair of layers gives the answer; held-out pair: the one that was best for queries of "
+        f"other bridges, averaged over those that tie; {lengths}"
     )
     for heading in ("method", "measure", "answered", "layers"):
         shown.add_column(heading, justify="right" if heading == "answered" else "left")
     previous = None
     for row in summary.itertuples():
-        layers = f"{row.layer} → {row.target_layer}" if row.layer is not pd.NA else ""
-        if row.layer is pd.NA and row.pairs is not pd.NA:
-            layers = f"{row.pairs} pairs"
-        answered = f"{row.found:.2f} ({row.low:.2f}–{row.high:.2f})"
+        layers = "" if row.pairs is pd.NA else f"{row.pairs} pairs"
+        if row.layer is not pd.NA:
+            layers = f"{row.layer} → {row.target_layer}"
+        band = "" if row.low != row.low else f" ({row.low:.2f}–{row.high:.2f})"
+        answered = f"{row.found:.2f}{band}"
         shown.add_row("" if row.method == previous else row.method, row.measure, answered, layers)
         previous = row.method
     return shown

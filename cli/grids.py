@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +13,8 @@ from pscope.errors import PscopeError
 if TYPE_CHECKING:
     from pscope.experiments.grid import Pair
     from pscope.models import LanguageModel
+
+FEW = 10
 
 SourceLayersOption = Annotated[
     str | None, typer.Option("--layers", help="Source layers, as 0-15 or 0,4,8.", show_default="five, spread")
@@ -55,3 +57,11 @@ def check_grid(layers: str | None, targets: str | None, full: bool) -> None:
 def tell_price(rows: int, new_tokens: int) -> None:
     """How many rows and tokens a run will decode, at most."""
     err.print(f"{rows} patched rows will be decoded, at most {rows * new_tokens} tokens", markup=False)
+
+
+def warn_few(counts: Mapping[str, int]) -> None:
+    """Name what there are few of: each of them may decide which pair of layers is best for others, and the bands."""
+    few = [f"{count} {what}" for what, count in counts.items() if count < FEW]
+    if few:
+        told = f"only {', '.join(few)}: below {FEW}, single ones decide the pair of layers that is chosen and the bands"
+        err.print(told, soft_wrap=True, markup=False)

@@ -34,6 +34,7 @@ from pscope.cli.grids import (
     check_grid,
     chosen_pairs,
     tell_price,
+    warn_few,
 )
 from rich.table import Table
 
@@ -128,6 +129,7 @@ def table2(
     questions = [question for question in asked if question.enough]
     if not questions:
         raise PscopeError("no relation is left: the model knows too few subjects of each")
+    warn_few({f"subjects of {question.relation.name}": len(question.samples) for question in questions})
     rows = rows_to_decode(questions, pairs)
     err.print(str(check), markup=False)
     tell_price(rows, new_tokens)
@@ -168,8 +170,8 @@ def _as_table(summary: pd.DataFrame) -> Table:
         "oracle: any target layer gives the answer, mean ± std over source layers (the paper's number); held out: at "
         "the pair of layers that was best for other subjects, averaged over those that tie; p: of held out against the "
         "probe at the layer that was best for other subjects, times the number of relations (Bonferroni), over the "
-        "subjects whose answer some of the others have, as no probe can name another; blank where they are too few to "
-        "reach .05"
+        "subjects whose answer others have too, since a probe can name no other; blank where those are too few to reach "
+        ".05"
     )
     # One blank between columns is all that fits.
     shown.padding = 0

@@ -273,6 +273,7 @@ def test_table2_on_the_users_relations(relations, tmp_path):
     result = run("table2", relations, "--quick", *grid, "--memory", "0.001", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "capital: 4 of 5 subjects are known, 4 are read" in result.stderr
+    assert "only 4 subjects of capital: below 10" in result.stderr
     assert "patched rows will be decoded, at most" in result.stderr
     assert "min left" in result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -309,6 +310,10 @@ def test_fig4_composes_the_users_relations(relations, tmp_path):
     result = run(*command, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "queries: 4 composed" in result.stderr
+    # The lengths stand where the numbers do.
+    lengths = "step by step: 8 tokens, in the chat template; all others: 8 tokens, without it"
+    assert lengths in " ".join(result.stdout.split())
+    assert lengths in (tmp_path / "run" / "figure.svg").read_text("utf-8")
     for shown in ("vanilla", "step by step", "cot", "placeholder", "backpatch", "oracle"):
         assert shown in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -316,6 +321,7 @@ def test_fig4_composes_the_users_relations(relations, tmp_path):
     settings = json.loads((folder / "settings.json").read_text("utf-8"))
     asked = settings["counts"]["asked"]
     assert 0 < asked == settings["counts"]["both answered"] <= 4
+    assert f"only {asked} queries, " in result.stderr
     told = json.loads((folder / "queries.json").read_text("utf-8"))
     assert len(told) == asked
     assert set(told[0]["cot"]["patched"]) == {"20 → 4", "20 → 7"}
