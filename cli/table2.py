@@ -170,8 +170,7 @@ def _as_table(summary: pd.DataFrame) -> Table:
         "oracle: any target layer gives the answer, mean ± std over source layers (the paper's number); held out: at "
         "the pair of layers that was best for other subjects, averaged over those that tie; p: of held out against the "
         "probe at the layer that was best for other subjects, times the number of relations (Bonferroni), over the "
-        "subjects whose answer others have too, since a probe can name no other; blank where those are too few to reach "
-        ".05"
+        "subjects whose answer others have too, since a probe can name no other; blank where those are too few for .05"
     )
     # One blank between columns is all that fits.
     shown.padding = 0

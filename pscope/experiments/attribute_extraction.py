@@ -237,7 +237,8 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def over_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Accuracy over source layers: per relation × condition × layer the mean `found`, with its band `low` and `high`.
 
-    For patched states and controls it is the oracle, any ℓ* of the grid; bands are from resampling subjects.
+    For patched states and controls it is the oracle, any ℓ* of the grid; bands are from resampling subjects, and exact
+    where all agree.
     """
     frames = []
     for (relation, condition), rows in table.dropna(subset=["layer"]).groupby(["relation", "condition"], sort=False):
