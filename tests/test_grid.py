@@ -71,8 +71,11 @@ def test_columns_that_tie_count_alike():
     folds = pd.Series([0, 1, 1], index=list("uvw"))
     for columns in (["a", "b", "c"], ["c", "b", "a"]):
         chosen = chosen_elsewhere(scores[columns], folds)
-        assert chosen[["a", "b", "c"]].values.tolist() == [[0.5, 0, 0.5], [1, 0, 0], [1, 0, 0]]
+        assert chosen[["a", "b", "c"]].values.tolist() == [[1, 0, 1], [1, 0, 0], [1, 0, 0]]
         assert at_chosen(scores[columns], chosen).to_dict() == {"u": 0.5, "v": 1, "w": 0}
+    # To the last digit, or differences to it would all have one sign.
+    always = pd.DataFrame(1.0, list("uvw"), range(6))
+    assert at_chosen(always, chosen_elsewhere(always, folds)).tolist() == [1, 1, 1]
     # A control of some of the units is averaged over the same columns.
     control = pd.DataFrame({"a": [0], "b": [1], "c": [1]}, index=["u"], dtype=float)
     assert at_chosen(control, chosen).to_dict() == {"u": 0.5}

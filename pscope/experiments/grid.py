@@ -149,22 +149,22 @@ def draw_folds(groups: Sequence[str], seed: int) -> list[int]:
 
 
 def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:
-    """How much each column counts for each unit: all that were best on the other folds, alike, and no other.
+    """For each unit the columns that were best on the other folds: one, or all that tie, True in (units, columns).
 
     `scores` is (units, columns), `folds` (units,) says which fold each is in, so that a unit has no part in choosing
-    its own. The weights, (units, columns), sum to 1 for every unit.
+    its own.
     """
-    weights = pd.DataFrame(0.0, scores.index, scores.columns)
+    chosen = pd.DataFrame(False, scores.index, scores.columns)
     for fold in folds.unique():
         means = scores[folds != fold].mean()
-        best = means == means.max()
-        weights.loc[folds == fold] = (best / best.sum()).to_numpy()
-    return weights
+        chosen.loc[folds == fold] = (means == means.max()).to_numpy()
+    return chosen
 
 
-def at_chosen(scores: pd.DataFrame, weights: pd.DataFrame) -> pd.Series:
-    """Each unit's score where `chosen_elsewhere` says, averaged over the columns that tied: (units,).
+def at_chosen(scores: pd.DataFrame, chosen: pd.DataFrame) -> pd.Series:
+    """Each unit's score averaged over the columns that `chosen_elsewhere` chose for it: (units,).
 
     `scores`, (units, columns), may be of some of the units only, as a control's are.
     """
-    return (scores * weights.loc[scores.index]).sum(axis=1)
+    # A mean of whole numbers, not a sum of fractions: units that are always right score 1 to the last digit.
+    return scores.where(chosen.loc[scores.index]).mean(axis=1)

@@ -222,8 +222,8 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 
 
 def _pairs_told(chosen: pd.DataFrame) -> dict:
-    """What the summary says of the pairs that `chosen_elsewhere` has weighed."""
-    weights = chosen.sum()
+    """What the summary says of the pairs that `chosen_elsewhere` chose; those that tie share a query among them."""
+    weights = chosen.div(chosen.sum(axis=1), axis=0).sum()
     most = weights[np.isclose(weights, weights.max())]
     layer, target = most.index[0] if len(most) == 1 else (None, None)
     return {"pairs": (weights > 0).sum(), "layer": layer, "target_layer": target}
