@@ -102,7 +102,10 @@ def test_bands_resample_whole_texts():
     pd.testing.assert_frame_equal(summary, summarise(table))
     alone = summarise(table[table["text"] == 0])
     assert alone["precision_at_1"].tolist() == [1, 1]
-    assert alone[["precision_at_1_low", "surprisal_high"]].isna().all(axis=None)
+    assert alone[["surprisal_low", "surprisal_high"]].isna().all(axis=None)
+    # One of one: the exact interval of a share.
+    assert alone["precision_at_1_low"].tolist() == pytest.approx([0.025, 0.025])
+    assert alone["precision_at_1_high"].tolist() == [1, 1]
 
 
 def test_bands_against_a_plain_bootstrap(finding):
@@ -112,7 +115,7 @@ def test_bands_against_a_plain_bootstrap(finding):
     means = [
         np.concatenate([groups[i] for i in random.integers(len(groups), size=len(groups))]).mean() for _ in range(4000)
     ]
-    summary = summarise(finding, resamples=4000).set_index(["lens", "layer"]).loc[("token identity", 20)]
+    summary = summarise(finding).set_index(["lens", "layer"]).loc[("token identity", 20)]
     assert summary["surprisal"] == pytest.approx(layer["surprisal"].mean())
     low, high = np.quantile(means, [0.025, 0.975])
     assert summary["surprisal_low"] == pytest.approx(low, abs=0.05 * (high - low))

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.bootstrap import RESAMPLES, mean_bands
+from pscope.bootstrap import mean_bands, share_bands
 from pscope.errors import DataError, PscopeError
 from pscope.lens import logit_lens
 from pscope.metrics import surprisal
@@ -142,18 +142,20 @@ def _scored(
     return table
 
 
-def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
+def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Precision@1 and surprisal per lens and layer, with 95 % bands.
 
     One row per lens × layer: the means `precision_at_1` and `surprisal`, and for each its band, `…_low` and `…_high`.
     The bands come from resampling whole texts, since positions of one text are not independent of each other; a single
-    text has none (NaN).
+    text has none (NaN). Where all texts agree on precision@1, its band is exact, even of one.
     """
     measures = table.assign(precision_at_1=table["correct"].astype(float))
     measures = measures.groupby(["text", "lens", "layer"])[["precision_at_1", "surprisal"]]
     sums = measures.sum().unstack(["lens", "layer"])  # (texts, measure × lens × layer)
     counts = table.groupby("text").size() / table.groupby(["lens", "layer"]).ngroups
-    low, high = mean_bands(sums.to_numpy(), counts.loc[sums.index].to_numpy(), seed, resamples)
+    bands = {"precision_at_1": share_bands, "surprisal": mean_bands}
+    each = [of(sums[measure].to_numpy(), counts.loc[sums.index].to_numpy(), seed) for measure, of in bands.items()]
+    low, high = (np.concatenate(bounds) for bounds in zip(*each, strict=True))
     result = pd.DataFrame(
         {
             "": sums.sum() / counts.sum(),
