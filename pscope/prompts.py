@@ -81,8 +81,8 @@ class Prompt:
 def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> Prompt:
     """Tokenise `text` as the tokenizer does by itself and mark the position `at`, or each of several.
 
-    A beginning-of-sequence token is added where the tokenizer adds one, and not again when the text already starts
-    with it; what a tokenizer appends after the text is left off, since the model is to go on from there.
+    Start tokens are added where the tokenizer adds any, and not again when the text already begins with them; what a
+    tokenizer appends after the text is left off, since the model is to go on from there.
 
     Raises PromptError for an empty text, and for a position that is not there, not unique, or cannot be resolved.
     """
@@ -132,12 +132,12 @@ def continuing_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
     options = {"return_offsets_mapping": tokenizer.is_fast, "return_attention_mask": False}
     bare = tokenizer(text, add_special_tokens=False, **options)
-    if tokenizer.bos_token is not None and text.startswith(tokenizer.bos_token):
-        return bare
     whole, length = tokenizer(text, **options), len(bare["input_ids"])
     for before in range(len(whole["input_ids"]) - length, -1, -1):
         end = before + length
         if whole["input_ids"][before:end] == bare["input_ids"]:
+            if before and bare["input_ids"][:before] == whole["input_ids"][:before]:
+                return bare  # the text has the start tokens already
             return {key: whole[key][:end] for key in ("input_ids", "offset_mapping") if key in whole}
     return whole
 

@@ -1,8 +1,18 @@
 import pytest
-from transformers import ByT5Tokenizer
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pscope import PromptError
 from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_token, tokenize, written_out
+
+SPECIAL = [("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)]
+
+
+def processed(tokenizer, processor, bos=None):
+    """A copy of the tokenizer with another post-processor, which adds tokens or sets offsets."""
+    copy = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    copy.post_processor = processor
+    return PreTrainedTokenizerFast(tokenizer_object=copy, bos_token=bos, eos_token="<|im_end|>")
 
 
 def test_tokens_are_the_tokenizers_own(tokenizer):
@@ -86,6 +96,20 @@ def test_bos_is_added_once_and_eos_is_left_off(bos_eos_tokenizer):
     assert plain.token == " there"
     assert tokenize(bos_eos_tokenizer, "<|im_start|>hello there").ids == plain.ids
     assert tokenize(bos_eos_tokenizer, "hello there", "hello").position == 1
+
+
+def test_a_start_of_several_tokens_is_added_once(tokenizer):
+    start = TemplateProcessing(single="<|endoftext|> <|im_start|> $A", special_tokens=SPECIAL)
+    for bos in ("<|endoftext|>", "<|im_start|>", None):
+        starting = processed(tokenizer, start, bos)
+        plain = tokenize(starting, "hello there")
+        assert plain.tokens == ("<|endoftext|>", "<|im_start|>", "hello", " there")
+        assert tokenize(starting, "<|endoftext|><|im_start|>hello there").ids == plain.ids
+
+
+def test_a_start_token_that_is_not_the_tokenizers_bos_is_added_once(tokenizer):
+    starting = processed(tokenizer, TemplateProcessing(single="<|im_start|> $A", special_tokens=SPECIAL))
+    assert tokenize(starting, "<|im_start|>hello").tokens == ("<|im_start|>", "hello")
 
 
 def test_a_tokenizer_without_offsets_still_takes_indices():
