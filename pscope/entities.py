@@ -50,7 +50,9 @@ def without_demonstrated(entities: Iterable[Entity], target: Prompt) -> tuple[li
 
     Whole words count, capitals do not; the marked token is no mention.
     """
-    text = "".join(token if index not in target.positions else " " for index, token in enumerate(target.tokens))
+    text = target.text
+    for start, end in sorted((target.spans[position] for position in target.positions if target.spans), reverse=True):
+        text = f"{text[:start]} {text[end:]}"
     kept, demonstrated = [], []
     for entity in entities:
         mentioned = re.search(rf"(?<!\w){re.escape(entity.name)}(?!\w)", text, re.IGNORECASE)

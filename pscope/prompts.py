@@ -54,13 +54,16 @@ class Prompt:
     """A tokenised text with one position marked, or several.
 
     `ids` and `tokens` have the same length; `tokens` are what a person sees, cut from the text itself where the
-    tokenizer tells offsets. `positions` are distinct, in the order given, and never negative.
+    tokenizer tells offsets. `positions` are distinct, in the order given, and never negative. `spans` are where tokens
+    begin and end in the text, none for any where the tokenizer tells no offsets, and an empty one for a token that it
+    added.
     """
 
     text: str
     ids: tuple[int, ...]
     tokens: tuple[str, ...]
     positions: tuple[int, ...]
+    spans: tuple[tuple[int, int], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -103,17 +106,16 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> 
     positions = tuple(_position(mark, text, tokens, offsets, tokenizer) for mark in marks)
     if not positions or len(set(positions)) < len(positions):
         raise PromptError(f"the positions {list(marks)} of {text!r} are none, or one of them twice: {_listed(tokens)}")
-    return Prompt(text, ids, tokens, positions)
+    return Prompt(text, ids, tokens, positions, tuple(map(tuple, offsets or ())))
 
 
-def written_out(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) -> str:
+def written_out(prompt: Prompt, words: str) -> str:
     """The prompt's text with `words` in the place of the marked token; blanks around that token stay.
 
     Raises PromptError if the tokenizer tells no offsets, or added the marked token itself.
     """
-    offsets = _encode(tokenizer, prompt.text).get("offset_mapping")
     position = prompt.position
-    start, end = offsets[position] if offsets else (0, 0)
+    start, end = prompt.spans[position] if prompt.spans else (0, 0)
     marked = prompt.text[start:end].strip()
     if not marked:
         raise PromptError(f"nothing can be written in the place of token {position}, {prompt.token!r}")

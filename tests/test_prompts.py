@@ -123,19 +123,18 @@ def test_a_tokenizer_without_offsets_still_takes_indices():
 def test_words_written_out_in_the_place_of_the_marked_token(tokenizer, bos_eos_tokenizer):
     described = tokenize(tokenizer, ENTITY_DESCRIPTION)
     assert described.token == " x"
-    assert written_out(tokenizer, described, "Diana, Princess of Wales").endswith(
+    assert written_out(described, "Diana, Princess of Wales").endswith(
         "corporation, Diana, Princess of Wales"
     )
     for tok in (tokenizer, bos_eos_tokenizer):
         # The marked x, not the first one.
         prompt = tokenize(tok, "tax x is x too", -2)
         assert prompt.token == " x"
-        assert written_out(tok, prompt, "New York") == "tax x is New York too"
+        assert written_out(prompt, "New York") == "tax x is New York too"
     with pytest.raises(PromptError, match="nothing can be written in the place of token 0"):
-        written_out(bos_eos_tokenizer, tokenize(bos_eos_tokenizer, "one x", 0), "a")
-    slow = ByT5Tokenizer()
+        written_out(tokenize(bos_eos_tokenizer, "one x", 0), "a")
     with pytest.raises(PromptError, match="nothing can be written"):
-        written_out(slow, tokenize(slow, "one x"), "a")
+        written_out(tokenize(ByT5Tokenizer(), "one x"), "a")
 
 
 def test_the_token_that_goes_on_after_a_prompt(tokenizer, bos_eos_tokenizer):

@@ -95,7 +95,7 @@ def ask_plainly(
                 unread[-1] += faults
                 if sources:
                     asked.append((relation, sample, sources[:contexts]))
-                    plain.append(model.prompt(written_out(model.tokenizer, targets[-1], sample.subject)))
+                    plain.append(model.prompt(written_out(targets[-1], sample.subject)))
     known: dict[str, list[tuple[Sample, tuple[Prompt, ...]]]] = {relation.name: [] for relation in relations}
     spoken = continue_prompts(
         model,

@@ -101,7 +101,7 @@ def describe_entities(
     for entity in entities:
         try:
             sources.append(name_prompt(model, entity.name, before))
-            spelled.append(model.prompt(written_out(model.tokenizer, scope.target, entity.name)))
+            spelled.append(model.prompt(written_out(scope.target, entity.name)))
             model.check_window(len(spelled[-1]) + decoding.new_tokens)
         except PromptError as error:
             raise PromptError(f"{entity.name!r} cannot be read: {error}") from error

@@ -68,7 +68,8 @@ def draw_positions(
 def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
     # What follows the last position cannot be seen from it, and need not be run.
     end = positions[-1] + 1
-    cut = replace(prompt, ids=prompt.ids[:end], tokens=prompt.tokens[:end], positions=(end - 1,))
+    parts = {"ids": prompt.ids[:end], "tokens": prompt.tokens[:end], "spans": prompt.spans[:end]}
+    cut = replace(prompt, positions=(end - 1,), **parts)
     return Sampled(text, cut, tuple(positions))
 
 
