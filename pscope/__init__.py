@@ -7,6 +7,7 @@ _HOME = {
     "ENTITY_DESCRIPTION": "prompts",
     "TOKEN_IDENTITY": "prompts",
     "Decoding": "generate",
+    "Every": "prompts",
     "LanguageModel": "models",
     "ModelError": "errors",
     "Patchscope": "patchscope",

@@ -177,7 +177,7 @@ class LanguageModel:
             found.update([ids] if isinstance(ids, int) else ids or [])
         return frozenset(found)
 
-    def prompt(self, text: str, at: At = "last") -> Prompt:
+    def prompt(self, text: str, at: At = -1) -> Prompt:
         """Tokenise `text` and mark one or several positions in it; see `pscope.prompts.tokenize`.
 
         Raises PromptError also when the prompt is longer than the model's window.

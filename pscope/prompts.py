@@ -2,8 +2,8 @@
 
 A prompt and its position are half of a Patchscope in the paper's notation: (S, i) for the source, (T, i*) for the
 target. A position is an index into the tokens (negative ones count from the end), `"last"`, or a piece of the text:
-it must stand in the prompt as whole tokens, exactly once, and its last token is meant. Several may be marked, as in
-"x x x x x" (SelfIE).
+it must stand in the prompt as whole tokens, exactly once, and its last token is meant. Several may be marked: a list of
+positions, or `Every("x")`, as for the placeholders of "x x x x x" (SelfIE).
 """
 
 from __future__ import annotations
@@ -23,6 +23,15 @@ ENTITY_DESCRIPTION = (
     "appliance and consumer electronics corporation, x"
 )
 """The paper's few-shot prompt (section 4.3) that makes a model describe the entity whose state it reads at `x`."""
+
+LAST = "last"
+
+
+@dataclass(frozen=True)
+class Every:
+    """Each place where a piece of text stands in a prompt as whole tokens; the last token of each is meant."""
+
+    piece: str
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,7 @@ class Nearest:
         return min(positions, key=lambda position: abs(position - index))
 
 
-At = str | int | Nearest | Sequence[str | int | Nearest]
+At = str | int | Every | Nearest | Sequence[str | int | Every | Nearest]
 """A position, or several."""
 
 
@@ -68,6 +77,10 @@ class Prompt:
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        text = self.text if len(self.text) <= 60 else f"{self.text[:40]} … {self.text[-19:]}"
+        return f"Prompt({text!r} at {' '.join(f'{index}:{self.tokens[index]!r}' for index in self.positions)})"
+
     @property
     def position(self) -> int:
         """The marked position. Raises PromptError if there are several."""
@@ -80,8 +93,13 @@ class Prompt:
         """The token at the marked position."""
         return self.tokens[self.position]
 
+    @property
+    def at_sink(self) -> bool:
+        """Whether the very first token is marked: models keep an attention sink there, which says nothing of it."""
+        return 0 in self.positions
 
-def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> Prompt:
+
+def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prompt:
     """Tokenise `text` as the tokenizer does by itself and mark the position `at`, or each of several.
 
     Start tokens are added where the tokenizer adds any, and not again when the text already begins with them; what a
@@ -89,6 +107,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> 
 
     Raises PromptError for an empty text, and for a position that is not there, not unique, or cannot be resolved.
     """
+    if not isinstance(text, str):
+        raise PromptError(f"a prompt is one text, and {text!r} is a {type(text).__name__}")
     if not text.strip():
         raise PromptError("the prompt is empty; give some text")
     encoding = _encode(tokenizer, text)
@@ -102,8 +122,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = "last") -> 
             text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token)
             for token, (start, end) in zip(ids, offsets, strict=True)
         )
-    marks = [at] if isinstance(at, (str, int, Nearest)) else at
-    positions = tuple(_position(mark, text, tokens, offsets, tokenizer) for mark in marks)
+    marks = [at] if isinstance(at, (str, int, Every, Nearest)) else at
+    positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
         raise PromptError(f"the positions {list(marks)} of {text!r} are none, or one of them twice: {_listed(tokens)}")
     return Prompt(text, ids, tokens, positions, tuple(map(tuple, offsets or ())))
@@ -144,37 +164,59 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
     return whole
 
 
-def _position(
-    at: str | int | Nearest,
+def _places(
+    at: str | int | Every | Nearest,
     text: str,
     tokens: tuple[str, ...],
     offsets: list | None,
     tokenizer: PreTrainedTokenizerBase,
-) -> int:
+) -> list[int]:
+    """The positions that `at` marks: one, or as many as `Every` finds."""
     if isinstance(at, int):
         if not -len(tokens) <= at < len(tokens):
             raise PromptError(f"position {at} is outside the prompt's {len(tokens)} tokens: {_listed(tokens)}")
-        return at % len(tokens)
-    if at == "last":
-        return len(tokens) - 1
-    nearest = at if isinstance(at, Nearest) else None
-    at = nearest.piece if nearest else at
+        return [at % len(tokens)]
+    piece = at.piece if isinstance(at, (Every, Nearest)) else at
+    if at == LAST:
+        end = len(tokens) - 1
+        words = [] if offsets is None else _whole_token_matches(LAST, text, offsets)
+        if set(words) <= {end} and (offsets is not None or LAST not in text):
+            return [end]
+        raise PromptError(
+            f"'last' is a word of the prompt{f', at {words}' if words else ''}; give the index of that word, or -1 for "
+            f"the last token: {_listed(tokens)}"
+        )
     if offsets is None:
         raise PromptError(
-            f"the tokenizer {type(tokenizer).__name__} tells no offsets, so {at!r} cannot be looked up; "
+            f"the tokenizer {type(tokenizer).__name__} tells no offsets, so {piece!r} cannot be looked up; "
             f"give an index from 0 to {len(tokens) - 1}: {_listed(tokens)}"
         )
-    found = _whole_token_matches(at, text, offsets)
-    if len(found) == 1:
-        return found[0]
-    if found and nearest:
-        return nearest.choose(found, offsets)
-    if found:
+    found = _whole_token_matches(piece, text, offsets)
+    if not found:
+        where = "only inside longer tokens of" if piece and piece in text else "nowhere in"
+        raise PromptError(f"{piece!r} stands {where} the prompt; its tokens are {_listed(tokens)}")
+    if isinstance(at, Nearest):
+        return [at.choose(found, offsets)]
+    if word := _repeated(piece):
         raise PromptError(
-            f"{at!r} stands {len(found)} times in the prompt, at {found}; give one of these indices: {_listed(tokens)}"
+            f"{piece!r} is one word repeated; mark {_all_of(word)}, or give the indices: {_listed(tokens)}"
         )
-    where = "only inside longer tokens of" if at and at in text else "nowhere in"
-    raise PromptError(f"{at!r} stands {where} the prompt; its tokens are {_listed(tokens)}")
+    if len(found) > 1 and piece is at:
+        raise PromptError(
+            f"{at!r} stands {len(found)} times in the prompt, at {found}; give one of these indices, or mark "
+            f"{_all_of(piece)}: {_listed(tokens)}"
+        )
+    return found
+
+
+def _all_of(piece: str) -> str:
+    return f"all of them: Every({piece.strip()!r}), on the command line all:{piece.strip()}"
+
+
+def _repeated(piece: str) -> str | None:
+    """The word that a phrase says again and again, as "x x x" does; a name may say one twice, as "Bora Bora" does."""
+    first, *others = piece.split()
+    return first if len(others) > (len(first) > 1) and set(others) == {first} else None
 
 
 def _whole_token_matches(piece: str, text: str, offsets: list) -> list[int]:

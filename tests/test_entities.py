@@ -5,10 +5,13 @@ from importlib.resources import files
 
 import numpy as np
 import pytest
+from tokenizers.processors import ByteLevel
+from transformers import PreTrainedTokenizerFast
 
-from pscope import ENTITY_DESCRIPTION, DataError
+from pscope import ENTITY_DESCRIPTION, DataError, Every
 from pscope.entities import ALL, Entity, read_entities, shipped_entities, without_demonstrated
 from pscope.metrics import rouge_l
+from pscope.prompts import tokenize
 
 RECORDS = [
     {"entity": "Beyoncé", "reference": "American singer, and dancer", "group": "popular"},
@@ -112,3 +115,18 @@ def test_what_the_target_prompt_demonstrates_is_left_out(tiny):
     kept, left_out = without_demonstrated([Entity(name, "a") for name in names], target)
     assert [entity.name for entity in left_out] == ["Syria", "leonardo dicaprio", "Samsung", "Leonardo"]
     assert [entity.name for entity in kept] == ["X", "South Korea", "Samsungs", "Syr"]
+
+
+def test_a_demonstration_is_found_where_offsets_leave_blanks_out(tokenizer):
+    backend = type(tokenizer.backend_tokenizer).from_str(tokenizer.backend_tokenizer.to_str())
+    backend.post_processor = ByteLevel(trim_offsets=True)
+    target = tokenize(PreTrainedTokenizerFast(tokenizer_object=backend), ENTITY_DESCRIPTION)
+    assert target.token == "x"
+    kept, left_out = without_demonstrated([Entity(name, "a") for name in ("Leonardo DiCaprio", "X", "East")], target)
+    assert [entity.name for entity in left_out] == ["Leonardo DiCaprio", "East"]
+    assert [entity.name for entity in kept] == ["X"]
+
+
+def test_no_marked_token_is_a_mention(tiny):
+    target = tiny.prompt("Syria: country, x: a, x", Every("x"))
+    assert without_demonstrated([Entity("x", "a")], target) == ([Entity("x", "a")], [])

@@ -1,8 +1,8 @@
 import pytest
-from tokenizers.processors import TemplateProcessing
+from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from pscope import PromptError
+from pscope import Every, PromptError
 from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_token, tokenize, written_out
 
 SPECIAL = [("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)]
@@ -123,9 +123,7 @@ def test_a_tokenizer_without_offsets_still_takes_indices():
 def test_words_written_out_in_the_place_of_the_marked_token(tokenizer, bos_eos_tokenizer):
     described = tokenize(tokenizer, ENTITY_DESCRIPTION)
     assert described.token == " x"
-    assert written_out(described, "Diana, Princess of Wales").endswith(
-        "corporation, Diana, Princess of Wales"
-    )
+    assert written_out(described, "Diana, Princess of Wales").endswith("corporation, Diana, Princess of Wales")
     for tok in (tokenizer, bos_eos_tokenizer):
         # The marked x, not the first one.
         prompt = tokenize(tok, "tax x is x too", -2)
@@ -143,6 +141,77 @@ def test_the_token_that_goes_on_after_a_prompt(tokenizer, bos_eos_tokenizer):
         assert tok.convert_ids_to_tokens(continuing_token(tok, prompt, "Tokyo")) == "ĠTokyo"
     with pytest.raises(PromptError, match="is not tokenised as its continuation"):
         continuing_token(tokenizer, tokenize(tokenizer, "x  "), "  \n")
+
+
+def test_each_token_has_its_place_in_the_text(tokenizer, bos_eos_tokenizer):
+    text = "say 東 x now"
+    for tok in (tokenizer, bos_eos_tokenizer, processed(tokenizer, ByteLevel(trim_offsets=True))):
+        prompt = tokenize(tok, text)
+        assert len(prompt.spans) == len(prompt)
+        for token, (start, end) in zip(prompt.tokens, prompt.spans, strict=True):
+            assert text[start:end] == token or (start, end) == (0, 0)
+    assert tokenize(ByT5Tokenizer(), "abc").spans == ()
+
+
+def test_every_place_of_a_placeholder(tokenizer):
+    text = "say x x x x x now, ax"
+    assert tokenize(tokenizer, text, Every("x")).positions == (1, 2, 3, 4, 5)
+    assert tokenize(tokenizer, text, [Every("x"), "now"]).positions == (1, 2, 3, 4, 5, 6)
+    assert tokenize(tokenizer, text, Every("now")).positions == (6,)
+    with pytest.raises(PromptError, match=r"stands 5 times in the prompt, at \[1, 2, 3, 4, 5\]; give one of these"):
+        tokenize(tokenizer, text, "x")
+    with pytest.raises(PromptError, match=r"or mark all of them: Every\('x'\), on the command line all:x"):
+        tokenize(tokenizer, text, "x")
+    with pytest.raises(PromptError, match="'dog' stands nowhere"):
+        tokenize(tokenizer, text, Every("dog"))
+
+
+@pytest.mark.parametrize("phrase", ["x x x x x", "x x", " x  x", "so so so"])
+def test_a_word_repeated_is_not_taken_for_its_last_place(tokenizer, phrase):
+    word = phrase.split()[0]
+    for at in (phrase, Every(phrase)):
+        with pytest.raises(PromptError, match=rf"is one word repeated; .* Every\('{word}'\), .* all:{word}"):
+            tokenize(tokenizer, f"say {phrase.strip()} now", at)
+
+
+def test_a_name_that_doubles_a_word_is_a_phrase(tokenizer):
+    prompt = tokenize(tokenizer, "We saw Bora Bora then", "Bora Bora")
+    assert (prompt.token, prompt.position) == (tokenize(tokenizer, "We saw Bora Bora").token, len(prompt) - 2)
+
+
+def test_last_is_refused_where_it_is_a_word_of_the_text(tokenizer):
+    text = "The last emperor of China"
+    assert tokenize(tokenizer, text).token == " China"
+    with pytest.raises(PromptError, match=r"'last' is a word of the prompt, at \[1\]; .* or -1 for the last token"):
+        tokenize(tokenizer, text, "last")
+    # Where both are the same token, or it is no word of its own, nothing can be mistaken.
+    for clear in ("She came last", "ballast in the hold", "Last Supper"):
+        assert tokenize(tokenizer, clear, "last").position == len(tokenize(tokenizer, clear)) - 1
+    slow = ByT5Tokenizer()
+    assert tokenize(slow, "abc", "last").position == 2
+    with pytest.raises(PromptError, match="'last' is a word of the prompt"):
+        tokenize(slow, "the last one", "last")
+
+
+def test_whether_the_first_token_is_marked(tokenizer, bos_eos_tokenizer):
+    assert tokenize(tokenizer, "Paris").at_sink
+    assert tokenize(tokenizer, "Paris is far", "Paris").at_sink
+    assert tokenize(tokenizer, "x is x", [2, 0]).at_sink
+    assert not tokenize(tokenizer, "Paris is far").at_sink
+    assert not tokenize(bos_eos_tokenizer, "Paris is far", "Paris").at_sink
+    assert tokenize(bos_eos_tokenizer, "Paris is far", 0).at_sink
+
+
+def test_one_text_is_needed(tokenizer):
+    with pytest.raises(PromptError, match=r"a prompt is one text, and \['a', 'b'\] is a list"):
+        tokenize(tokenizer, ["a", "b"])
+
+
+def test_a_prompt_is_told_in_a_line(tokenizer):
+    assert repr(tokenize(tokenizer, "Amazon's former CEO", "CEO")) == "Prompt(\"Amazon's former CEO\" at 3:' CEO')"
+    told = repr(tokenize(tokenizer, "x yes\n" * 50, [0, 2]))
+    assert told.endswith("at 0:'x' 2:'\\n')")
+    assert len(told) < 110
 
 
 def test_several_positions(tokenizer):
