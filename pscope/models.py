@@ -45,6 +45,10 @@ class LanguageModel:
     tokenizer: PreTrainedTokenizerBase
     name: str
 
+    def __repr__(self) -> str:
+        what = f"{type(self.hf).__name__}, layers 0 to {self.n_layers}, width {self.hidden_size}"
+        return f"LanguageModel({self.name!r}: {what}, {str(self.dtype).removeprefix('torch.')} on {self.device})"
+
     @cached_property
     def layers(self) -> nn.ModuleList:
         """The decoder layers, found by structure: the list of modules in the decoder that holds the most parameters."""

@@ -78,6 +78,9 @@ class Patchscope:
         else:
             raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
 
+    def __repr__(self) -> str:
+        return f"Patchscope({self.model!r}, {self.target!r}, {self.check.path} path)"
+
     def logits(self, states: Tensor, target_layers: Sequence[int] | int) -> Iterator[Logits]:
         """Patch `states`, (rows, hidden), into the target, each row at its layer; yield the logits that follow.
 

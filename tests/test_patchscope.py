@@ -305,3 +305,10 @@ def test_what_cannot_be_meant(tiny):
     scope = Patchscope(tiny, tiny.prompt(TARGET))
     with pytest.raises(PscopeError, match=r"states of torch.complex64 are no hidden states"):
         scope.logits(torch.zeros(1, tiny.hidden_size, dtype=torch.complex64), 0)
+
+
+def test_a_model_and_a_patchscope_are_told_in_a_line(smollm2):
+    told = "LanguageModel('smollm2': LlamaForCausalLM, layers 0 to 30, width 576, float32 on cpu)"
+    assert repr(smollm2) == told
+    scope = Patchscope(smollm2, smollm2.prompt("one x now", "x"), path="plain")
+    assert repr(scope) == f"Patchscope({told}, Prompt('one x now' at 1:' x'), plain path)"
