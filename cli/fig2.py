@@ -79,11 +79,10 @@ def fig2(
     import pscope
     from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
     from pscope.plots.next_token import next_token_figure
-    from pscope.residual import check_layer
+    from pscope.residual import check_layers
 
     chosen = list(range(lm.n_layers + 1)) if chosen is None else chosen
-    for layer in chosen:
-        check_layer(lm, layer)
+    check_layers(lm, chosen)
     sampled = draw_positions(lm, passages, samples, seed)
     scope = pscope.Patchscope(lm, lm.prompt(pscope.TOKEN_IDENTITY), memory=budget)
     settings = {

@@ -129,6 +129,14 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
     return Prompt(text, ids, tokens, positions, tuple(map(tuple, offsets or ())))
 
 
+def check_prompts(prompts: Sequence[Prompt]) -> None:
+    """Raise PromptError unless `prompts` are a list of prompts: one alone, or bare texts, are not."""
+    if isinstance(prompts, Prompt):
+        raise PromptError(f"a list of prompts is read, and this is one: {prompts!r}; put it in a list")
+    if not all(isinstance(prompt, Prompt) for prompt in prompts):
+        raise PromptError(f"a list of prompts is read, and {prompts!r} holds none; make them with model.prompt(text)")
+
+
 def written_out(prompt: Prompt, words: str) -> str:
     """The prompt's text with `words` in the place of the marked token; blanks around that token stay.
 

@@ -12,6 +12,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from inspect import Parameter, signature
 from itertools import accumulate
+from numbers import Integral
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +20,7 @@ from torch.utils.hooks import RemovableHandle
 
 from pscope.errors import ModelError, PscopeError
 from pscope.models import LanguageModel
-from pscope.prompts import Prompt
+from pscope.prompts import Prompt, check_prompts
 
 Edit = Callable[[Tensor], Tensor | None] | Callable[[Tensor, range], Tensor | None]
 """Gets the residual stream (batch, tokens, hidden) of one forward pass and, if it needs a second argument, where
@@ -145,18 +146,23 @@ def capture(
 ) -> Tensor:
     """The hidden states that `prompts` form, (reads, layers, hidden), on the device where token ids go.
 
-    Reads are in the order of the prompts and, within one, of its `positions`; by default each prompt is read where
-    it is marked. `layers` defaults to all of 0..L. Prompts of different lengths share a pass of at most
-    `batch_tokens` tokens, padding included (a longer prompt has its own): padding stands on the right, where no token
-    that is read can see it.
+    Reads are in the order of the prompts and, within one, of its `positions`, of which negative ones count from the
+    end; by default each prompt is read where it is marked. `layers` defaults to all of 0..L. Prompts of different
+    lengths share a pass of at most `batch_tokens` tokens, padding included (a longer prompt has its own): padding
+    stands on the right, where no token that is read can see it.
     """
+    check_prompts(prompts)
     if not prompts:
         raise PscopeError("there is no prompt to read")
     positions = [prompt.positions for prompt in prompts] if positions is None else positions
     layers = range(model.n_layers + 1) if layers is None else layers
+    check_layers(model, layers)
+    if len(positions) != len(prompts) or any(isinstance(read, Integral) for read in positions):
+        raise PscopeError(f"positions are a list for each of the {len(prompts)} prompts, as [[-1]]; not {positions}")
     for prompt, read in zip(prompts, positions, strict=True):
-        if not all(0 <= position < len(prompt) for position in read):
+        if not all(-len(prompt) <= position < len(prompt) for position in read):
             raise PscopeError(f"positions {list(read)} do not lie within a prompt of {len(prompt)} tokens")
+    positions = [[position % len(prompt) for position in read] for prompt, read in zip(prompts, positions, strict=True)]
 
     picked: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     read_order: list[int] = []
@@ -192,6 +198,14 @@ def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[i
 def stream_of(args: tuple, kwargs: dict) -> Tensor:
     """The residual stream among the arguments that a decoder layer is called with."""
     return args[0] if args else kwargs["hidden_states"]
+
+
+def check_layers(model: LanguageModel, layers: Sequence[int]) -> None:
+    """Raises PscopeError unless `layers` are a list of numbers of the model's residual streams."""
+    if isinstance(layers, (str, Integral)) or not all(isinstance(layer, Integral) for layer in layers):
+        raise PscopeError(f"layers are given as a list of numbers, as [0, 4, 8] or range(16), not as {layers!r}")
+    for layer in layers:
+        check_layer(model, layer)
 
 
 def check_layer(model: LanguageModel, layer: int) -> None:

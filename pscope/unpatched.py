@@ -14,7 +14,7 @@ from pscope.errors import PscopeError, RowError
 from pscope.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows
 from pscope.models import LanguageModel
 from pscope.patchscope import MEMORY
-from pscope.prompts import Prompt
+from pscope.prompts import Prompt, check_prompts
 from pscope.residual import others_intervene
 from pscope.selfcheck import PATHS, PathName, choose_path
 
@@ -35,9 +35,10 @@ def continue_prompts(
     kind of cache can be relied on, if any; by default the longest prompt is checked. While others have hooks on the
     model that may have to see whole prompts, these are run for every token.
 
-    Raises PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite,
-    PscopeError for a `path` that there is none of.
+    Raises PromptError for what is no list of prompts and for a prompt that leaves no room in the window, RowError if
+    the logits of a row are not finite, PscopeError for a `path` that there is none of.
     """
+    check_prompts(prompts)
     for prompt in prompts:
         model.check_window(len(prompt) + decoding.new_tokens)
     if path not in ("auto", *PATHS):

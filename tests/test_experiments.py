@@ -191,5 +191,10 @@ def test_readout_refuses(tiny):
         read_layers(scope, source, [0, 9])
     with pytest.raises(PscopeError, match="no layer"):
         read_layers(scope, source, [])
+    for unlisted in ("0-3", 3):
+        with pytest.raises(PscopeError, match="layers are given as a list of numbers, as"):
+            read_layers(scope, source, unlisted)
+    with pytest.raises(PscopeError, match="2 positions of 'a b' are marked where one is needed"):
+        read_layers(scope, tiny.prompt("a b", [0, 1]), [0])
     with pytest.raises(PscopeError, match="top_k is 0"):
         read_layers(scope, source, [0], top_k=0)

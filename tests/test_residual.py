@@ -71,6 +71,35 @@ def test_batched_equals_alone_in_the_order_asked(tiny):
     torch.testing.assert_close(apart, together, rtol=1e-4, atol=1e-4)
 
 
+def test_positions_count_from_the_end_as_a_prompts_do(tiny):
+    prompts = [tiny.prompt(text) for text in TEXTS[:2]]
+    counted = capture(tiny, prompts, [[-1, -2], [-len(prompts[1])]], layers=[0, 3])
+    torch.testing.assert_close(counted, capture(tiny, prompts, [[3, 2], [0]], layers=[0, 3]), rtol=0, atol=0)
+    for outside in (len(prompts[0]), -len(prompts[0]) - 1):
+        with pytest.raises(PscopeError, match="do not lie within a prompt of 4 tokens"):
+            capture(tiny, prompts[:1], [[outside]])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"prompts": "PROMPT"}, r"a list of prompts is read, and this is one: Prompt\('A short one'"),
+        ({"prompts": "A short one"}, r"a list of prompts is read, and 'A short one' holds none"),
+        ({"prompts": ["A short one"]}, "a list of prompts is read, and .* holds none"),
+        ({"prompts": ["PROMPT"], "positions": [-1]}, r"positions are a list for each of the 1 prompts, as \[\[-1\]\]"),
+        ({"prompts": ["PROMPT"], "positions": [[0], [1]]}, "positions are a list for each of the 1 prompts"),
+        ({"prompts": ["PROMPT"], "layers": "0-3"}, "layers are given as a list of numbers"),
+        ({"prompts": ["PROMPT"], "layers": 3}, "layers are given as a list of numbers"),
+    ],
+)
+def test_what_is_no_list_is_told(tiny, arguments, message):
+    prompt = tiny.prompt(TEXTS[1])
+    prompts = arguments.pop("prompts")
+    prompts = prompt if prompts == "PROMPT" else [prompt] if prompts == ["PROMPT"] else prompts
+    with pytest.raises(PscopeError, match=message):
+        capture(tiny, prompts, **arguments)
+
+
 def test_length_batches_waste_little():
     lengths = [5, 100, 6, 99, 5]
     batches = list(length_batches(lengths, batch_tokens=20))

@@ -65,3 +65,10 @@ def test_a_recurrent_model_is_checked_before_it_goes_on(tokenizer):
     assert [spoken[index] for index in range(2)] == [greedy(mamba, prompt.ids, 4) for prompt in prompts]
     with pytest.raises(PscopeError, match="there is no path 'stairs'"):
         list(continue_prompts(mamba, prompts, path="stairs"))
+
+
+def test_a_list_of_prompts_is_needed(tiny):
+    with pytest.raises(PromptError, match=r"a list of prompts is read, and this is one: Prompt\('a' at 0:'a'\)"):
+        list(continue_prompts(tiny, tiny.prompt("a")))
+    with pytest.raises(PromptError, match="a list of prompts is read, and 'a b' holds none"):
+        list(continue_prompts(tiny, "a b"))

@@ -14,7 +14,7 @@ from pscope.lens import logit_lens
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
 from pscope.prompts import Prompt
-from pscope.residual import capture, check_layer
+from pscope.residual import capture, check_layers
 
 PATCHSCOPE, LOGIT_LENS, CLEAN = "patchscope", "logit lens", "clean target"
 
@@ -31,12 +31,11 @@ def read_layers(
     model = scope.model
     if not layers:
         raise PscopeError("no layer is asked for")
-    for layer in layers:
-        check_layer(model, layer)
+    check_layers(model, layers)
     vocabulary = model.hf.config.get_text_config().vocab_size
     if not 1 <= top_k <= vocabulary:
         raise PscopeError(f"top_k is {top_k}; 1 to {vocabulary} tokens can be shown")
-    states = capture(model, [source], layers=layers)[0]  # (layers, hidden)
+    states = capture(model, [source], [[source.position]], layers)[0]  # (layers, hidden)
 
     patched = list(scope.logits(states, layers))
     lens = logit_lens(model, scope.memory).logits(states, model.n_layers)

@@ -21,7 +21,7 @@ from pscope.metrics import surprisal
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
 from pscope.prompts import Prompt, tokenize
-from pscope.residual import capture, check_layer, length_batches
+from pscope.residual import capture, check_layers, length_batches
 
 LOGIT_LENS, TOKEN_IDENTITY = "logit lens", "token identity"
 
@@ -83,8 +83,7 @@ def decode_next_tokens(
     `decoded`, `correct` (for precision@1) and `surprisal` (nats). Raises PscopeError.
     """
     model = identity.model
-    for layer in layers:
-        check_layer(model, layer)
+    check_layers(model, layers)
     lens = logit_lens(model, identity.memory)
     together = max(1, identity.rows_per_pass() // len(layers))
     for batch in length_batches([len(item.prompt) for item in sampled], batch_tokens):
