@@ -148,11 +148,18 @@ def test_layer_pairs(tiny):
         layer_pairs(tiny, [])
 
 
+def test_one_token_of_a_name_is_read(tiny):
+    scope = Patchscope(tiny, tiny.prompt("one x"))
+    with pytest.raises(PscopeError, match="2 positions of .* are marked where one is needed"):
+        describe_layers(scope, name_prompt(tiny, "New York", at=[1, 2]), [(0, 0)])
+
+
 def test_a_name_is_never_the_first_token(smollm2):
     prompt = name_prompt(smollm2, "Paris")
     assert (prompt.tokens, prompt.position) == (("\n", "Paris"), 1)
     assert name_prompt(smollm2, "Paris", "The city of ").tokens == ("The", " city", " of", " Paris")
     assert name_prompt(smollm2, "Paris", "").tokens == ("Paris",)
+    assert name_prompt(smollm2, "the last emperor").token == " emperor"
     assert name_prompt(smollm2, "Albert Einstein", at="Albert").position == 2
     # Why: alone, the token becomes an attention sink, whose state dwarfs that of any other place.
     alone, after = capture(smollm2, [name_prompt(smollm2, "Paris", before) for before in ("", None)], layers=[15])

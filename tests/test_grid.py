@@ -24,6 +24,9 @@ def test_layer_pairs(tiny):
             layer_pairs(tiny, layers, target)
     with pytest.raises(PscopeError, match="no layer"):
         layer_pairs(tiny, [])
+    for layers, target in (("0-3", "same"), ([0], "0-3"), ([0], 3), (3, "all"), ([0, "1"], "same")):
+        with pytest.raises(PscopeError, match="layers are given as a list of numbers, as"):
+            layer_pairs(tiny, layers, target)
     assert source_layers([(3, 0), (3, 1), (1, 0)]) == ([3, 1], [0, 0, 1])
     assert spread_layers(tiny, (0, 0.1, 0.5, 1)) == [0, 2, 4]
 
@@ -86,5 +89,9 @@ def test_no_state_is_read_at_the_first_token_of_a_text(smollm2):
     assert source_prompt(smollm2, "Japan is far", "Japan").position == 1
     assert source_prompt(smollm2, "Japan").position == 1
     assert source_prompt(smollm2, "Far is Japan", "Japan").tokens == ("Far", " is", " Japan")
+    assert source_prompt(smollm2, "Japan", -1).tokens == ("\n", "Japan")
     assert source_prompt(smollm2, "Japan is far", 0).tokens == ("Japan", " is", " far")
+    assert source_prompt(smollm2, "Japan is far", [0]).at_sink
+    assert source_prompt(smollm2, "Japan", before="").at_sink
+    assert source_prompt(smollm2, "Japan", before="In ").tokens == ("In", " Japan")
     assert source_prompt(smollm2, "<|im_start|>Japan", 0).position == 0

@@ -16,12 +16,12 @@ import torch
 from pscope.bootstrap import RESAMPLES, mean_bands
 from pscope.entities import ALL, Entity
 from pscope.errors import PromptError, PscopeError, RowError
-from pscope.experiments.grid import Pair, same_norm, source_layers, speak
+from pscope.experiments.grid import Pair, line_break, same_norm, source_layers, source_prompt, speak
 from pscope.generate import GREEDY, Decoding
 from pscope.metrics import rouge_l
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
-from pscope.prompts import Prompt, written_out
+from pscope.prompts import At, Prompt, written_out
 from pscope.residual import capture
 from pscope.unpatched import continue_prompts
 
@@ -30,16 +30,13 @@ ANOTHER, RANDOM = "another entity", "random vector"
 CLEAN, WRITTEN_OUT = "clean target", "name written out"
 
 
-def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: str | int = "last") -> Prompt:
+def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: At = -1) -> Prompt:
     """The source prompt that holds `name`, marked at its last token unless told otherwise.
 
-    `before` stands before the name. By default that is nothing where the tokenizer puts a start token of its own, and
-    a line break elsewhere: the first token of a text becomes an attention sink, whose state says nothing of the token.
-    Raises PromptError.
+    `before` stands before the name; by default that is a line break, whichever token is read, where the tokenizer puts
+    no start token of its own. Raises PromptError.
     """
-    if before is None:
-        before = "" if model.prompt(name).ids[0] in model.tokenizer.all_special_ids else "\n"
-    return model.prompt(before + name, at)
+    return source_prompt(model, name, at, line_break(model, name) if before is None else before)
 
 
 def describe_layers(
@@ -53,7 +50,7 @@ def describe_layers(
     if reference is not None and not any(character.isalnum() for character in reference):
         raise PscopeError(f"the reference {reference!r} holds no word")
     layers, columns = source_layers(pairs)
-    states = capture(scope.model, [source], layers=layers)[0, columns]  # (pairs, hidden)
+    states = capture(scope.model, [source], [[source.position]], layers)[0, columns]  # (pairs, hidden)
     spoken = scope.generate(states, [target for _, target in pairs], decoding)
     texts = [decoding.text(tokens, scope.model.tokenizer) for tokens in [*spoken.patched, spoken.clean]]
     return pd.DataFrame(

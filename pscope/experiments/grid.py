@@ -16,8 +16,8 @@ from pscope.errors import PscopeError, RowError
 from pscope.generate import Decoding
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
-from pscope.prompts import Nearest, Prompt, continuing_token
-from pscope.residual import check_layer
+from pscope.prompts import At, Every, Nearest, Prompt, continuing_token
+from pscope.residual import check_layers
 
 Pair = tuple[int, int]
 """A source layer ℓ and a target layer ℓ*."""
@@ -35,25 +35,31 @@ def layer_pairs(
     layers = range(model.n_layers // 2 + 1) if layers is None else layers
     if not layers or not targets:
         raise PscopeError("no layer is asked for")
+    check_layers(model, layers)
     if targets == "same":
-        pairs = [(layer, layer) for layer in layers]
-    else:
-        targets = range(model.n_layers + 1) if targets == "all" else targets
-        pairs = [(layer, target) for layer in layers for target in targets]
-    for layer in {layer for pair in pairs for layer in pair}:
-        check_layer(model, layer)
-    return pairs
+        return [(layer, layer) for layer in layers]
+    targets = range(model.n_layers + 1) if targets == "all" else targets
+    check_layers(model, targets)
+    return [(layer, target) for layer in layers for target in targets]
 
 
-def source_prompt(model: LanguageModel, text: str, at: str | int | Nearest = "last") -> Prompt:
+def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | None = None) -> Prompt:
     """A prompt whose state is to be read, never at the first token of the text: a line break is put before that one.
 
     There, unless the tokenizer adds a start token, a model keeps an attention sink that says nothing of the token.
-    A position given by number is taken as it is. Raises PromptError.
+    With an index that counts from the start, and with a `before` to stand before the text, it is taken as it is; the
+    prompt's `at_sink` then tells. Raises PromptError.
     """
+    if before is not None:
+        return model.prompt(before + text, at)
     prompt = model.prompt(text, at)
-    at_the_sink = prompt.position == 0 and prompt.ids[0] not in model.tokenizer.all_special_ids
-    return model.prompt(f"\n{text}", at) if at_the_sink and not isinstance(at, int) else prompt
+    counted = at >= 0 if isinstance(at, int) else not isinstance(at, (str, Every, Nearest))
+    return prompt if counted or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)
+
+
+def line_break(model: LanguageModel, text: str) -> str:
+    """What keeps the sink away from a text's first token: a line break, or nothing where a start token is there."""
+    return "" if model.prompt(text).ids[0] in model.tokenizer.all_special_ids else "\n"
 
 
 def spread_layers(model: LanguageModel, fractions: Sequence[float]) -> list[int]:
