@@ -109,6 +109,7 @@ def fig2(
         import pandas as pd
 
         summary = summarise(pd.concat(chunks), seed)
+        run.note("summary", summary)
         figure = run.draw(next_token_figure(summary, f"{lm.name}, {samples} samples"))
     out.print(_as_table(summary))
     err.print(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}", soft_wrap=True, markup=False)

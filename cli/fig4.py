@@ -83,7 +83,7 @@ def fig4(
         typer.Option("--chat/--no-chat", help="Ask for steps in the chat template.", show_default="where there is one"),
     ] = None,
     example: Annotated[
-        int | None, typer.Option(min=1, help="Walk through one of the kept queries, by its number, and stop.")
+        int | None, typer.Option(min=1, help="Walk through one of the kept queries, by its number.")
     ] = None,
     query: Annotated[
         tuple[str, str] | None,
@@ -110,7 +110,7 @@ def fig4(
     if query is not None and (queries is not None or example is not None):
         raise PscopeError("--query stands by itself; leave out QUERIES and --example")
     walking = query is not None or example is not None
-    folder = None if walking else run_folder("fig4", out_folder)
+    folder = run_folder("fig4", out_folder)
 
     from pscope.relations import Query, compose, read_queries, shipped_relations
 
@@ -147,15 +147,10 @@ def fig4(
     if example is not None and example > len(kept):
         raise PscopeError(f"--example {example}: {len(kept)} queries are kept; give a number from 1 to {len(kept)}")
     if walking:
-        one = kept if query is not None else [kept[example - 1]]
-        with err.status("Asking …"):
-            told = list(
-                multi_hop.correct(lm, one, pairs, decoding, chat=chat, reasoning=reasoning, seed=seed, memory=budget)
-            )
-        _walk_through(one[0], told)
-        return
-    order = np.random.default_rng(seed).permutation(len(kept))
-    asked = [kept[index] for index in sorted(order[: samples or (15 if quick else 60)].tolist())]
+        asked = [kept[(example or 1) - 1]]
+    else:
+        order = np.random.default_rng(seed).permutation(len(kept))
+        asked = [kept[index] for index in sorted(order[: samples or (15 if quick else 60)].tolist())]
     counts["asked"] = len(asked)
     rows = multi_hop.rows_to_decode(len(asked), pairs)
     err.print(
@@ -165,7 +160,7 @@ def fig4(
     err.print(str(check), markup=False)
     tell_price(rows, new_tokens)
     settings = {
-        "queries": str(queries or "composed of the relations shipped with pscope"),
+        "queries": " ".join(query) if query else str(queries or "composed of the relations shipped with pscope"),
         "queries_sha256": digest(repr(one) for one in composed),
         "keep": keep.value,
         "counts": counts,
@@ -184,13 +179,18 @@ def fig4(
     chunks = multi_hop.correct(lm, asked, pairs, decoding, chat=chat, reasoning=reasoning, seed=seed, memory=budget)
     with started(folder, "fig4", lm, settings) as run:
         table = collect(run, chunks, rows, lambda chunk: int(chunk["layer"].notna().sum()))
-        summary = multi_hop.summarise(table, seed)
-        run.note("summary", summary)
         run.note("queries", multi_hop.transcripts(table, asked))
-        steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
-        lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
-        figure = run.draw(answers_figure(summary, f"{lm.name}, {len(asked)} queries\n{lengths}"))
-        heatmaps = run.draw(answers_heatmaps(table, lm.name), "heatmaps")
+        if not walking:
+            summary = multi_hop.summarise(table, seed)
+            run.note("summary", summary)
+            steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
+            lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
+            figure = run.draw(answers_figure(summary, f"{lm.name}, {len(asked)} queries\n{lengths}"))
+            heatmaps = run.draw(answers_heatmaps(table, lm.name), "heatmaps")
+    if walking:
+        _walk_through(asked[0], table)
+        err.print(f"table: {run.folder / 'table.parquet'}", soft_wrap=True, markup=False)
+        return
     out.print(_as_table(summary, lengths))
     err.print(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}", soft_wrap=True, markup=False)
 
@@ -217,13 +217,12 @@ def _as_table(summary: pd.DataFrame, lengths: str) -> Table:
     return shown
 
 
-def _walk_through(query: Query, told: list[pd.DataFrame], most: int = 8) -> None:
+def _walk_through(query: Query, table: pd.DataFrame, most: int = 8) -> None:
     """What each method says; of a grid, continuations that coincide share a line, right ones come first."""
     out.print(f"[bold]{escape(query.text)}[/bold]", soft_wrap=True)
     if query.answers:
         out.print(f"answer: {escape(' / '.join(query.answers))}", soft_wrap=True)
-    for chunk in told:
-        method = chunk["method"].iloc[0]
+    for method, chunk in table.groupby("method", sort=False):
         shown = Table(title=escape(method), title_justify="left")
         shown.add_column("layers")
         shown.add_column("continuation", overflow="fold")
