@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.box import SIMPLE_HEAD
@@ -70,8 +70,8 @@ OutOption = Annotated[
 MemoryOption = Annotated[float, typer.Option(help="Memory for the rows of one pass, in GiB, beside the model.")]
 
 
-def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None:
-    """ "0-3,8" as [0, 1, 2, 3, 8]; None stays None. Raises PscopeError."""
+def parse_layers(text: str | None, option: str = "--layers", nor: str = "") -> list[int] | None:
+    """ "0-3,8" as [0, 1, 2, 3, 8]; None stays None. Raises PscopeError, which tells what else fits by `nor`."""
     if text is None:
         return None
     layers: set[int] = set()
@@ -79,17 +79,15 @@ def parse_layers(text: str | None, option: str = "--layers") -> list[int] | None
         match = re.fullmatch(r"\s*(\d{1,4})(?:\s*-\s*(\d{1,4}))?\s*", part)
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last:
-            raise PscopeError(f"{option} {text!r}: {part.strip()!r} is neither a layer (8) nor a range of them (0-15)")
+            what = f"{part.strip()!r} is neither a layer (8) nor a range of them (0-15)"
+            raise PscopeError(f"{option} {text!r}: {what}{nor and f', {nor}'}")
         layers.update(range(first, last + 1))
     return sorted(layers)
 
 
-def parse_position(text: str) -> str | int | list[int]:
-    """Positions as the library takes them: whole numbers are indices, all else is text of the prompt, or "last"."""
-    if not re.fullmatch(r"-?\d+(,-?\d+)*", text):
-        return text
-    indices = [int(index) for index in text.split(",")]
-    return indices[0] if len(indices) == 1 else indices
+def parse_target_layers(text: str | None) -> list[int] | Literal["same", "all"] | None:
+    """ "same", "all", or layers as `parse_layers` reads them; None stays None. Raises PscopeError."""
+    return text if text in ("same", "all") else parse_layers(text, "--target-layers", "nor same or all")
 
 
 def parse_memory(gib: float) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
-from pathlib import Path
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from pscope.errors import PscopeError
+if TYPE_CHECKING:
+    from pscope.experiments.grid import Pair
 
 LowerLayersOption = Annotated[
     str | None,
@@ -16,18 +16,10 @@ LowerLayersOption = Annotated[
         "--layers", help="Layers to read, as 0-15 or 0,4,8; 0 is the embedding output.", show_default="the lower half"
     ),
 ]
-TargetLayerOption = Annotated[
-    str, typer.Option(metavar="same|N|all", help="The layer that is patched: the one that is read, layer N, or all.")
+TargetLayersOption = Annotated[
+    str,
+    typer.Option(metavar="same|all|LAYERS", help="Layers that are patched: the one that is read, all, or as 0-15."),
 ]
-TargetOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|TEXT",
-        help="The prompt that is patched, or a file that holds it.",
-        show_default="the paper's descriptions of entities",
-    ),
-]
-TargetAtOption = Annotated[str, typer.Option(help="Its placeholder, which is overwritten: text, an index, or last.")]
 BeforeOption = Annotated[
     str | None,
     typer.Option(
@@ -44,19 +36,6 @@ StopAtCommaOption = Annotated[
 ]
 
 
-def parse_target_layer(text: str) -> list[int] | Literal["same", "all"]:
-    """ "same", "all" or the number of a layer, as the library takes them. Raises PscopeError."""
-    if text in ("same", "all"):
-        return text
-    if text.isdecimal() and len(text) < 5:
-        return [int(text)]
-    raise PscopeError(f"--target-layer {text!r} is neither same, nor all, nor a layer")
-
-
-def target_text(target: str | None) -> str | None:
-    """The prompt that `--target` gives, from a file where it names one. Raises DataError."""
-    if target is None or not os.path.isfile(target):
-        return target
-    from pscope.records import read_text
-
-    return read_text(Path(target)).rstrip("\r\n")
+def one_target(pairs: Sequence[Pair]) -> bool:
+    """Whether each layer is patched into one layer only, so that it need not be told which."""
+    return len({layer for layer, _ in pairs}) == len(pairs)

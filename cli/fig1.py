@@ -11,6 +11,7 @@ from pscope.cli.common import (
     Dtype,
     DtypeOption,
     LayersOption,
+    MemoryOption,
     ModelOption,
     OutOption,
     RevisionOption,
@@ -18,10 +19,20 @@ from pscope.cli.common import (
     load_model,
     out,
     parse_layers,
-    parse_position,
+    parse_memory,
     print_json,
     run_folder,
     started,
+)
+from pscope.cli.prompts import (
+    AtIndexOption,
+    TargetAtIndexOption,
+    TargetAtOption,
+    TargetOption,
+    parse_position,
+    target_prompt,
+    target_text,
+    tell_sink,
 )
 from rich.markup import escape
 from rich.table import Table
@@ -34,14 +45,17 @@ def fig1(
     source: Annotated[
         str, typer.Option(help="The prompt whose hidden state is read.")
     ] = "Amazon's former CEO attended the Oscars",
-    at: Annotated[str, typer.Option(help="Which token of it: its text, an index, or last.")] = "CEO",
-    target: Annotated[
-        str | None, typer.Option(help="The prompt it is patched into.", show_default="the paper's token identity")
+    at: Annotated[
+        str | None, typer.Option(help="Which token of it: its text, an index, or last.", show_default="CEO")
     ] = None,
-    target_at: Annotated[str, typer.Option(help="Which token of that is overwritten, or several: 4,5,6.")] = "last",
+    at_index: AtIndexOption = None,
+    target: TargetOption = None,
+    target_at: TargetAtOption = None,
+    target_at_index: TargetAtIndexOption = None,
     layers: LayersOption = None,
     top_k: Annotated[int, typer.Option(min=1, help="Tokens to show for each layer.")] = 1,
     new_tokens: Annotated[int, typer.Option(min=1, help="Tokens the patched prompt goes on for.")] = 4,
+    memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
     revision: RevisionOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -55,31 +69,35 @@ def fig1(
     The state of each layer is patched into the target prompt at the same layer; beside it stands what the logit lens
     makes of it. The last row is the control: the target prompt unpatched.
     """
-    chosen = parse_layers(layers)
+    chosen, budget = parse_layers(layers), parse_memory(memory)
+    read = parse_position(at, at_index, source, default="CEO")
+    text = target_text(target)
     folder = run_folder("fig1", out_folder)
     lm = load_model(model, dtype, device, device_map, revision)
 
     import pscope
+    from pscope.experiments.grid import source_prompt
     from pscope.experiments.layer_readout import read_layers
     from pscope.plots.layer_readout import layer_readout_figure
 
-    source_prompt = lm.prompt(source, parse_position(at))
-    target_prompt = lm.prompt(pscope.TOKEN_IDENTITY if target is None else target, parse_position(target_at))
-    scope = pscope.Patchscope(lm, target_prompt)
+    marked = source_prompt(lm, source, read)
+    patched = target_prompt(lm, text, pscope.TOKEN_IDENTITY, target_at, target_at_index)
+    scope = pscope.Patchscope(lm, patched, memory=budget)
     chosen = list(range(lm.n_layers + 1)) if chosen is None else chosen
-    table = read_layers(scope, source_prompt, chosen, top_k=top_k, new_tokens=new_tokens)
+    table = read_layers(scope, marked, chosen, top_k=top_k, new_tokens=new_tokens)
     settings = {
-        "source": source_prompt.text,
-        "source_position": source_prompt.position,
-        "target": target_prompt.text,
-        "target_positions": target_prompt.positions,
+        "source": marked.text,
+        "source_position": marked.position,
+        "target": patched.text,
+        "target_positions": patched.positions,
         "layers": chosen,
         "top_k": top_k,
         "new_tokens": new_tokens,
+        "memory": budget,
         "revision": revision,
         "path": str(scope.check),
     }
-    title = f"{source_prompt.token.strip()!r} in {source!r}"
+    title = f"{marked.token.strip()!r} in {source!r}"
     with started(folder, "fig1", lm, settings) as run:
         run.add(table)
         figure = run.draw(layer_readout_figure(table, f"{title}\n{lm.name}"))
@@ -87,6 +105,7 @@ def fig1(
         print_json(table)
     else:
         out.print(_as_table(table, title))
+    tell_sink(marked)
     err.print(f"{scope.check}\nfigure: {figure}", soft_wrap=True, markup=False)
 
 

@@ -24,7 +24,7 @@ from pscope.cli.common import (
     out,
     parse_layers,
     parse_memory,
-    parse_position,
+    parse_target_layers,
     run_folder,
     started,
 )
@@ -33,12 +33,10 @@ from pscope.cli.entities import (
     LowerLayersOption,
     NewTokensOption,
     StopAtCommaOption,
-    TargetAtOption,
-    TargetLayerOption,
-    TargetOption,
-    parse_target_layer,
-    target_text,
+    TargetLayersOption,
+    one_target,
 )
+from pscope.cli.prompts import TargetAtIndexOption, TargetAtOption, TargetOption, target_prompt, target_text
 from rich.table import Table
 
 from pscope.errors import PscopeError
@@ -56,9 +54,10 @@ def fig3(
         ),
     ] = None,
     layers: LowerLayersOption = None,
-    target_layer: TargetLayerOption = "same",
+    target_layers: TargetLayersOption = "same",
     target: TargetOption = None,
-    target_at: TargetAtOption = "last",
+    target_at: TargetAtOption = None,
+    target_at_index: TargetAtIndexOption = None,
     before: BeforeOption = None,
     new_tokens: NewTokensOption = 20,
     stop_at_comma: StopAtCommaOption = True,
@@ -79,8 +78,8 @@ def fig3(
     controls: another entity's state, a random vector of the same norm, the placeholder alone, and, as the ceiling,
     the name written out in its place.
     """
-    chosen, to, budget = parse_layers(layers), parse_target_layer(target_layer), parse_memory(memory)
-    prompt = target_text(target)
+    chosen, to, budget = parse_layers(layers), parse_target_layers(target_layers), parse_memory(memory)
+    text = target_text(target)
     folder = run_folder("fig3", out_folder)
 
     from pscope.entities import read_entities, shipped_entities, without_demonstrated
@@ -89,25 +88,26 @@ def fig3(
     lm = load_model(model, dtype, device, device_map, revision)
 
     import pscope
-    from pscope.experiments.entity_resolution import best_layers, describe_entities, rows_of, summarise
+    from pscope.experiments.entity_resolution import best_layers, describe_entities, name_prompt, rows_of, summarise
     from pscope.experiments.grid import layer_pairs
     from pscope.plots.entity_resolution import entity_figure
 
     pairs = layer_pairs(lm, chosen, to)
-    target_prompt = lm.prompt(pscope.ENTITY_DESCRIPTION if prompt is None else prompt, parse_position(target_at))
-    kept, demonstrated = without_demonstrated(listed, target_prompt)
+    patched = target_prompt(lm, text, pscope.ENTITY_DESCRIPTION, target_at, target_at_index)
+    kept, demonstrated = without_demonstrated(listed, patched)
     if not kept:
         raise PscopeError("no entity is left: the target prompt speaks of all of them")
-    scope = pscope.Patchscope(lm, target_prompt, memory=budget)
+    scope = pscope.Patchscope(lm, patched, memory=budget)
     decoding = pscope.Decoding(new_tokens, stop=(",",) if stop_at_comma else ())
     described = describe_entities(scope, kept, pairs, decoding, before=before, seed=seed)
+    at_sink = sum(name_prompt(lm, entity.name, before).at_sink for entity in kept)
     settings = {
         "entities": str(entities or "shipped with pscope"),
         "entities_sha256": digest(repr(asdict(entity)) for entity in kept),
         "left_out": [entity.name for entity in demonstrated],
         "pairs": pairs,
-        "target": target_prompt.text,
-        "target_positions": target_prompt.positions,
+        "target": patched.text,
+        "target_positions": patched.positions,
         "before": before,
         "new_tokens": new_tokens,
         "stop": decoding.stop,
@@ -119,16 +119,19 @@ def fig3(
     if demonstrated:
         names = ", ".join(entity.name for entity in demonstrated)
         err.print(f"left out, since the target prompt speaks of them: {names}", soft_wrap=True, markup=False)
+    if at_sink:
+        told = f"{at_sink} of {len(kept)} names are read at the very first token, where models keep an attention sink"
+        err.print(told, soft_wrap=True, markup=False)
     err.print(str(scope.check), markup=False)
     with started(folder, "fig3", lm, settings) as run:
         # Those that belong to no layer are few, and most of the controls are free.
-        patched = rows_of(kept, pairs) - 2 * len(kept)
-        table = collect(run, described, patched, lambda chunk: int(chunk["layer"].notna().sum()))
+        rows = rows_of(kept, pairs) - 2 * len(kept)
+        table = collect(run, described, rows, lambda chunk: int(chunk["layer"].notna().sum()))
         summary, best = summarise(table, seed), best_layers(table, seed)
         run.note("summary", summary)
         run.note("best_layers", best)
         figure = run.draw(entity_figure(summary, f"{lm.name}, {len(kept)} entities"))
-    if to != "all":
+    if one_target(pairs):
         out.print(_layers_table(summary))
     if len(best):
         out.print(_best_table(best))

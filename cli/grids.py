@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pscope.cli.common import err, parse_layers
+from pscope.cli.common import err, parse_layers, parse_target_layers
 
 from pscope.errors import PscopeError
 
@@ -20,7 +20,12 @@ SourceLayersOption = Annotated[
     str | None, typer.Option("--layers", help="Source layers, as 0-15 or 0,4,8.", show_default="five, spread")
 ]
 TargetLayersOption = Annotated[
-    str | None, typer.Option("--target-layers", help="Target layers, likewise.", show_default="five or four early ones")
+    str | None,
+    typer.Option(
+        metavar="same|all|LAYERS",
+        help="Target layers: the one that is read, all, or as 0-15.",
+        show_default="five or four early ones",
+    ),
 ]
 FullOption = Annotated[bool, typer.Option("--full", help="All pairs of layers: hours where the default takes minutes.")]
 QuickOption = Annotated[bool, typer.Option("--quick", help="A smaller grid and fewer samples: a few minutes.")]
@@ -43,13 +48,13 @@ def chosen_pairs(
         return layer_pairs(model, range(model.n_layers + 1), "all")
     # Every second one of those by default.
     source, target = (spread_layers(model, fractions[:: 2 if quick else 1]) for fractions in default)
-    return layer_pairs(model, parse_layers(layers) or source, parse_layers(targets, "--target-layers") or target)
+    return layer_pairs(model, parse_layers(layers) or source, parse_target_layers(targets) or target)
 
 
 def check_grid(layers: str | None, targets: str | None, full: bool) -> None:
     """Raise PscopeError for what cannot be meant, before anything is loaded."""
     parse_layers(layers)
-    parse_layers(targets, "--target-layers")
+    parse_target_layers(targets)
     if full and (layers is not None or targets is not None):
         raise PscopeError("--full is all pairs of layers; leave out --layers and --target-layers")
 

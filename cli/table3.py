@@ -10,6 +10,7 @@ from pscope.cli.common import (
     DeviceOption,
     Dtype,
     DtypeOption,
+    MemoryOption,
     ModelOption,
     OutOption,
     RevisionOption,
@@ -17,7 +18,8 @@ from pscope.cli.common import (
     load_model,
     out,
     parse_layers,
-    parse_position,
+    parse_memory,
+    parse_target_layers,
     print_json,
     run_folder,
     started,
@@ -27,11 +29,18 @@ from pscope.cli.entities import (
     LowerLayersOption,
     NewTokensOption,
     StopAtCommaOption,
+    TargetLayersOption,
+    one_target,
+)
+from pscope.cli.prompts import (
+    AtIndexOption,
+    TargetAtIndexOption,
     TargetAtOption,
-    TargetLayerOption,
     TargetOption,
-    parse_target_layer,
+    parse_position,
+    target_prompt,
     target_text,
+    tell_sink,
 )
 from rich.markup import escape
 from rich.table import Table
@@ -43,16 +52,22 @@ if TYPE_CHECKING:
 def table3(
     entity: Annotated[str, typer.Argument(help="The name of somebody or something.", show_default=False)],
     layers: LowerLayersOption = None,
-    target_layer: TargetLayerOption = "same",
+    target_layers: TargetLayersOption = "same",
     target: TargetOption = None,
-    target_at: TargetAtOption = "last",
-    at: Annotated[str, typer.Option(help="Which token of the name is read: its text, an index, or last.")] = "last",
+    target_at: TargetAtOption = None,
+    target_at_index: TargetAtIndexOption = None,
+    at: Annotated[
+        str | None,
+        typer.Option(help="Which token of the name is read: its text, an index, or last.", show_default="last"),
+    ] = None,
+    at_index: AtIndexOption = None,
     before: BeforeOption = None,
     new_tokens: NewTokensOption = 20,
     stop_at_comma: StopAtCommaOption = False,
     reference: Annotated[
         str | None, typer.Option(help="A description to score the continuations against, by ROUGE-L.")
     ] = None,
+    memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
     revision: RevisionOption = None,
     dtype: DtypeOption = Dtype.auto,
@@ -66,7 +81,8 @@ def table3(
     The state of the name's last token is patched over the placeholder of a prompt that describes entities. The last
     row is the control: the placeholder alone.
     """
-    chosen, to, prompt = parse_layers(layers), parse_target_layer(target_layer), target_text(target)
+    chosen, to, budget = parse_layers(layers), parse_target_layers(target_layers), parse_memory(memory)
+    read, text = parse_position(at, at_index, entity), target_text(target)
     folder = run_folder("table3", out_folder)
     lm = load_model(model, dtype, device, device_map, revision)
 
@@ -75,10 +91,9 @@ def table3(
     from pscope.experiments.grid import layer_pairs
 
     pairs = layer_pairs(lm, chosen, to)
-    source_prompt = name_prompt(lm, entity, before, parse_position(at))
-    scope = pscope.Patchscope(
-        lm, lm.prompt(pscope.ENTITY_DESCRIPTION if prompt is None else prompt, parse_position(target_at))
-    )
+    source_prompt = name_prompt(lm, entity, before, read)
+    patched = target_prompt(lm, text, pscope.ENTITY_DESCRIPTION, target_at, target_at_index)
+    scope = pscope.Patchscope(lm, patched, memory=budget)
     decoding = pscope.Decoding(new_tokens, stop=(",",) if stop_at_comma else ())
     table = describe_layers(scope, source_prompt, pairs, decoding, reference)
     settings = {
@@ -91,6 +106,7 @@ def table3(
         "pairs": pairs,
         "new_tokens": new_tokens,
         "stop": decoding.stop,
+        "memory": budget,
         "revision": revision,
         "path": str(scope.check),
     }
@@ -99,7 +115,8 @@ def table3(
     if as_json:
         print_json(table)
     else:
-        out.print(_as_table(table, entity, one_target=to != "all", scored=reference is not None))
+        out.print(_as_table(table, entity, one_target=one_target(pairs), scored=reference is not None))
+    tell_sink(source_prompt)
     err.print(f"{scope.check}\ntable: {folder / 'table.parquet'}", soft_wrap=True, markup=False)
 
 

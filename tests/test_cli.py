@@ -10,9 +10,12 @@ import pandas as pd
 import pytest
 from conftest import random_model
 from pscope.cli.app import app
-from pscope.cli.common import parse_layers
+from pscope.cli.common import parse_layers, parse_target_layers
+from pscope.cli.prompts import parse_position
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
+
+import pscope
 
 TEXTS = [
     "The lighthouse keeper counted eleven ships before the fog came in over the bay.",
@@ -123,6 +126,65 @@ def test_fig1_shows_a_table_with_the_control_last(tiny_folder):
     assert "figure: runs/fig1-" in result.stderr
 
 
+def said_of(result) -> str:
+    return " ".join(result.stderr.split())
+
+
+def test_fig1_reads_no_attention_sink_unless_told_to(tiny_folder):
+    paris = ("fig1", "--model", tiny_folder, "--source", "Paris is the capital of France", "--layers", "1")
+    sink = "'Paris' is the very first token: models keep an attention sink there"
+    for arguments, text, position, told in (
+        (("--at", "Paris"), "\nParis is the capital of France", 1, False),
+        (("--at-index", "-1"), "Paris is the capital of France", 5, False),
+        (("--at-index", "0"), "Paris is the capital of France", 0, True),
+    ):
+        result = run(*paris, *arguments, "--out", f"run{arguments}")
+        assert result.exit_code == 0, result.output
+        settings = json.loads((Path(f"run{arguments}") / "settings.json").read_text("utf-8"))
+        assert (settings["source"], settings["source_position"]) == (text, position)
+        assert (sink in said_of(result)) == told
+    result = run("table3", "Paris", "--model", tiny_folder, "--before", "", "--layers", "1")
+    assert sink in said_of(result)
+    Path("names.csv").write_text("entity,reference\nParis,City\nNew York,City\n")
+    result = run("fig3", "names.csv", "--model", tiny_folder, "--before", "", "--layers", "1", "--new-tokens", 2)
+    assert "1 of 2 names are read at the very first token" in said_of(result)
+
+
+def test_positions_on_the_command_line(tiny_folder):
+    Path("target.txt").write_text("say x x x x x now 3\n")
+    target = ("--target", "target.txt", "--model", tiny_folder, "--layers", "1", "--memory", 0.5)
+    for command, arguments, positions in (
+        (("fig1",), ("--target-at", "all:x"), [1, 2, 3, 4, 5]),
+        (("table3", "A", "--new-tokens", 2), ("--target-at-index", "1, 3,5"), [1, 3, 5]),
+    ):
+        result = run(*command, *target, *arguments, "--out", command[0])
+        assert result.exit_code == 0, result.output
+        settings = json.loads(Path(command[0], "settings.json").read_text("utf-8"))
+        assert (settings["target_positions"], settings["target"]) == (positions, "say x x x x x now 3")
+        assert settings["memory"] == 2**29
+
+
+def test_what_marks_a_position():
+    text = "say x x now 3 all:y"
+    for at, index, position in (
+        (None, None, -1),
+        ("x", None, "x"),
+        ("last", None, "last"),
+        ("all:x", None, pscope.Every("x")),
+        ("now 3", None, "now 3"),
+        # What the prompt holds is text of it.
+        ("all:y", None, "all:y"),
+        ("4", None, 4),
+        ("4,-1", None, [4, -1]),
+        (None, "3", 3),
+        (None, "-1", -1),
+        (None, "1, 2", [1, 2]),
+        ("9" * 5000, None, "9" * 5000),
+    ):
+        assert parse_position(at, index, text) == position
+    assert parse_position(None, None, text, default="x") == "x"
+
+
 def test_fig2_on_the_users_texts(texts, tmp_path):
     command = ["fig2", "--texts", texts, "--samples", 5, "--layers", "20,30", "--seed", 1]
     result = run(*command, "--out", tmp_path / "a")
@@ -135,6 +197,9 @@ def test_fig2_on_the_users_texts(texts, tmp_path):
     assert settings["status"] == "complete"
     assert (settings["samples"], settings["seed"], settings["layers"]) == (5, 1, [20, 30])
     assert settings["model"]["class"] == "LlamaForCausalLM"
+    summary = pd.read_csv(tmp_path / "a" / "summary.csv").set_index(["lens", "layer"])
+    means = table.groupby(["lens", "layer"])["correct"].mean()
+    assert summary["precision_at_1"].to_dict() == pytest.approx(means.to_dict())
     for line in ("precision@1", "1.00 (0.29–1.00)"):
         assert line in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
@@ -185,7 +250,7 @@ def test_table3_shows_a_table_with_the_control_last(tiny_folder):
     Path("target.txt").write_text("one two x three\n")
     result = run(
         *("table3", "東京", "--model", tiny_folder, "--target", "target.txt", "--target-at", "x"),
-        *("--layers", "1-2", "--target-layer", "all", "--new-tokens", 2),
+        *("--layers", "1-2", "--target-layers", "all", "--new-tokens", 2),
     )
     assert result.exit_code == 0, result.output
     rows = [[cell.strip() for cell in line.split("│")[1:3]] for line in result.stdout.splitlines() if "│" in line]
@@ -234,7 +299,7 @@ def test_fig3_with_all_target_layers_and_whole_continuations(tiny_folder, tmp_pa
             "one x",
             "--layers",
             "1,3",
-            "--target-layer",
+            "--target-layers",
             "all",
         ),
         *("--before", "", "--no-stop-at-comma", "--new-tokens", 3, "--memory", 0.01, "--out", tmp_path / "run"),
@@ -327,10 +392,11 @@ def test_fig4_composes_the_users_relations(relations, tmp_path):
     assert set(told[0]["cot"]["patched"]) == {"20 → 4", "20 → 7"}
     for name in ("figure.png", "heatmaps.svg", "summary.csv", "table.parquet"):
         assert (folder / name).exists()
-    walk = run(*command, "--example", 1)
+    walk = run(*command, "--example", 1, "--out", "walk")
     assert walk.exit_code == 0, walk.output
     assert told[0]["query"] in walk.stdout
-    assert not Path("runs").exists()
+    (walked,) = json.loads(Path("walk/queries.json").read_text("utf-8"))
+    assert (walked["query"], walked["cot"]["patched"]) == (told[0]["query"], told[0]["cot"]["patched"])
     beyond = run(*command, "--example", 5)
     assert (beyond.exit_code, beyond.stderr.count("\n")) == (2, 1)
     assert "--example 5" in beyond.stderr
@@ -345,6 +411,15 @@ def test_fig4_walks_through_a_query(tiny_folder):
     assert "The capital of the land of sushi" in result.stdout
     assert result.stdout.count("unpatched") == 5
     assert "1 → 0" in result.stdout
+    (folder,) = Path("runs").iterdir()
+    assert folder.name.startswith("fig4-")
+    assert {path.name for path in folder.iterdir()} == {"settings.json", "table.parquet", "queries.json"}
+    assert len(pd.read_parquet(folder / "table.parquet")) == 5 + 2 * (2 + 2 + 2)
+    (told,) = json.loads((folder / "queries.json").read_text("utf-8"))
+    assert told["query"] == "The capital of the land of sushi"
+    assert set(told["cot"]["patched"]) == {"1 → 0", "3 → 0"}
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    assert settings["queries"] == "The capital of the land of sushi"
 
 
 def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
@@ -366,6 +441,38 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig1", "--model", "TINY", "--at", "CFO"], "'CFO' stands nowhere in the prompt; its tokens are 0:'Amazon'"),
         (["fig1", "--model", "TINY", "--source", "cat -> cat", "--at", "cat"], "'cat' stands 2 times"),
         (["fig1", "--model", "TINY", "--at", "99"], "position 99 is outside"),
+        (["fig1", "--model", "TINY", "--at-index", "99"], "position 99 is outside"),
+        (
+            ["fig1", "--model", "TINY", "--at-index", "1,2"],
+            '2 positions of "Amazon\'s former CEO attended the Oscars" are',
+        ),
+        (
+            ["fig1", "--model", "TINY", "--source", "x or x", "--at", "all:x"],
+            "are marked where one is needed",
+        ),
+        (["fig1", "--at-index", "CEO"], "--at-index 'CEO' is neither an index (3) nor several of them (1,2,3)"),
+        (["fig1", "--at", "CEO", "--at-index", "3"], "--at and --at-index were both given; choose one"),
+        (
+            ["fig1", "--source", "I have 3 cats", "--at", "3"],
+            "--at 3: the prompt holds '3' as text too; give --at-index 3",
+        ),
+        (
+            ["fig1", "--model", "TINY", "--source", "at last he", "--at", "last"],
+            "'last' is a word of the prompt, at [1]",
+        ),
+        (["fig1", "--model", "TINY", "--target", "say x x now", "--target-at", "x"], "on the command line all:x"),
+        (["fig1", "--model", "TINY", "--target", "say x x now", "--target-at", "x x"], "'x x' is one word repeated"),
+        (
+            ["fig1", "--model", "TINY", "--target", "0 or x", "--target-at", "0"],
+            "give --target-at-index 0 for the token",
+        ),
+        (["fig1", "--target", "typo.txt"], "--target 'typo.txt' is no file, and looks like one"),
+        (["fig1", "--target", "prompts/typo"], "--target 'prompts/typo' is no file, and looks like one"),
+        (["table3", "A", "--target", "my prompt.md"], "--target 'my prompt.md' is no file, and looks like one"),
+        (["fig3", "--target", "prompts/typo.txt"], "--target 'prompts/typo.txt' is no file, and looks like one"),
+        (["table3", "A", "--at-index", "0", "--at", "A"], "--at and --at-index were both given"),
+        (["fig1", "--memory", "0"], "a positive number of GiB"),
+        (["table3", "A", "--memory", "-1"], "a positive number of GiB"),
         (["fig1", "--model", "TINY", "--source", ""], "the prompt is empty"),
         (["fig1", "--model", "TINY", "--target", " "], "the prompt is empty"),
         (["fig1", "--model", "TINY", "--target-at", "dog"], "'dog' stands nowhere"),
@@ -395,9 +502,12 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig2", "--out", "full"], "full is not empty"),
         (["table3"], "Missing argument 'entity'"),
         (["table3", " ", "--model", "TINY"], "the prompt is empty"),
-        (["table3", "A", "--target-layer", "some"], "--target-layer 'some' is neither same, nor all, nor a layer"),
+        (
+            ["table3", "A", "--target-layers", "some"],
+            "'some' is neither a layer (8) nor a range of them (0-15), nor same",
+        ),
         (["table3", "A", "--model", "TINY", "--layers", "1,5"], "layer 5 is out of range: TINY has layers 0 to 4"),
-        (["table3", "A", "--model", "TINY", "--target-layer", "5"], "layer 5 is out of range"),
+        (["table3", "A", "--model", "TINY", "--target-layers", "5"], "layer 5 is out of range"),
         (["table3", "A", "--model", "TINY", "--at", "B"], "'B' stands nowhere in the prompt"),
         (["table3", "A", "--target", "latin.txt"], "latin.txt is not UTF-8 (line 1)"),
         (["table3", "A", "--model", "TINY", "--target", "empty.txt"], "the prompt is empty"),
@@ -413,12 +523,16 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig3", "mine.csv", "--model", "TINY", "--layers", "0-9"], "layer 5 is out of range"),
         (["fig3", "mine.csv", "--model", "TINY", "--new-tokens", "300"], "more than the window"),
         (["fig3", "long.csv", "--model", "TINY"], "cannot be read: 300 tokens are more than the window"),
-        (["fig3", "mine.csv", "--target-layer", "-1"], "--target-layer '-1' is neither"),
+        (["fig3", "mine.csv", "--target-layers", "-1"], "--target-layers '-1': '-1' is neither"),
         (["table2", "empty.txt"], "empty.txt holds no relation"),
         (["table2", "broken.json"], "broken.json, line 2, column 19: not JSON"),
         (["table2", "slotless.json"], "slotless.json: the template 'a' has 0 slots {}"),
         (["table2", "--full", "--layers", "3"], "--full is all pairs of layers"),
         (["table2", "--target-layers", "b"], "--target-layers 'b': 'b' is neither a layer"),
+        (
+            ["fig4", "--target-layers", "same,3"],
+            "'same' is neither a layer (8) nor a range of them (0-15), nor same or all",
+        ),
         (["table2", "--samples", "2"], "'--samples': Input should be greater"),
         (["fig4", "queries.json", "--model", "TINY"], 'has no "bridge", so its hops cannot be asked alone'),
         (["fig4", "queries.json", "--query", "a", "b"], "--query stands by itself"),
@@ -468,8 +582,9 @@ def test_help_names_every_option_and_command():
     for command in ("fig1", "fig2", "table2", "table3", "fig3", "fig4"):
         shown = run(command, "--help")
         assert shown.exit_code == 0
-        for option in ("--model", "--layers", "--out", "--dtype"):
+        for option in ("--model", "--layers", "--out", "--dtype", "--memory"):
             assert option in shown.stdout
+        assert ("--target-layers" in shown.stdout) == (command not in ("fig1", "fig2"))
 
 
 def test_help_tells_defaults_that_are_not_constants(monkeypatch):
@@ -517,3 +632,4 @@ def test_layers():
     assert parse_layers("0-3, 8") == [0, 1, 2, 3, 8]
     assert parse_layers("8,0-1,1") == [0, 1, 8]
     assert parse_layers(None) is None
+    assert [parse_target_layers(text) for text in ("same", "all", "0-2,4", None)] == ["same", "all", [0, 1, 2, 4], None]
