@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import torch
@@ -76,9 +77,18 @@ def load(
             options["quantization_config"] = GgufConfig(dequantize=True)
         else:
             _refuse_other_than_causal(folder)
-        hf = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, trust_remote_code=False, use_safetensors=True, **placement, **options
+        hf, found = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            # Refused below, by name; what transformers raises refers to a table that it logs.
+            ignore_mismatched_sizes=True,
+            **placement,
+            **options,
         )
+        _refuse_incomplete(LanguageModel(hf, tokenizer, str(model)), found)
         if device_map is None:
             hf = hf.to(device)
     except torch.OutOfMemoryError:
@@ -151,6 +161,45 @@ def _refuse_other_than_causal(folder: str) -> None:
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ModelError(f"{config.model_type} is an encoder-decoder; pscope patches decoder-only models")
+
+
+def _refuse_incomplete(model: LanguageModel, found: dict[str, set]) -> None:
+    """Raise ModelError unless the checkpoint gave every weight of the model, and all weights of its decoder layers.
+
+    `found` is what transformers tells of the loading. What a checkpoint need not give (tied weights, buffers) and what
+    it may hold besides (buffers of older releases, layers that predict further tokens) it has left out already.
+    Weights beside the decoder layers, of a vision tower or a value head, take nothing from the language model.
+    """
+    if missing := found["missing_keys"]:
+        raise ModelError(
+            f"the checkpoint lacks {_some(missing)}, which would be random; give one that is whole, of a causal model"
+        )
+    if mismatched := {f"{key} {tuple(given)} for {tuple(meant)}" for key, given, meant in found["mismatched_keys"]}:
+        raise ModelError(f"the checkpoint has other shapes than its config says: {_some(mismatched)}")
+    if dropped := {key for key in found["unexpected_keys"] if _of_a_decoder_layer(model, key)}:
+        raise ModelError(f"the checkpoint has {_some(dropped)}, for which its config has no place; correct the config")
+
+
+def _of_a_decoder_layer(model: LanguageModel, key: str) -> bool:
+    """Whether a key for which the model has no place is a weight of one of its decoder layers, or of one more."""
+    path = next(name for name, module in model.hf.named_modules() if module is model.layers)
+    # A base model is saved without the prefix that it has inside the causal one.
+    bare = path.removeprefix(f"{model.hf.base_model_prefix}.")
+    match = re.match(rf"(?:{re.escape(path)}|{re.escape(bare)})\.(\d+)\.(?:(.+)\.)?(\w+)$", key)
+    if match is None:
+        return False
+    layer, owner, kind = int(match[1]), match[2] or "", match[3]
+    if layer >= model.n_layers:
+        # Layers that predict the tokens after the next one are counted on from the others.
+        return layer >= model.n_layers + (getattr(model.hf.config, "num_nextn_predict_layers", None) or 0)
+    # Scales of caches and masks were kept there too; the mask of old is a "bias" that belongs to no weight.
+    weights = {name for name, _ in model.layers[layer].named_parameters()}
+    return kind == "weight" or (kind == "bias" and f"{owner}.weight" in weights)
+
+
+def _some(keys: set[str], shown: int = 3) -> str:
+    names = ", ".join(sorted(keys)[:shown])
+    return f"{names} and {len(keys) - shown} more" if len(keys) > shown else names
 
 
 def _first_line(error: Exception) -> str:

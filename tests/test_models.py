@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import random_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
     DeepseekV3ForCausalLM,
@@ -18,6 +19,8 @@ from transformers import (
     GemmaForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    LlamaModel,
     MambaConfig,
     MambaForCausalLM,
     RobertaConfig,
@@ -41,8 +44,11 @@ def saved(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def gguf_file(tmp_path_factory) -> Path:
+    return written_gguf(tmp_path_factory.mktemp("gguf") / "one.gguf")
+
+
+def written_gguf(path: Path, left_out: str | None = None) -> Path:
     """A random Llama of one layer and width 32, as llama.cpp would write it, without a tokenizer."""
-    path = tmp_path_factory.mktemp("gguf") / "one.gguf"
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
@@ -62,6 +68,7 @@ def gguf_file(tmp_path_factory) -> Path:
         "blk.0.ffn_up": (48, 32),
         "blk.0.ffn_down": (32, 48),
     }
+    shapes.pop(left_out, None)
     for name, shape in shapes.items():
         writer.add_tensor(f"{name}.weight", random.standard_normal(shape).astype(np.float32))
     writer.write_header_to_file()
@@ -102,12 +109,115 @@ def test_a_gguf_file(gguf_file, tokenizer):
     assert loaded.next_token_logits(torch.tensor([[1, 2, 3]])).isfinite().all()
 
 
+@pytest.mark.parametrize(
+    ("left_out", "message"), [("blk.0.ffn_down", r"0\.mlp\.down_proj"), ("token_embd", "embed_tokens")]
+)
+def test_a_gguf_file_that_lacks_weights(left_out, message, tokenizer, tmp_path):
+    with pytest.raises(ModelError, match=rf"lacks model\.\S*{message}\.weight, which would be random"):
+        pscope.load(written_gguf(tmp_path / "part.gguf", left_out), tokenizer)
+
+
 def test_a_gguf_file_that_is_cut_short(gguf_file, tokenizer, tmp_path):
     cut = tmp_path / "cut.gguf"
     cut.write_bytes(gguf_file.read_bytes()[:-5000])
     with pytest.raises(ModelError, match="cannot load .*cut.gguf") as caught:
         pscope.load(cut, tokenizer)
     assert "\n" not in str(caught.value)
+
+
+def saved_llama(folder: Path, tokenizer, model_class=LlamaForCausalLM, **options) -> Path:
+    """A random Llama of 3 layers, with its tokenizer."""
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4}
+    model_class(LlamaConfig(num_hidden_layers=3, **sizes, **options)).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def edit_weights(folder: Path, edit) -> None:
+    path = folder / "model.safetensors"
+    save_file(edit(load_file(path)), path, {"format": "pt"})
+
+
+def edit_config(folder: Path, **options) -> None:
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | options))
+
+
+def without(key: str):
+    return lambda weights: {name: weight for name, weight in weights.items() if name != key}
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (without("model.layers.2.mlp.down_proj.weight"), r"lacks model\.layers\.2\.mlp\.down_proj\.weight, which"),
+        (without("lm_head.weight"), r"lacks lm_head\.weight, which would be random"),
+        (lambda weights: {f"net.{name}": weight for name, weight in weights.items()}, "lacks lm_head.* and 27 more"),
+        (
+            lambda weights: weights | {"model.layers.1.self_attn.q_proj.bias": torch.ones(32)},
+            r"has model\.layers\.1\.self_attn\.q_proj\.bias, for which its config has no place",
+        ),
+        (
+            lambda weights: weights | {"model.layers.1.self_attn.q_norm.weight": torch.ones(8)},
+            r"has model\.layers\.1\.self_attn\.q_norm\.weight, for which its config has no place",
+        ),
+    ],
+)
+@pytest.mark.parametrize("device_map", [None, "auto"])
+def test_weights_that_do_not_make_the_model_are_refused(edit, message, device_map, tokenizer, tmp_path):
+    edit_weights(saved_llama(tmp_path, tokenizer), edit)
+    with pytest.raises(ModelError, match=message):
+        pscope.load(tmp_path, device_map=device_map)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (
+            {"num_hidden_layers": 5},
+            r"lacks model\.layers\.3\.input_layernorm\.weight.* and 15 more, which would be random",
+        ),
+        ({"num_hidden_layers": 2}, r"has model\.layers\.2\.input_layernorm\.weight.* and 6 more, for which"),
+        ({"intermediate_size": 48}, r"other shapes .*down_proj\.weight \(32, 64\) for \(32, 48\).* and 6 more"),
+    ],
+)
+def test_a_config_of_another_model_is_refused(config, message, tokenizer, tmp_path):
+    edit_config(saved_llama(tmp_path, tokenizer), **config)
+    with pytest.raises(ModelError, match=message):
+        pscope.load(tmp_path)
+
+
+@pytest.mark.parametrize("model_class", [LlamaModel, LlamaForSequenceClassification])
+def test_a_model_saved_without_its_unembedding(model_class, tokenizer, tmp_path):
+    saved_llama(tmp_path / "apart", tokenizer, model_class)
+    with pytest.raises(ModelError, match=r"lacks lm_head\.weight"):
+        pscope.load(tmp_path / "apart")
+    tied = pscope.load(saved_llama(tmp_path / "tied", tokenizer, model_class, tie_word_embeddings=True))
+    assert tied.hf.lm_head.weight is tied.hf.get_input_embeddings().weight
+    edit_config(tmp_path / "tied", num_hidden_layers=2)
+    with pytest.raises(ModelError, match=r"layers\.2\.input_layernorm\.weight.* for which its config has no place"):
+        pscope.load(tmp_path / "tied")
+
+
+def test_weights_that_a_model_does_without(tokenizer, tmp_path):
+    beside = {
+        "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4),
+        "model.layers.0.self_attn.masked_bias": torch.ones(1),
+        "model.layers.0.self_attn.bias": torch.ones(1, 1, 4, 4),
+        "model.layers.0.self_attn.k_proj.k_scale": torch.ones(1),
+        "vision_tower.layers.5.weight": torch.ones(4),
+        "v_head.weight": torch.ones(4),
+        # Of a layer that predicts the token after the next.
+        "model.layers.3.eh_proj.weight": torch.ones(4),
+    }
+    edit_weights(saved_llama(tmp_path, tokenizer), lambda weights: weights | beside)
+    with pytest.raises(ModelError, match=r"has model\.layers\.3\.eh_proj\.weight, for which its config has no place"):
+        pscope.load(tmp_path)
+    edit_config(tmp_path, num_nextn_predict_layers=1)
+    loaded = pscope.load(tmp_path)
+    written = load_file(tmp_path / "model.safetensors")
+    for name, weight in loaded.hf.state_dict().items():
+        assert weight.equal(written[name])
 
 
 def test_a_model_in_memory_is_borrowed(tiny):
