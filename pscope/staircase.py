@@ -13,7 +13,6 @@ from functools import partial
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
-from transformers.cache_utils import DummyLayer, DynamicSlidingWindowLayer
 
 from pscope.batching import find_batch_axes, fitting
 from pscope.errors import ModelError
@@ -95,8 +94,9 @@ def _grown(prefix: Cache, rows: int, room: int = 0) -> Cache:
 
 
 def _check_cache(model: LanguageModel) -> None:
-    kept = {type(layer) for layer in model.own_cache().layers}
-    others = sorted(kind.__name__ for kind in kept - {DynamicLayer, DynamicSlidingWindowLayer, DummyLayer})
+    kept = {type(layer).__name__ for layer in model.own_cache().layers}
+    # By name, since older releases of transformers lack some of them.
+    others = sorted(kept - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"})
     if others:
         raise ModelError(f"its cache has {', '.join(others)}, not only the keys and values of each token")
 
