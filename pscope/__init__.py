@@ -1,6 +1,29 @@
 """pscope reads what a language model's hidden states hold, by patching them into another prompt (Patchscopes)."""
 
 from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    # For editors and type checkers, which do not follow `_HOME`.
+    from pscope.errors import DataError as DataError
+    from pscope.errors import ModelError as ModelError
+    from pscope.errors import PromptError as PromptError
+    from pscope.errors import PscopeError as PscopeError
+    from pscope.errors import RowError as RowError
+    from pscope.errors import RunError as RunError
+    from pscope.generate import Decoding as Decoding
+    from pscope.lens import logit_lens as logit_lens
+    from pscope.loading import load as load
+    from pscope.models import LanguageModel as LanguageModel
+    from pscope.patchscope import Patchscope as Patchscope
+    from pscope.prompts import ENTITY_DESCRIPTION as ENTITY_DESCRIPTION
+    from pscope.prompts import TOKEN_IDENTITY as TOKEN_IDENTITY
+    from pscope.prompts import Prompt as Prompt
+    from pscope.residual import capture as capture
+    from pscope.residual import editing as editing
+    from pscope.residual import overwriting as overwriting
+    from pscope.residual import recording as recording
+    from pscope.unpatched import continue_prompts as continue_prompts
 
 _HOME = {
     "DataError": "errors",

@@ -1,0 +1,63 @@
+"""What the package imports and what it offers, read from the source."""
+
+import ast
+import re
+import sys
+from importlib.metadata import packages_distributions, requires
+from pathlib import Path
+
+import pytest
+
+import pscope
+
+ROOT = Path(__file__).parents[1]
+
+
+def imported(folder: str) -> set[str]:
+    """The modules that the files of a folder import from elsewhere, with the names they take from them."""
+    found: set[str] = set()
+    for path in (ROOT / folder).rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Import):
+                found.update(name.name for name in node.names)
+            elif isinstance(node, ast.ImportFrom):
+                found.add(node.module)
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"pscope", "benchmarks"}
+    return {module for module in found if module.split(".")[0] not in own | set(sys.stdlib_module_names)}
+
+
+def declared(extra: str | None = None) -> set[str]:
+    """The distributions that pscope asks for, and with an extra those of the extra."""
+    asked = [line.partition("; extra ==") for line in requires("pscope")]
+    return {
+        re.match(r"[\w-]+", name)[0].lower().replace("_", "-")
+        for name, _, of in asked
+        if not of or of.strip(" \"'") == extra
+    }
+
+
+@pytest.mark.parametrize(
+    ("folder", "extra"), [("pscope", None), ("cli", None), ("tests", "test"), ("benchmarks", "test")]
+)
+def test_what_is_imported_is_declared(folder, extra):
+    distributions = packages_distributions()
+    needed = {distributions[module.split(".")[0]][0].lower().replace("_", "-") for module in imported(folder)}
+    assert needed
+    assert needed <= declared(extra)
+
+
+def test_only_what_transformers_exports_is_imported():
+    private = {
+        module for folder in ("pscope", "cli") for module in imported(folder) if module.startswith("transformers.")
+    }
+    assert private == set()
+
+
+def test_editors_see_the_public_names():
+    tree = ast.parse(Path(pscope.__file__).read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and node.test.id == "TYPE_CHECKING")
+    seen = {(line.module, alias.name, alias.asname) for line in block.body for alias in line.names}
+    assert seen == {(f"pscope.{module}", name, name) for name, module in pscope._HOME.items()}
+    for module, name, _ in seen:
+        assert getattr(pscope, name) is getattr(sys.modules[module], name)
+    assert (ROOT / "pscope" / "py.typed").is_file()
