@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -30,6 +31,9 @@ from pscope.errors import ModelError
 from pscope.models import LanguageModel
 from pscope.structure import check_structure
 
+MOST_LAYERS = 2000
+"""Where a config says more, it is wrong: transformers would try to build them before it looks at the weights."""
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
 
 
@@ -57,7 +61,7 @@ def load(
             raise ModelError("a model in memory comes with its tokenizer: load(model, tokenizer)")
         if model.training:
             raise ModelError(f"{type(model).__name__} is in training mode; call its eval() first")
-        return check_structure(LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__))
+        return _checked(LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__))
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
@@ -70,13 +74,13 @@ def load(
     folder, options = _locate(str(model), revision)
     placement = {} if device_map is None else {"device_map": device_map}
     try:
+        if "gguf_file" not in options:
+            _refuse_other_than_causal(folder)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
         if "gguf_file" in options:
             # The blocks are unpacked at load time, so that a GGUF file becomes a model like any other.
             options["quantization_config"] = GgufConfig(dequantize=True)
-        else:
-            _refuse_other_than_causal(folder)
         hf, found = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
@@ -95,7 +99,21 @@ def load(
         raise
     except Exception as error:
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
-    return check_structure(LanguageModel(hf, tokenizer, str(model)))
+    return _checked(LanguageModel(hf, tokenizer, str(model)))
+
+
+def _checked(model: LanguageModel) -> LanguageModel:
+    """The model, if `check_structure` has nothing against it and it embeds what its tokenizer makes of texts."""
+    check_structure(model)
+    # Added tokens may lie beyond: text models keep those of their siblings that see.
+    added = model.tokenizer.get_added_vocab()
+    last = max(set(model.tokenizer.get_vocab().values()) - set(added.values()), default=0)
+    if last >= model.embeddings:
+        raise ModelError(
+            f"the tokenizer of {model.name} goes up to token {last}, and its embedding has {model.embeddings} rows; "
+            "give the tokenizer that belongs to the model"
+        )
+    return model
 
 
 def _usable(device: str | torch.device) -> torch.device:
@@ -171,9 +189,18 @@ def _hub_answers(name: str, revision: str | None) -> bool:
 
 
 def _refuse_other_than_causal(folder: str) -> None:
+    _refuse_absurd_sizes(json.loads((Path(folder) / "config.json").read_text(encoding="utf-8")))
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if config.is_encoder_decoder:
         raise ModelError(f"{config.model_type} is an encoder-decoder; pscope patches decoder-only models")
+
+
+def _refuse_absurd_sizes(config: dict) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _refuse_absurd_sizes(value)
+        elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
+            raise ModelError(f"its config says {key} = {value}, and no model has more than {MOST_LAYERS}")
 
 
 def _refuse_incomplete(model: LanguageModel, found: dict[str, set]) -> None:

@@ -92,6 +92,11 @@ class LanguageModel:
         return self.config.hidden_size
 
     @property
+    def embeddings(self) -> int:
+        """How many tokens the model embeds: those below this number."""
+        return self.hf.get_input_embeddings().weight.shape[0]
+
+    @property
     def window(self) -> int | None:
         """The most tokens that the model can attend to, where its config says."""
         most = getattr(self.config, "max_position_embeddings", None)
@@ -184,10 +189,16 @@ class LanguageModel:
     def prompt(self, text: str, at: At = -1) -> Prompt:
         """Tokenise `text` and mark one or several positions in it; see `pscope.prompts.tokenize`.
 
-        Raises PromptError also when the prompt is longer than the model's window.
+        Raises PromptError also when the prompt is longer than the model's window, or has a token without an embedding.
         """
         prompt = tokenize(self.tokenizer, text, at)
         self.check_window(len(prompt))
+        for token, piece in zip(prompt.ids, prompt.tokens, strict=True):
+            if token >= self.embeddings:
+                raise PromptError(
+                    f"{piece!r} is token {token}, and the embedding of {self.name} has {self.embeddings} rows; "
+                    "leave it out"
+                )
         return prompt
 
     def check_window(self, tokens: int) -> None:

@@ -1,3 +1,4 @@
+import copy
 import json
 import os
 import shutil
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 import pscope
-from pscope import ModelError, loading, packaged
+from pscope import ModelError, PromptError, loading, packaged
 
 
 @pytest.fixture(scope="module")
@@ -62,9 +63,9 @@ def written_gguf(path: Path, left_out: str | None = None) -> Path:
     writer.add_head_count_kv(4)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_freq_base(10000.0)
-    writer.add_vocab_size(100)
+    writer.add_vocab_size(49152)
     random = np.random.default_rng(0)
-    shapes = {"token_embd": (100, 32), "output_norm": (32,), "output": (100, 32), "blk.0.attn_norm": (32,)}
+    shapes = {"token_embd": (49152, 32), "output_norm": (32,), "output": (49152, 32), "blk.0.attn_norm": (32,)}
     shapes |= {f"blk.0.attn_{part}": (32, 32) for part in ("q", "k", "v", "output")}
     shapes |= {
         "blk.0.ffn_norm": (32,),
@@ -222,6 +223,30 @@ def test_weights_that_a_model_does_without(tokenizer, tmp_path):
     written = load_file(tmp_path / "model.safetensors")
     for name, weight in loaded.hf.state_dict().items():
         assert weight.equal(written[name])
+
+
+def test_a_tokenizer_larger_than_the_embedding(tokenizer):
+    def sized(rows: int) -> LlamaForCausalLM:
+        return LlamaForCausalLM(LlamaConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, vocab_size=rows))
+
+    with pytest.raises(
+        ModelError, match="goes up to token 49151, and its embedding has 49151 rows; give the tokenizer"
+    ):
+        pscope.load(sized(49151).eval(), tokenizer)
+    # An added token may lie beyond the embedding, as long as no one writes it.
+    more = copy.deepcopy(tokenizer)
+    more.add_tokens(["<picture>"])
+    model = pscope.load(sized(49152).eval(), more)
+    assert len(model.prompt("hello")) == 1
+    with pytest.raises(PromptError, match=r"'<picture>' is token 49152, .* 49152 rows"):
+        model.prompt("hello <picture>")
+
+
+@pytest.mark.parametrize("config", [{"num_hidden_layers": 10**9}, {"text_config": {"n_layer": 10**9}}])
+def test_a_config_of_absurd_size_is_refused_before_it_is_built(config, tokenizer, tmp_path):
+    edit_config(saved_llama(tmp_path, tokenizer), **config)
+    with pytest.raises(ModelError, match="its config says .*layer.* = 1000000000, and no model has more than 2000"):
+        pscope.load(tmp_path)
 
 
 def test_a_model_in_memory_is_borrowed(tiny):

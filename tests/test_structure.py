@@ -30,7 +30,7 @@ def test_an_encoder_decoder(tokenizer):
 def test_a_masked_model(tokenizer):
     with pytest.raises(ModelError, match="BertLMHeadModel lets tokens see later ones, as masked language models do"):
         pscope.load(BertLMHeadModel(BertConfig(**TINY)).eval(), tokenizer)
-    causal = BertLMHeadModel(BertConfig(**TINY, is_decoder=True)).eval()
+    causal = BertLMHeadModel(BertConfig(**TINY | {"vocab_size": len(tokenizer)}, is_decoder=True)).eval()
     assert pscope.load(causal, tokenizer).n_layers == 2
 
 
