@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pscope.patchscope import Patchscope as Patchscope
     from pscope.prompts import ENTITY_DESCRIPTION as ENTITY_DESCRIPTION
     from pscope.prompts import TOKEN_IDENTITY as TOKEN_IDENTITY
+    from pscope.prompts import Every as Every
     from pscope.prompts import Prompt as Prompt
     from pscope.residual import capture as capture
     from pscope.residual import editing as editing
