@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from transformers import PreTrainedTokenizerBase
 
+from pscope.characters import has_surrogates
 from pscope.errors import PromptError
 
 TOKEN_IDENTITY = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
@@ -105,12 +106,15 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
     Start tokens are added where the tokenizer adds any, and not again when the text already begins with them; what a
     tokenizer appends after the text is left off, since the model is to go on from there.
 
-    Raises PromptError for an empty text, and for a position that is not there, not unique, or cannot be resolved.
+    Raises PromptError for an empty text, for one that is not Unicode, and for a position that is not there, not unique,
+    or cannot be resolved.
     """
     if not isinstance(text, str):
         raise PromptError(f"a prompt is one text, and {text!r} is a {type(text).__name__}")
     if not text.strip():
         raise PromptError("the prompt is empty; give some text")
+    if has_surrogates(text):
+        raise PromptError(f"the prompt {text!r} holds bytes that are not UTF-8; convert it and try again")
     encoding = _encode(tokenizer, text)
     ids = tuple(encoding["input_ids"])
     offsets = encoding.get("offset_mapping")

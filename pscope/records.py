@@ -8,12 +8,22 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+from pscope.characters import has_surrogates
 from pscope.errors import DataError
+
+MOST_CHARACTERS = {
+    **dict.fromkeys(("entity", "group", "name", "kind", "subject", "object", "answer", "aliases", "bridge"), 200),
+    "reference": 10_000,
+}
+"""How long a text of a record may be, by its key. Others may have any length: they are cut, or held to the window."""
 
 
 def read_text(path: Path) -> str:
     """The content of a UTF-8 file, with or without a byte-order mark. Raises DataError."""
     try:
+        if path.exists() and not path.is_file():
+            # A pipe or a device may have no end, or nobody at the other one.
+            raise DataError(f"{path} is no regular file; give one")
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
@@ -25,7 +35,7 @@ def read_text(path: Path) -> str:
 def parse_json(content: str, source: str) -> object:
     """The value that `content` holds. Raises DataError with the line and the column where it is not JSON."""
     try:
-        return json.loads(content)
+        return _value(content, source)
     except json.JSONDecodeError as error:
         raise DataError(f"{source}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
 
@@ -34,10 +44,11 @@ def parse_jsonl(content: str, source: str) -> Iterator[tuple[str, object]]:
     """Where each value stands ("FILE, line 3"), and the value; blank lines are passed over. Raises DataError."""
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
+            where = f"{source}, line {number}"
             try:
-                yield f"{source}, line {number}", json.loads(line)
+                yield where, _value(line, where)
             except json.JSONDecodeError as error:
-                raise DataError(f"{source}, line {number}, column {error.colno}: not JSON ({error.msg})") from error
+                raise DataError(f"{where}, column {error.colno}: not JSON ({error.msg})") from error
 
 
 def parse_csv(content: str, source: str, delimiter: str = ",") -> Iterator[tuple[str, dict[str, str]]]:
@@ -59,7 +70,10 @@ def parse_csv(content: str, source: str, delimiter: str = ",") -> Iterator[tuple
 
 def text_of(record: object, key: str, where: str) -> str:
     """The text under `key` of a record, without the blanks around it. Raises DataError if there is none."""
-    return prompt_of(record, key, where).strip()
+    text, most = prompt_of(record, key, where).strip(), MOST_CHARACTERS.get(key)
+    if most is not None and len(text) > most:
+        raise DataError(f'{where}: "{key}" has {len(text)} characters; at most {most} are meant')
+    return text
 
 
 def prompt_of(record: object, key: str, where: str) -> str:
@@ -70,6 +84,17 @@ def prompt_of(record: object, key: str, where: str) -> str:
     text = record[key]
     if not isinstance(text, str) or not text.strip():
         raise DataError(f'{where}: "{key}" is empty or no string')
-    if any("\ud800" <= character <= "\udfff" for character in text):
+    if has_surrogates(text):
         raise DataError(f'{where}: "{key}" holds half of a surrogate pair')
     return text
+
+
+def _value(content: str, where: str) -> object:
+    try:
+        return json.loads(content)
+    except json.JSONDecodeError:
+        raise
+    except RecursionError as error:
+        raise DataError(f"{where}: nested too deep to be read") from error
+    except ValueError as error:
+        raise DataError(f"{where}: a number has too many digits to be read") from error

@@ -1,3 +1,5 @@
+import os
+
 import pytest
 from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
@@ -88,6 +90,11 @@ def test_text_that_is_missing_or_ambiguous_lists_the_tokens(tokenizer, at, messa
 def test_empty_prompt(tokenizer, text):
     with pytest.raises(PromptError, match="empty"):
         tokenize(tokenizer, text)
+
+
+def test_bytes_that_are_not_utf_8(tokenizer):
+    with pytest.raises(PromptError, match="the prompt 'caf.udce9' holds bytes that are not UTF-8"):
+        tokenize(tokenizer, os.fsdecode(b"caf\xe9"))
 
 
 def test_bos_is_added_once_and_eos_is_left_off(bos_eos_tokenizer):

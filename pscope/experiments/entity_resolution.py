@@ -22,6 +22,7 @@ from pscope.metrics import rouge_l
 from pscope.models import LanguageModel
 from pscope.patchscope import Patchscope
 from pscope.prompts import At, Prompt, written_out
+from pscope.records import text_of
 from pscope.residual import capture
 from pscope.unpatched import continue_prompts
 
@@ -47,8 +48,10 @@ def describe_layers(
     One row per pair: `condition` ("patched", or "clean target", to which no layer belongs), `layer`, `target_layer`,
     `continuation`, and `rouge_l` against the `reference` (none without one). Raises PscopeError.
     """
-    if reference is not None and not any(character.isalnum() for character in reference):
-        raise PscopeError(f"the reference {reference!r} holds no word")
+    if reference is not None:
+        text_of({"reference": reference}, "reference", "the description to score against")
+        if not any(character.isalnum() for character in reference):
+            raise PscopeError(f"the reference {reference!r} holds no word")
     layers, columns = source_layers(pairs)
     states = capture(scope.model, [source], [[source.position]], layers)[0, columns]  # (pairs, hidden)
     spoken = scope.generate(states, [target for _, target in pairs], decoding)
