@@ -16,6 +16,9 @@ from pscope.records import parse_csv, parse_json, parse_jsonl, read_text, text_o
 ALL = "all entities"
 """The group of entities that are in no group."""
 
+_TOLD = 20
+"""How many of the names that are there twice a message lists."""
+
 
 @dataclass(frozen=True)
 class Entity:
@@ -69,6 +72,7 @@ def _json_records(content: str, source: str) -> Iterable[tuple[str, object]]:
 
 def _entities(records: Iterable[tuple[str, object]], source: str) -> list[Entity]:
     places: dict[str, str] = {}
+    repeated = []
     entities = []
     for where, record in records:
         name, reference = (text_of(record, key, where) for key in ("entity", "reference"))
@@ -78,7 +82,11 @@ def _entities(records: Iterable[tuple[str, object]], source: str) -> list[Entity
         entities.append(Entity(name, reference, text_of(record, "group", where) if group not in (None, "") else ""))
         first = places.setdefault(unicodedata.normalize("NFC", name), where)
         if first != where:
-            raise DataError(f"{where}: {name!r} is there already, in {first.removeprefix(f'{source}, ')}")
+            where, first = (place.removeprefix(f"{source}, ") for place in (where, first))
+            repeated.append(f"{where}: {name!r} is there already, in {first}")
+    if repeated:
+        more = f"; and {len(repeated) - _TOLD} more" if len(repeated) > _TOLD else ""
+        raise DataError(f"{source}, {'; '.join(repeated[:_TOLD])}{more}")
     if not entities:
         raise DataError(f"{source} holds no entity")
     ungrouped = "no group" if any(entity.group for entity in entities) else ALL

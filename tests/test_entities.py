@@ -92,6 +92,13 @@ A = '{"entity": "A", "reference": "a"}'
             "line 2: 'A' is there already, in line 1",
         ),
         (
+            "a.csv",
+            "entity,reference\nA,a\nB,b\nA,c\nB,d\nA,e\n",
+            "a.csv, line 4: 'A' .*, in line 2; line 5: 'B' .*, in line 3; line 6: 'A' is there already, in line 2$",
+        ),
+        ("a.csv", "entity,reference\n" + "A,a\n" * 100, "; and 79 more$"),
+        ("a.json", f'[{{"entity": "A", "reference": "a", "group": "{"g" * 201}"}}]', '"group" has 201 characters'),
+        (
             "a.json",
             '[{"entity": "é", "reference": "a"}, {"entity": "e\u0301", "reference": "b"}]',
             "entry 2: .* in entry 1",
