@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import platform
 import time
 import warnings
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from importlib.metadata import version
 from pathlib import Path
@@ -32,7 +34,8 @@ class Run:
 
     A context manager. Left by an exception, it keeps the table as far as it got and says so in the settings, or, when
     there are no rows yet, leaves nothing behind. Nothing that was there before is touched: raises RunError if the
-    folder has anything in it or cannot be written. `rows` is how many the table has once the run is left.
+    folder has anything in it or cannot be written, also later, as when the disk is full. A file is there whole or not
+    at all. `rows` is how many the table has once the run is left.
     """
 
     def __init__(self, folder: Path, settings: dict) -> None:
@@ -40,6 +43,7 @@ class Run:
         self.rows = 0
         self._settings = {**settings, "status": "running", "started": datetime.now(timezone.utc).isoformat()}
         self._table: pq.ParquetWriter | None = None
+        self._added: list[pa.Table] = []
 
     def __enter__(self) -> Run:
         self._began = time.perf_counter()
@@ -48,31 +52,44 @@ class Run:
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             (self.folder / "settings.json").touch(exist_ok=False)
-            self._write_settings()
         except FileExistsError as error:
             raise RunError(f"{self.folder} was taken by another run just now; name another with --out") from error
         except OSError as error:
             raise RunError(
                 f"cannot write to {self.folder}: {error.strerror}; name another folder with --out"
             ) from error
+        try:
+            self._write_settings()
+        except BaseException:
+            self._leave_nothing()
+            raise
         return self
 
     def add(self, frame: pd.DataFrame) -> None:
-        """Append rows to the table; what was added is on disk when the run is left, however that happens."""
+        """Append rows to the table; what was added is on disk when the run is left, however that happens.
+
+        Where they no longer fit, the table keeps those before them, and RunError is raised.
+        """
+        path = self.folder / "table.parquet"
         table = pa.Table.from_pandas(frame, preserve_index=False)
-        if self._table is None:
-            self._table = pq.ParquetWriter(self.folder / "table.parquet", table.schema)
-        self._table.write_table(table.cast(self._table.schema))
+        try:
+            if self._table is None:
+                self._table = pq.ParquetWriter(path, table.schema)
+            table = table.cast(self._table.schema)
+            self._table.write_table(table)
+        except OSError as error:
+            self._rewrite_table()
+            raise _cannot_write(path, error) from error
+        self._added.append(table)
 
     def note(self, name: str, what: pd.DataFrame | list) -> Path:
         """Save something made from the table: a frame as `NAME.csv`, anything else as `NAME.json`; returns its path."""
         if isinstance(what, pd.DataFrame):
-            path = self.folder / f"{name}.csv"
-            what.to_csv(path, index=False)
-        else:
-            path = self.folder / f"{name}.json"
-            path.write_text(json.dumps(what, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        return path
+            with self._whole(f"{name}.csv") as path:
+                what.to_csv(path, index=False)
+            return self.folder / f"{name}.csv"
+        self._write_json(f"{name}.json", json.dumps(what, indent=1, ensure_ascii=False))
+        return self.folder / f"{name}.json"
 
     def draw(self, figure: Figure, name: str = "figure") -> Path:
         """Save a figure as `NAME.png` and `NAME.svg`; returns the path of the PNG."""
@@ -81,32 +98,86 @@ class Run:
         with rc_context({"svg.fonttype": "none"}), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Glyph .* missing")
             for suffix in ("png", "svg"):
-                figure.savefig(self.folder / f"{name}.{suffix}", dpi=150, bbox_inches="tight")
+                with self._whole(f"{name}.{suffix}") as path:
+                    figure.savefig(path, dpi=150, bbox_inches="tight")
         return self.folder / f"{name}.png"
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._table is not None:
+        full = self._close_table()
+        stopped = error or full
+        if stopped is not None and not self.rows:
+            self._leave_nothing()
+        else:
+            self._settings["status"] = "complete" if stopped is None else f"stopped by {type(stopped).__name__}"
+            self._settings["seconds"] = round(time.perf_counter() - self._began, 1)
+            self._settings["rows"] = self.rows
+            try:
+                self._write_settings()
+            except RunError as failure:
+                # Those of the start still stand.
+                full = failure
+        if error is None and full is not None:
+            raise full
+
+    def _close_table(self) -> RunError | None:
+        """Close the table, count its rows, and say if it could not be written as it is."""
+        if self._table is None:
+            return None
+        path, full = self.folder / "table.parquet", None
+        try:
             self._table.close()
-            # Counted by the file, since Ctrl-C may come between a write and any counting of ours.
-            self.rows = pq.read_metadata(self.folder / "table.parquet").num_rows
-        if error is not None and not self.rows:
+        except OSError as error:
+            full = _cannot_write(path, error)
+            self._rewrite_table()
+        # Counted by the file, since Ctrl-C may come between a write and any counting of ours.
+        self.rows = pq.read_metadata(path).num_rows if path.exists() else 0
+        return full
+
+    def _rewrite_table(self) -> None:
+        """Where the disk is full: a table of what was added before, as much of it as fits."""
+        path = self.folder / "table.parquet"
+        for end in range(len(self._added), -1, -1):
+            with suppress(OSError):
+                # A writer that failed may hold the file open, and so its room.
+                os.truncate(path, 0)
+                path.unlink()
+            if end == 0:
+                return
+            with suppress(OSError), pq.ParquetWriter(path, self._added[0].schema) as writer:
+                for table in self._added[:end]:
+                    writer.write_table(table)
+                return
+
+    def _leave_nothing(self) -> None:
+        # Somebody else may have begun to use a folder above; what raised is what is to be seen.
+        with suppress(OSError):
             for name in ("settings.json", "table.parquet"):
                 (self.folder / name).unlink(missing_ok=True)
-            # Somebody else may have begun to use a folder above; what raised is what is to be seen.
-            with suppress(OSError):
-                for path in self._made:
-                    path.rmdir()
-            return
-        self._settings["status"] = "complete" if error is None else f"stopped by {type(error).__name__}"
-        self._settings["seconds"] = round(time.perf_counter() - self._began, 1)
-        self._settings["rows"] = self.rows
-        self._write_settings()
+            for path in self._made:
+                path.rmdir()
 
     def _write_settings(self) -> None:
-        text = json.dumps(self._settings, indent=2, ensure_ascii=False) + "\n"
-        (self.folder / "settings.json").write_text(text, "utf-8")
+        self._write_json("settings.json", json.dumps(self._settings, indent=2, ensure_ascii=False))
+
+    def _write_json(self, name: str, text: str) -> None:
+        with self._whole(name) as path:
+            # Bytes of a command line that are not UTF-8 become escapes, which JSON reads as what they were.
+            path.write_text(f"{text}\n", "utf-8", "backslashreplace")
+
+    @contextmanager
+    def _whole(self, name: str) -> Iterator[Path]:
+        """A path to write to; what stands there afterwards becomes the file `name`, and nothing is left if it fails."""
+        path, beside = self.folder / name, self.folder / f".{name}"
+        try:
+            yield beside
+            beside.replace(path)
+        except OSError as error:
+            raise _cannot_write(path, error) from error
+        finally:
+            with suppress(OSError):
+                beside.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -119,6 +190,10 @@ def check_writable(folder: Path) -> None:
         probe.unlink()
     except OSError as error:
         raise RunError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
+
+
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}")
 
 
 def _refuse_used(folder: Path) -> None:

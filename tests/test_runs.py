@@ -1,5 +1,9 @@
+import errno
 import json
+import os
+import resource
 import warnings
+from contextlib import contextmanager
 
 import matplotlib.figure
 import pandas as pd
@@ -97,6 +101,66 @@ def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
         with pytest.raises(RunError, match="taken by another run"), Run(tmp_path / "run", {"seed": 2}):
             pass
     assert json.loads((tmp_path / "run" / "settings.json").read_text())["seed"] == 1
+
+
+@contextmanager
+def files_of_at_most(size):
+    """Within the block, no file grows beyond that many bytes: writing fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [9_000, 20_000, 50_000])
+def test_a_table_that_no_longer_fits_keeps_the_rows_before(size, tmp_path):
+    frames = [
+        pd.DataFrame({"n": range(100 * n, 100 * n + 100)}).assign(text=lambda f: f["n"].map(str)) for n in range(99)
+    ]
+    too_large = pytest.raises(RunError, match="cannot write .*table.parquet: File too large")
+    with files_of_at_most(size), too_large, Run(tmp_path / "run", {}) as run:
+        for frame in frames:
+            run.add(frame)
+    kept = pd.read_parquet(tmp_path / "run" / "table.parquet")
+    assert 0 < len(kept) == run.rows < 9_900
+    pd.testing.assert_frame_equal(kept, pd.concat(frames, ignore_index=True)[: len(kept)])
+    assert json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))["rows"] == len(kept)
+
+
+def test_a_figure_that_does_not_fit_leaves_the_table(tmp_path):
+    too_large = pytest.raises(RunError, match="cannot write .*figure.png: File too large")
+    figure = matplotlib.figure.Figure()
+    figure.text(0, 0.5, "as large as this " * 9)
+    with files_of_at_most(5_000), too_large, Run(tmp_path / "run", {}) as run:
+        run.add(FRAME)
+        run.draw(figure)
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {"settings.json", "table.parquet"}
+    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == run.rows == 2
+
+
+def test_settings_that_do_not_fit_leave_nothing_that_blocks_another_try(tmp_path, monkeypatch):
+    with files_of_at_most(10), pytest.raises(RunError, match="cannot write .*settings.json: File too large"):
+        Run(tmp_path / "a" / "run", {}).__enter__()
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(TypeError), Run(tmp_path / "run", {"not": {"a": "text"}.keys()}):
+        pass
+    assert list(tmp_path.iterdir()) == []
+    # Those of the start stay when the last ones do not fit.
+    with pytest.raises(RunError, match="cannot write .*settings.json: No space left"), Run(tmp_path / "run", {}) as run:
+        run.add(FRAME)
+        full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        monkeypatch.setattr("pathlib.Path.write_text", lambda *_: (_ for _ in ()).throw(full))
+    assert json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))["status"] == "running"
+    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 2
+
+
+def test_bytes_of_a_command_line_that_are_not_utf_8_can_be_written(tmp_path):
+    line = os.fsdecode(b"pscope --out caf\xe9")
+    with Run(tmp_path / "run", {"command_line": line}) as run:
+        run.add(FRAME)
+    assert json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))["command_line"] == line
 
 
 def test_nothing_of_the_users_is_overwritten(tmp_path):
