@@ -11,6 +11,7 @@ from pscope.experiments.layer_readout import read_layers
 from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
 from pscope.plots.layer_readout import layer_readout_figure
 from pscope.plots.next_token import next_token_figure
+from pscope.prompts import tokenize
 from pscope.texts import shipped_texts
 
 
@@ -44,6 +45,31 @@ def test_positions_are_spread_drawn_once_and_repeatable(tiny):
     assert longer_than_the_window[0].positions == tuple(range(1, 256))
     long = draw_positions(tiny, ["a " * 300], 31, seed=0, most_tokens=32)
     assert long[0].positions == tuple(range(1, 32))
+
+
+def test_of_a_long_text_only_the_beginning_is_tokenised(smollm2, monkeypatch):
+    given = []
+    monkeypatch.setattr(
+        "pscope.experiments.next_token.tokenize",
+        lambda tokenizer, text: given.append(len(text)) or tokenize(tokenizer, text),
+    )
+    texts = [
+        " ".join(shipped_texts()),
+        "東京都は日本の首都である。" * 2000,
+        "def f(x):\n    return [y**2 for y in x]\n\n" * 900,
+        "a" * 40_000,
+        " " * 9_000 + "one two three " * 9_000,
+        "=" * 30_000 + "x" * 9,
+    ]
+    expected = [smollm2.tokenizer(text)["input_ids"][:512] for text in texts]
+    sampled = draw_positions(smollm2, texts, sum(len(ids) - 1 for ids in expected), seed=0)
+    assert [list(item.prompt.ids) for item in sampled] == expected
+    # The same positions as where texts are no longer than that.
+    fitting = ["a" + " a" * (len(ids) - 1) for ids in expected]
+    assert places(draw_positions(smollm2, fitting, 40, seed=1)) == places(draw_positions(smollm2, texts, 40, seed=1))
+    given.clear()
+    draw_positions(smollm2, ["She said so. " * 1_600_000], 3, seed=0)
+    assert max(given) < 20_000
 
 
 def test_next_token_rows_against_one_row_passes(tiny):

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from pscope.bootstrap import mean_bands, share_bands
 from pscope.errors import DataError, PscopeError
@@ -46,8 +47,8 @@ def draw_positions(
     if samples < 1:
         raise PscopeError(f"{samples} samples were asked for; at least 1 is needed")
     random = np.random.default_rng(seed)
-    prompts = [tokenize(model.tokenizer, text) for text in texts]
     most_tokens = min(most_tokens, model.window or most_tokens)
+    prompts = [_beginning(model.tokenizer, text, most_tokens) for text in texts]
     lengths = [min(len(prompt), most_tokens) for prompt in prompts]
     available = sum(max(0, length - 1) for length in lengths)
     if samples > available:
@@ -63,6 +64,19 @@ def draw_positions(
             drawn.setdefault(text, []).append(int(orders[text][turn]))
         missing, turn = missing - len(able[:missing]), turn + 1
     return [_cut(text, prompts[text], sorted(positions)) for text, positions in sorted(drawn.items())]
+
+
+def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> Prompt:
+    """The prompt of a text, or of as much of a long one as its first `tokens` tokens need."""
+    length = 16 * tokens
+    while length < len(text):
+        if text[:length].strip():
+            prompt = tokenize(tokenizer, text[:length])
+            # A cut may change the tokens before it, but none that are as many away as those that are read.
+            if len(prompt) >= 2 * tokens:
+                return prompt
+        length *= 2
+    return tokenize(tokenizer, text)
 
 
 def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
