@@ -1,8 +1,12 @@
+import io
+from xml.etree import ElementTree
+
 import numpy as np
 import pandas as pd
 import pytest
 import torch
 from conftest import without_a_number
+from matplotlib import rc_context
 from reference import hidden_states, patched_continuation
 from rouge_score.rouge_scorer import RougeScorer
 from test_unpatched import greedy
@@ -296,6 +300,34 @@ def test_the_figure_shows_groups_and_controls():
     np.testing.assert_allclose(lines[PATCHED].get_ydata(), [0.15, 0.25])
     np.testing.assert_allclose(lines[ANOTHER].get_ydata(), [0.015, 0.025])
     assert len(controls.collections) == 5
+
+
+def test_the_figure_shows_many_groups_of_any_name():
+    names = [f"group {number:02}" for number in range(13)]
+    names += ["_hidden", "\x1b[31mred\x07 <&> $x$", "\u202eturned", "long " * 30]
+    table = pd.concat([planted()[lambda table: table["group"] == "popular"].assign(group=name) for name in names])
+    figure = entity_figure(summarise(table.assign(entity=table["entity"] + table["group"])), "_\x1btitle")
+    groups, controls = figure.axes
+    shown = [text.get_text().removeprefix("\u200b") for text in groups.get_legend().get_texts()]
+    escaped = [r"\u001b[31mred\u0007 <&> \$x\$", "_hidden", *names[:13], f"{names[-1][:23]}…", r"\u202eturned"]
+    assert shown == [*escaped, WRITTEN_OUT]
+    colours = {line.get_color() for line in groups.get_lines()}
+    assert len(colours) == len(names)
+    file = io.BytesIO()
+    with rc_context({"svg.fonttype": "none"}):
+        figure.savefig(file, format="svg")
+    drawn = {
+        "".join(text.itertext()).removeprefix("\u200b")
+        for text in ElementTree.fromstring(file.getvalue()).iter("{http://www.w3.org/2000/svg}text")
+    }
+    assert {r"_\u001btitle", r"\u001b[31mred\u0007 <&> $x$", "_hidden", "group 12"} <= drawn
+    # Below the axes, and within the figure.
+    figure.draw_without_rendering()
+    for axes in (groups, controls):
+        legend = axes.get_legend().get_window_extent()
+        assert legend.y1 < axes.get_window_extent().y0
+        assert legend.y0 >= 0
+    assert groups.get_legend().get_window_extent().x1 < controls.get_legend().get_window_extent().x0
 
 
 def test_the_heatmap_has_a_planted_cell_where_it_belongs():

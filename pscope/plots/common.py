@@ -10,6 +10,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from pscope.characters import visible
+
 
 def fill(axes: Axes, x: pd.Series, low: pd.Series, high: pd.Series, colour: str | tuple) -> None:
     """The band around a line."""
@@ -46,5 +48,9 @@ def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, title: str, colum
 
 
 def drawable(text: str) -> str:
-    """Text that matplotlib draws as it stands: a dollar sign would start a formula."""
-    return text.replace("$", r"\$")
+    """Text that matplotlib draws as it stands, and that every reader of an SVG can parse.
+
+    A dollar sign would start a formula, and a label that begins with an underscore is left out of legends.
+    """
+    text = visible(text).replace("$", r"\$")
+    return f"\u200b{text}" if text.startswith("_") else text
