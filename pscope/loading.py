@@ -28,6 +28,7 @@ from transformers import (
 
 from pscope import packaged
 from pscope.errors import ModelError
+from pscope.memory import out_of_memory
 from pscope.models import LanguageModel
 from pscope.structure import check_structure
 
@@ -95,9 +96,9 @@ def load(
         _refuse_incomplete(LanguageModel(hf, tokenizer, str(model)), found)
         if device_map is None:
             hf = hf.to(device)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as error:
+        if out_of_memory(error):
+            raise
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
     return _checked(LanguageModel(hf, tokenizer, str(model)))
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pscope.errors import ModelError
+from pscope.memory import out_of_memory
 from pscope.models import LanguageModel, not_finite
 from pscope.plain import PlainPath
 from pscope.prompts import Prompt
@@ -180,9 +181,9 @@ def _tried(
         path = PATHS[name](trial.model, trial.target)
         with calling(trial.model, look):
             answers = trial.run(path)
-    except torch.OutOfMemoryError:
-        raise
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        if out_of_memory(error):
+            raise
         # Whatever a model's code says to such a batch or cache, the other paths do not depend on it.
         return None, _Found(), f"does not run ({' '.join(str(error).split())})"
     differences, most = torch.cat(_differences(answers, expected)), torch.cat(allowed)
