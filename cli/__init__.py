@@ -1,26 +1,42 @@
 """The command `pscope`: one file per command, each thin. Nothing heavy is imported before the arguments are read."""
 
 import os
-import signal
 import sys
+
+from pscope.cli import signals
 
 
 def main() -> None:
-    """The console script. Ctrl-C ends it at once, with exit code 130."""
-    # What a scheduler sends before it kills: the rows that are done are kept, as after Ctrl-C.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    """The console script. Ctrl-C ends it at once, with exit code 130; so do SIGTERM and SIGHUP."""
+    signals.listen()
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        # A character that the terminal's encoding lacks is shown as its escape.
+        stream.reconfigure(errors="backslashreplace")
     try:
         from pscope.cli.app import app
 
         app()
     except KeyboardInterrupt:
         print("pscope: stopped; nothing was written", file=sys.stderr)
-        stopped = 130
+        ended = 130
     except SystemExit as end:
-        stopped = end.code
-    if stopped == 130:
+        ended = end.code
+    ended = _flushed(ended)
+    if ended == 130:
         # Everything is on disk; what is left is a second or two of the interpreter taking its modules down.
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(stopped)
-    sys.exit(stopped)
+        os._exit(ended)
+    sys.exit(ended)
+
+
+def _flushed(ended: int | None) -> int | None:
+    """The exit code, once all that was printed has left: the device may be full, or the reader of a pipe gone."""
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        try:
+            stream.flush()
+        except OSError as error:
+            # What is left in the buffer must not be tried again as the interpreter ends.
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+            if not ended and not isinstance(error, BrokenPipeError):
+                print(f"pscope: cannot print: {error.strerror}", file=sys.stderr)
+            ended = ended or 1
+    return ended

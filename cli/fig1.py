@@ -15,7 +15,7 @@ from pscope.cli.common import (
     ModelOption,
     OutOption,
     RevisionOption,
-    err,
+    literal,
     load_model,
     out,
     parse_layers,
@@ -23,6 +23,7 @@ from pscope.cli.common import (
     print_json,
     run_folder,
     started,
+    tell,
 )
 from pscope.cli.prompts import (
     AtIndexOption,
@@ -34,7 +35,6 @@ from pscope.cli.prompts import (
     target_text,
     tell_sink,
 )
-from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -106,13 +106,13 @@ def fig1(
     else:
         out.print(_as_table(table, title))
     tell_sink(marked)
-    err.print(f"{scope.check}\nfigure: {figure}", soft_wrap=True, markup=False)
+    tell(f"{scope.check}\nfigure: {figure}")
 
 
 def _as_table(table: pd.DataFrame, title: str) -> Table:
     from pscope.experiments.layer_readout import CLEAN, LOGIT_LENS, PATCHSCOPE
 
-    shown = Table(title=escape(title), title_justify="left")
+    shown = Table(title=literal(title), title_justify="left")
     for column in ("layer", PATCHSCOPE, "goes on", LOGIT_LENS):
         shown.add_column(column, justify="right" if column == "layer" else "left", overflow="fold")
     patched, lens = (
@@ -137,4 +137,4 @@ def _cell(rows: pd.DataFrame) -> str:
 
 
 def _quoted(text: str) -> str:
-    return escape(repr(text))
+    return literal(repr(text))

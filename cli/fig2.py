@@ -17,7 +17,6 @@ from pscope.cli.common import (
     OutOption,
     RevisionOption,
     digest,
-    err,
     load_model,
     narrow_table,
     out,
@@ -25,7 +24,9 @@ from pscope.cli.common import (
     parse_memory,
     progress_bar,
     run_folder,
+    seed_option,
     started,
+    tell,
 )
 from rich.table import Table
 
@@ -48,7 +49,7 @@ def fig2(
         ),
     ] = None,
     layers: LayersOption = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws the positions and the bands.")] = 0,
+    seed: Annotated[int, seed_option("the positions and the bands")] = 0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in one pass.")] = 1024,
     memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
@@ -97,7 +98,7 @@ def fig2(
         "memory": budget,
         "path": str(scope.check),
     }
-    err.print(str(scope.check), markup=False)
+    tell(str(scope.check))
     with started(folder, "fig2", lm, settings) as run:
         chunks = []
         with progress_bar() as progress:
@@ -112,7 +113,7 @@ def fig2(
         run.note("summary", summary)
         figure = run.draw(next_token_figure(summary, f"{lm.name}, {samples} samples"))
     out.print(_as_table(summary))
-    err.print(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}", soft_wrap=True, markup=False)
+    tell(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}")
 
 
 def _as_table(summary: pd.DataFrame) -> Table:

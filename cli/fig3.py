@@ -18,7 +18,7 @@ from pscope.cli.common import (
     RevisionOption,
     collect,
     digest,
-    err,
+    literal,
     load_model,
     narrow_table,
     out,
@@ -26,7 +26,9 @@ from pscope.cli.common import (
     parse_memory,
     parse_target_layers,
     run_folder,
+    seed_option,
     started,
+    tell,
 )
 from pscope.cli.entities import (
     BeforeOption,
@@ -61,9 +63,7 @@ def fig3(
     before: BeforeOption = None,
     new_tokens: NewTokensOption = 20,
     stop_at_comma: StopAtCommaOption = True,
-    seed: Annotated[
-        int, typer.Option(min=0, help="Draws the order, the random vectors, the halves and the bands.")
-    ] = 0,
+    seed: Annotated[int, seed_option("the order, the random vectors, the halves and the bands")] = 0,
     memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
     revision: RevisionOption = None,
@@ -118,11 +118,10 @@ def fig3(
     }
     if demonstrated:
         names = ", ".join(entity.name for entity in demonstrated)
-        err.print(f"left out, since the target prompt speaks of them: {names}", soft_wrap=True, markup=False)
+        tell(f"left out, since the target prompt speaks of them: {names}")
     if at_sink:
-        told = f"{at_sink} of {len(kept)} names are read at the very first token, where models keep an attention sink"
-        err.print(told, soft_wrap=True, markup=False)
-    err.print(str(scope.check), markup=False)
+        tell(f"{at_sink} of {len(kept)} names are read at the very first token, where models keep an attention sink")
+    tell(str(scope.check))
     with started(folder, "fig3", lm, settings) as run:
         # Those that belong to no layer are few, and most of the controls are free.
         rows = rows_of(kept, pairs) - 2 * len(kept)
@@ -132,33 +131,46 @@ def fig3(
         run.note("best_layers", best)
         figure = run.draw(entity_figure(summary, f"{lm.name}, {len(kept)} entities"))
     if one_target(pairs):
-        out.print(_layers_table(summary))
+        out.print(*_layers_tables(summary))
     if len(best):
         out.print(_best_table(best))
-    err.print(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}", soft_wrap=True, markup=False)
+    tell(f"table: {run.folder / 'table.parquet'}\nfigure: {figure}")
 
 
-def _layers_table(summary: pd.DataFrame) -> Table:
-    """Layers down; the groups with their bands, and the controls, side by side. Last what belongs to no layer."""
+def _layers_tables(summary: pd.DataFrame) -> list[Table]:
+    """Layers down; the groups with their bands side by side. Last what belongs to no layer.
+
+    Three of them fit in 80 columns, and in the last table the controls beside them.
+    """
     from pscope.entities import ALL
     from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
 
     groups = list(dict.fromkeys(summary["group"]))
     rows = summary.set_index(["condition", "group", "layer"])[["rouge_l", "low", "high"]].to_dict("index")
-    shown = narrow_table("mean ROUGE-L (95 % band from resampling entities); controls: of all entities")
-    # One blank between columns is all that fits.
-    shown.padding = 0
-    shown.add_column("layer", justify="right", no_wrap=True)
-    for heading in (*groups, ANOTHER.replace(" ", "\n"), RANDOM.replace(" ", "\n")):
-        shown.add_column(heading, justify="right")
-    for layer in sorted(summary["layer"].dropna().unique()):
-        means = [_with_band(rows[PATCHED, group, layer]) for group in groups]
-        controls = [rows.get((control, ALL, layer)) for control in (ANOTHER, RANDOM)]
-        shown.add_row(str(layer), *means, *("" if cell is None else f"{cell['rouge_l']:.2f}" for cell in controls))
-    for condition, label in ((CLEAN, "clean"), (WRITTEN_OUT, "written out")):
-        level = summary[summary["condition"] == condition].set_index("group").to_dict("index")
-        shown.add_row(label, *(_with_band(level[group]) for group in groups), "", "", style="dim")
-    return shown
+    level = summary[summary["layer"].isna()].set_index(["condition", "group"]).to_dict("index")
+    tables = []
+    for first in range(0, len(groups), 3):
+        part = groups[first : first + 3]
+        last = part[-1] == groups[-1]
+        controls = (ANOTHER, RANDOM) if last else ()
+        shown = narrow_table(
+            "mean ROUGE-L (95 % band from resampling entities); controls: of all entities" if last else ""
+        )
+        # One blank between columns is all that fits.
+        shown.padding = 0
+        shown.add_column("layer", justify="right", no_wrap=True)
+        for group in part:
+            shown.add_column(literal(group), justify="right", overflow="fold", max_width=16)
+        for control in controls:
+            shown.add_column(control.replace(" ", "\n"), justify="right")
+        for layer in sorted(summary["layer"].dropna().unique()):
+            means = [_with_band(rows[PATCHED, group, layer]) for group in part]
+            others = [rows.get((control, ALL, layer)) for control in controls]
+            shown.add_row(str(layer), *means, *("" if cell is None else f"{cell['rouge_l']:.2f}" for cell in others))
+        for condition, label in ((CLEAN, "clean"), (WRITTEN_OUT, "written out")):
+            shown.add_row(label, *(_with_band(level[condition, group]) for group in part), style="dim")
+        tables.append(shown)
+    return tables
 
 
 def _with_band(mean: dict[str, float]) -> str:
@@ -168,10 +180,10 @@ def _with_band(mean: dict[str, float]) -> str:
 def _best_table(best: pd.DataFrame) -> Table:
     shown = narrow_table("the maximum is an oracle: chosen on the entities that it is reported on")
     for column in ("entities", "best layer\non one half", "ROUGE-L on\nthe other half", "maximum", "at layer"):
-        shown.add_column(column, justify="left" if column == "entities" else "right")
+        shown.add_column(column, justify="left" if column == "entities" else "right", overflow="fold")
     for row in best.itertuples():
         shown.add_row(
-            row.group,
+            literal(row.group),
             _pair(row.layer, row.target_layer),
             f"{row.held_out:.3f}",
             f"{row.maximum:.3f}",

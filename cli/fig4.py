@@ -19,12 +19,15 @@ from pscope.cli.common import (
     collect,
     digest,
     err,
+    literal,
     load_model,
     narrow_table,
     out,
     parse_memory,
     run_folder,
+    seed_option,
     started,
+    tell,
 )
 from pscope.cli.grids import (
     FullOption,
@@ -37,7 +40,6 @@ from pscope.cli.grids import (
     tell_price,
     warn_few,
 )
-from rich.markup import escape
 from rich.table import Table
 
 from pscope.errors import PscopeError
@@ -91,7 +93,7 @@ def fig4(
             metavar='"π2" "π1"', help='Walk through a query of your own: "The CEO of" "the company that made X".'
         ),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Draws queries, folds, random vectors and bands.")] = 0,
+    seed: Annotated[int, seed_option("queries, folds, random vectors and bands")] = 0,
     memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
     revision: RevisionOption = None,
@@ -119,7 +121,7 @@ def fig4(
     else:
         composed, skipped = (compose(shipped_relations()), []) if queries is None else read_queries(queries)
         for line in skipped:
-            err.print(line, soft_wrap=True, markup=False)
+            tell(line)
     lm = load_model(model, dtype, device, device_map, revision)
 
     import numpy as np
@@ -153,11 +155,10 @@ def fig4(
         asked = [kept[index] for index in sorted(order[: samples or (15 if quick else 60)].tolist())]
     counts["asked"] = len(asked)
     rows = multi_hop.rows_to_decode(len(asked), pairs)
-    err.print(
-        "queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()), soft_wrap=True, markup=False
-    )
-    warn_few({"queries": len(asked), "bridges": len({multi_hop.shared_bridge(one) for one in asked})})
-    err.print(str(check), markup=False)
+    tell("queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    if not walking:
+        warn_few({"queries": len(asked), "bridges": len({multi_hop.shared_bridge(one) for one in asked})})
+    tell(str(check))
     tell_price(rows, new_tokens)
     settings = {
         "queries": " ".join(query) if query else str(queries or "composed of the relations shipped with pscope"),
@@ -189,10 +190,10 @@ def fig4(
             heatmaps = run.draw(answers_heatmaps(table, lm.name), "heatmaps")
     if walking:
         _walk_through(asked[0], table)
-        err.print(f"table: {run.folder / 'table.parquet'}", soft_wrap=True, markup=False)
+        tell(f"table: {run.folder / 'table.parquet'}")
         return
     out.print(_as_table(summary, lengths))
-    err.print(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}", soft_wrap=True, markup=False)
+    tell(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}")
 
 
 def _as_table(summary: pd.DataFrame, lengths: str) -> Table:
@@ -219,11 +220,11 @@ def _as_table(summary: pd.DataFrame, lengths: str) -> Table:
 
 def _walk_through(query: Query, table: pd.DataFrame, most: int = 8) -> None:
     """What each method says; of a grid, continuations that coincide share a line, right ones come first."""
-    out.print(f"[bold]{escape(query.text)}[/bold]", soft_wrap=True)
+    out.print(f"[bold]{literal(query.text)}[/bold]", soft_wrap=True)
     if query.answers:
-        out.print(f"answer: {escape(' / '.join(query.answers))}", soft_wrap=True)
+        out.print(f"answer: {literal(' / '.join(query.answers))}", soft_wrap=True)
     for method, chunk in table.groupby("method", sort=False):
-        shown = Table(title=escape(method), title_justify="left")
+        shown = Table(title=literal(method), title_justify="left")
         shown.add_column("layers")
         shown.add_column("continuation", overflow="fold")
         own = chunk[chunk["condition"] == "patched"]
@@ -233,11 +234,13 @@ def _walk_through(query: Query, table: pd.DataFrame, most: int = 8) -> None:
             more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
             found = "green" if first["found"] else None
             shown.add_row(
-                f"{first['layer']} → {first['target_layer']}{more}", escape(" ".join(text.split())), style=found
+                f"{first['layer']} → {first['target_layer']}{more}", literal(" ".join(text.split())), style=found
             )
         if len(groups) > most:
             shown.add_row(f"… {len(groups) - most} others", "")
         clean = chunk[chunk["condition"] == "clean target"]
         for text in clean["continuation"]:
-            shown.add_row("unpatched", escape(" ".join(text.split())), style="green" if clean["found"].any() else "dim")
+            shown.add_row(
+                "unpatched", literal(" ".join(text.split())), style="green" if clean["found"].any() else "dim"
+            )
         out.print(shown)

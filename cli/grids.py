@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pscope.cli.common import err, parse_layers, parse_target_layers
+from pscope.cli.common import parse_layers, parse_target_layers, tell
 
 from pscope.errors import PscopeError
 
@@ -61,12 +61,11 @@ def check_grid(layers: str | None, targets: str | None, full: bool) -> None:
 
 def tell_price(rows: int, new_tokens: int) -> None:
     """How many rows and tokens a run will decode, at most."""
-    err.print(f"{rows} patched rows will be decoded, at most {rows * new_tokens} tokens", markup=False)
+    tell(f"{rows} patched rows will be decoded, at most {rows * new_tokens} tokens")
 
 
 def warn_few(counts: Mapping[str, int]) -> None:
     """Name what there are few of: each of them may decide which pair of layers is best for others, and the bands."""
     few = [f"{count} {what}" for what, count in counts.items() if count < FEW]
     if few:
-        told = f"only {', '.join(few)}: below {FEW}, single ones decide the pair of layers that is chosen and the bands"
-        err.print(told, soft_wrap=True, markup=False)
+        tell(f"only {', '.join(few)}: below {FEW}, single ones decide the pair of layers that is chosen and the bands")

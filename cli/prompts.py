@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pscope.cli.common import err
+from pscope.cli.common import tell
 
 from pscope.errors import PscopeError
 
@@ -75,7 +75,8 @@ def target_text(target: str | None) -> str | None:
     """The prompt that `--target` gives, from a file where it names one. Raises PscopeError for a file that is not."""
     if target is None:
         return None
-    if os.path.isfile(target):
+    # Also what is no regular file, which is then refused by that name.
+    if os.path.exists(target) and not os.path.isdir(target):
         from pscope.records import read_text
 
         return read_text(Path(target)).rstrip("\r\n")
@@ -93,11 +94,9 @@ def target_prompt(model: LanguageModel, text: str | None, default: str, at: str 
 def tell_sink(source: Prompt) -> None:
     """Say so if the very first token is read."""
     if source.at_sink:
-        err.print(
+        tell(
             f"{source.token!r} is the very first token: models keep an attention sink there, whose state says nothing "
-            "of the token",
-            soft_wrap=True,
-            markup=False,
+            "of the token"
         )
 
 

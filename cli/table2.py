@@ -18,12 +18,15 @@ from pscope.cli.common import (
     collect,
     digest,
     err,
+    literal,
     load_model,
     narrow_table,
     out,
     parse_memory,
     run_folder,
+    seed_option,
     started,
+    tell,
 )
 from pscope.cli.grids import (
     FullOption,
@@ -65,7 +68,7 @@ def table2(
     full: FullOption = False,
     quick: QuickOption = False,
     new_tokens: NewTokensOption = 20,
-    seed: Annotated[int, typer.Option(min=0, help="Draws subjects, folds, random vectors and bands.")] = 0,
+    seed: Annotated[int, seed_option("subjects, folds, random vectors and bands")] = 0,
     memory: MemoryOption = 1.0,
     model: ModelOption = "smollm2",
     revision: RevisionOption = None,
@@ -89,7 +92,7 @@ def table2(
 
     read, skipped = (shipped_relations(), []) if relations is None else read_relations(relations)
     for line in skipped:
-        err.print(line, soft_wrap=True, markup=False)
+        tell(line)
     lm = load_model(model, dtype, device, device_map, revision)
 
     import pscope
@@ -122,16 +125,16 @@ def table2(
     for question in asked:
         if question.unread:
             lost = f"{question.relation.name}: source prompts left out: {len(question.unread)}"
-            err.print(f"{lost}, the first because {question.unread[0]}", soft_wrap=True, markup=False)
+            tell(f"{lost}, the first because {question.unread[0]}")
         known = f"{question.relation.name}: {question.answered} of {question.subjects} subjects are known"
         fate = f"{len(question.samples)} are read" if question.enough else f"skipped, fewer than the {FOLDS} folds"
-        err.print(f"{known}, {fate}", soft_wrap=True, markup=False)
+        tell(f"{known}, {fate}")
     questions = [question for question in asked if question.enough]
     if not questions:
         raise PscopeError("no relation is left: the model knows too few subjects of each")
     warn_few({f"subjects of {question.relation.name}": len(question.samples) for question in questions})
     rows = rows_to_decode(questions, pairs)
-    err.print(str(check), markup=False)
+    tell(str(check))
     tell_price(rows, new_tokens)
     settings = {
         "relations": str(relations or "shipped with pscope"),
@@ -162,7 +165,7 @@ def table2(
         figure = run.draw(accuracy_figure(accuracy, lm.name))
         heatmaps = run.draw(accuracy_heatmaps(table, lm.name), "heatmaps")
     out.print(_as_table(summary))
-    err.print(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}", soft_wrap=True, markup=False)
+    tell(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}")
 
 
 def _as_table(summary: pd.DataFrame) -> Table:
@@ -180,7 +183,7 @@ def _as_table(summary: pd.DataFrame) -> Table:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in summary.itertuples():
         shown.add_row(
-            row.relation,
+            literal(row.relation),
             str(row.samples),
             f"{row.oracle:.2f}±{row.oracle_std:.2f}",
             _number(row.random_oracle),

@@ -14,7 +14,7 @@ from pscope.cli.common import (
     ModelOption,
     OutOption,
     RevisionOption,
-    err,
+    literal,
     load_model,
     out,
     parse_layers,
@@ -23,6 +23,7 @@ from pscope.cli.common import (
     print_json,
     run_folder,
     started,
+    tell,
 )
 from pscope.cli.entities import (
     BeforeOption,
@@ -42,7 +43,6 @@ from pscope.cli.prompts import (
     target_text,
     tell_sink,
 )
-from rich.markup import escape
 from rich.table import Table
 
 if TYPE_CHECKING:
@@ -117,11 +117,11 @@ def table3(
     else:
         out.print(_as_table(table, entity, one_target=one_target(pairs), scored=reference is not None))
     tell_sink(source_prompt)
-    err.print(f"{scope.check}\ntable: {folder / 'table.parquet'}", soft_wrap=True, markup=False)
+    tell(f"{scope.check}\ntable: {folder / 'table.parquet'}")
 
 
 def _as_table(table: pd.DataFrame, entity: str, *, one_target: bool, scored: bool) -> Table:
-    shown = Table(title=escape(entity), title_justify="left")
+    shown = Table(title=literal(entity), title_justify="left")
     shown.add_column("layer", justify="right")
     if not one_target:
         shown.add_column("target layer", justify="right")
@@ -132,7 +132,7 @@ def _as_table(table: pd.DataFrame, entity: str, *, one_target: bool, scored: boo
         control = row.condition != "patched"
         cells = ["clean" if control else str(row.layer)]
         cells += [] if one_target else ["" if control else str(row.target_layer)]
-        cells += [escape(" ".join(row.continuation.split()))]
+        cells += [literal(" ".join(row.continuation.split()))]
         cells += [f"{row.rouge_l:.2f}"] if scored else []
         shown.add_row(*cells, style="dim" if control else None)
     return shown

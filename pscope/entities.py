@@ -38,7 +38,8 @@ def shipped_entities() -> list[Entity]:
 def read_entities(path: Path) -> list[Entity]:
     """The entities in a UTF-8 file: a JSON list, JSON Lines or CSV, of "entity", "reference" and perhaps "group".
 
-    Other keys are not looked at. Raises DataError, naming the line or entry where there is one to name.
+    Other keys are not looked at. Raises DataError, naming the line or entry where there is one to name, also for a name
+    or group of more than 200 characters and a reference of more than 10,000.
     """
     source = str(path)
     if path.suffix not in (".json", ".jsonl", ".csv"):

@@ -1,13 +1,18 @@
+import errno
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
+import torch
 from conftest import random_model
 from pscope.cli.app import app
 from pscope.cli.common import parse_layers, parse_target_layers
@@ -17,6 +22,7 @@ from typer.testing import CliRunner
 
 import pscope
 
+NOT_UTF_8 = os.fsdecode(b"caf\xe9")
 TEXTS = [
     "The lighthouse keeper counted eleven ships before the fog came in over the bay.",
     "Water boils at a lower temperature on a mountain than it does beside the sea.",
@@ -522,7 +528,8 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig3", "syria.csv", "--model", "TINY"], "no entity is left: the target prompt speaks of all of them"),
         (["fig3", "mine.csv", "--model", "TINY", "--layers", "0-9"], "layer 5 is out of range"),
         (["fig3", "mine.csv", "--model", "TINY", "--new-tokens", "300"], "more than the window"),
-        (["fig3", "long.csv", "--model", "TINY"], "cannot be read: 300 tokens are more than the window"),
+        (["fig3", "long.csv", "--model", "TINY"], "tokens are more than the window"),
+        (["fig3", "longer.csv"], 'longer.csv, line 3: "entity" has 201 characters; at most 200 are meant'),
         (["fig3", "mine.csv", "--target-layers", "-1"], "--target-layers '-1': '-1' is neither"),
         (["table2", "empty.txt"], "empty.txt holds no relation"),
         (["table2", "broken.json"], "broken.json, line 2, column 19: not JSON"),
@@ -539,6 +546,27 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig4", "queries.json", "--keep", "some"], "'some' is not one of"),
         (["fig4", "queries.json", "--keep", "all", "--model", "TINY", "--layers", "9"], "layer 9 is out of range"),
         (["fig4", "missing"], "missing holds no relation"),
+        (["fig1", "--model", "TINY", "--source", NOT_UTF_8], "holds bytes that are not UTF-8"),
+        (["fig1", "--model", "TINY", "--target", NOT_UTF_8], "holds bytes that are not UTF-8"),
+        (["table3", "A", "--model", "TINY", "--reference", NOT_UTF_8], "holds half of a surrogate pair"),
+        (["fig4", "--model", "TINY", "--query", NOT_UTF_8, "the a"], "holds bytes that are not UTF-8"),
+        (["table3", "A", "--model", "TINY", "--reference", "a " * 5001], '"reference" has 10001 characters'),
+        (["fig2", "--memory", "1e300"], "a positive number of GiB is needed, at most 1048576"),
+        (["fig2", "--seed", "4294967296"], "'--seed': Input should be less"),
+        (["fig3", "--seed", "4294967296"], "'--seed': Input should be less"),
+        (["fig4", "--seed", "4294967296"], "'--seed': Input should be less"),
+        (["table2", "--seed", "9" * 5000], "'--seed': Unable to parse"),
+        (["fig2", "--texts", "pipe.txt"], "pipe.txt is no regular file"),
+        (["fig3", "pipe.json"], "pipe.json is no regular file"),
+        (["fig4", "pipe.json"], "pipe.json is no regular file"),
+        (["table2", "pipe.tsv"], "pipe.tsv is no regular file"),
+        (["table3", "A", "--target", "pipe.txt"], "pipe.txt is no regular file"),
+        (["fig2", "--texts", "deep.jsonl"], "deep.jsonl, line 1: nested too deep"),
+        (["fig3", "deep.json"], "deep.json: nested too deep"),
+        (["fig4", "deep.json"], "deep.json: nested too deep"),
+        (["table2", "digits.json"], "digits.json: a number has too many digits"),
+        (["\x1b]0;title\x07"], "No such command '\\x1b]0;title\\x07'"),
+        (["fig1", "--model", "\x1b]0;title\x07\u202e"], "\\u001b]0;title\\u0007\\u202e"),
         (["fig1", "--device", "nonsense", "--model", "TINY"], "the device 'nonsense' cannot be used"),
         (["fig1", "--device", "cuda:9", "--model", "TINY"], "the device 'cuda:9' cannot be used"),
     ],
@@ -554,10 +582,16 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_folder):
     Path("mute.csv").write_text("entity,reference\nA,\n")
     Path("bare.csv").write_text("entity\nA\n")
     Path("syria.csv").write_text("entity,reference\nSyria,Country\n")
-    Path("long.csv").write_text(f"entity,reference\nA,a\n{'long ' * 300},b\n")
+    Path("long.csv").write_text(f"entity,reference\nA,a\n{'𒀀' * 150},b\n")
+    Path("longer.csv").write_text(f"entity,reference\nA,a\n{'a' * 201},b\n")
     Path("slotless.json").write_text('{"name": "a", "kind": "b", "template": "a"}')
     Path("queries.json").write_text('[{"first": "the a", "second": "The b of", "answer": "c"}]')
     Path("mine.csv").write_text("entity,reference\nA,a\n")
+    for name in ("pipe.txt", "pipe.json", "pipe.tsv"):
+        os.mkfifo(name)
+    for name in ("deep.json", "deep.jsonl"):
+        Path(name).write_text("[" * 100_000 + "]" * 100_000)
+    Path("digits.json").write_text(f'{{"name": {"9" * 5000}}}')
     Path("full").mkdir()
     Path("full/mine").touch()
     before = sorted(Path().rglob("*"))
@@ -566,6 +600,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, message, tiny_folder):
     assert message in result.stderr
     assert result.stderr.startswith("pscope: ")
     assert result.stderr.count("\n") == 1
+    assert not re.search("[\x00-\x09\x0b-\x1f\x7f-\x9f\u202a-\u202e]", result.stderr)
     assert result.stdout == ""
     assert sorted(Path().rglob("*")) == before
 
@@ -606,11 +641,126 @@ finally:
     assert (finished.returncode, finished.stderr.count("\n")) == (2, 1), finished.stderr
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("command", ["check", "fig1", "fig2", "table2", "table3 A", "fig3", "fig4"])
+def test_running_out_of_memory_names_options_that_the_command_has(command, monkeypatch):
+    options = set(re.findall("--[a-z-]+", run(*command.split(), "--help").stdout))
+    cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
+    for error in (MemoryError(), RuntimeError(cpu), torch.OutOfMemoryError("CUDA out of memory. Tried to")):
+        monkeypatch.setattr("pscope.loading.load", Mock(side_effect=error))
+        result = run(*command.split())
+        assert result.exit_code == 2
+        (told,) = result.stderr.splitlines()
+        assert told.startswith("pscope: out of memory; try ")
+        named = set(re.findall("--[a-z-]+", told))
+        assert named == options & {"--memory", "--batch-tokens", "--dtype"}
+    monkeypatch.setattr("pscope.loading.load", Mock(side_effect=RuntimeError("something else")))
+    assert isinstance(run(*command.split()).exception, RuntimeError)
+
+
+def test_a_full_disk_in_the_middle_of_a_run_is_told_with_what_was_kept(tiny_folder, texts, tmp_path, monkeypatch):
+    write, written = pq.ParquetWriter.write_table, []
+
+    def full(*args):
+        written.append(write(*args))
+        if len(written) == 2:
+            raise OSError(errno.ENOSPC, "Error writing bytes to file")
+
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    out = tmp_path / "run"
+    command = ("fig2", "--model", tiny_folder, "--texts", texts, "--samples", 6, "--layers", "1,3", "--batch-tokens", 1)
+    result = run(*command, "--out", out)
+    assert result.exit_code == 2
+    table = pd.read_parquet(out / "table.parquet")
+    assert len(table) > 0
+    kept = f"kept {len(table)} rows in {out / 'table.parquet'}"
+    expected = f"pscope: cannot write {out / 'table.parquet'}: No space left on device; {kept}"
+    assert result.stderr.splitlines()[-1] == expected
+    assert "Traceback" not in result.output
+
+
+def test_names_of_others_steer_no_terminal(tiny_folder, tmp_path):
+    name, group = "\x1b]0;title\x07[/b]:heart:", "\u202egroup [red]"
+    records = [{"entity": f"{name}{number}", "reference": "a", "group": group} for number in range(3)]
+    Path("mine.json").write_text(json.dumps(records))
+    command = ("--model", tiny_folder, "--layers", "1", "--new-tokens", 2)
+    result = run("fig3", "mine.json", *command, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    assert r"\u202egroup [red]" in " ".join(result.stdout.split())
+    one = run("table3", name, *command)
+    assert r"\u001b]0;title\u0007[/b]:heart:" in "".join(one.stdout.split())
+    for told in (result, one):
+        assert not re.search("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e]", told.output)
+    as_json = run("table3", name, "--reference", "a", *command, "--json")
+    assert json.loads(as_json.stdout)
+
+
+def test_fig3_shows_any_number_of_groups_in_80_columns(tiny_folder, tmp_path):
+    records = [
+        {"entity": f"{number} {group}", "reference": "a", "group": f"the group with the name {group}"}
+        for group in range(8)
+        for number in range(2)
+    ]
+    Path("mine.json").write_text(json.dumps(records))
+    result = run(
+        *("fig3", "mine.json", "--model", tiny_folder, "--layers", "1,2", "--new-tokens", 2, "--out", tmp_path / "run")
+    )
+    assert result.exit_code == 0, result.output
+    assert max(map(len, result.stdout.splitlines())) <= 80
+    bands = re.findall(r"\d\.\d\d \(\d\.\d\d–\d\.\d\d\)", result.stdout)
+    assert len(bands) == (8 + 1) * (2 + 2)
+    assert "…" not in result.stdout.split("best layer")[0]
+
+
+def test_an_ascii_stream_gets_json(tiny_folder):
+    runner = CliRunner(charset="ascii")
+    command = ["table3", "東京", "--model", str(tiny_folder), "--layers", "1", "--new-tokens", "2", "--json"]
+    result = runner.invoke(app, command)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.isascii()
+    assert len(json.loads(result.stdout)) == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "encoding", "device", "exit_code", "told"),
+    [
+        ("fig4 --help", "ascii", os.devnull, 0, ""),
+        ("figüre", "ascii", os.devnull, 2, "pscope: No such command 'fig"),
+        ("--help", "utf-8", "/dev/full", 2, "pscope: No space left on device"),
+    ],
+)
+def test_a_stream_that_cannot_take_what_is_printed(arguments, encoding, device, exit_code, told):
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    with open(device, "w") as stdout:
+        finished = subprocess.run(
+            [sys.executable, "-m", "pscope.cli", *arguments.split()],
+            stdout=stdout,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
+    assert finished.returncode == exit_code
+    assert finished.stderr.startswith(told)
+    assert finished.stderr.count("\n") == bool(told)
+
+
+@pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP, signal.SIGTERM]])
 def test_a_stopped_command_says_what_was_kept(sent, tmp_path, smollm2):
     out = tmp_path / "run"
     process = subprocess.Popen(
-        [sys.executable, "-m", "pscope.cli", "fig2", "--samples", "2000", "--batch-tokens", "128", "--out", str(out)],
+        [
+            sys.executable,
+            "-m",
+            "pscope.cli",
+            "fig2",
+            "--samples",
+            "2000",
+            "--batch-tokens",
+            "128",
+            "--layers",
+            "10",
+            "--out",
+            str(out),
+        ],
         stderr=subprocess.PIPE,
         text=True,
     )
@@ -618,7 +768,8 @@ def test_a_stopped_command_says_what_was_kept(sent, tmp_path, smollm2):
     while not ((out / "table.parquet").exists() and (out / "table.parquet").stat().st_size > 100):
         assert process.poll() is None
         time.sleep(0.1)
-    process.send_signal(sent)
+    for number in sent:
+        process.send_signal(number)
     _, told = process.communicate()
     assert process.returncode == 130
     table = pd.read_parquet(out / "table.parquet")
