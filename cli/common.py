@@ -157,6 +157,7 @@ def collect(run: Run, chunks: Iterable[pd.DataFrame], total: int, count: Callabl
         began = time.monotonic()
         for chunk in chunks:
             run.add(chunk)
+            signals.raise_if_stopped()
             frames.append(chunk)
             now, rows = time.monotonic(), count(chunk)
             done += rows

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pscope.cli import signals
 from pscope.cli.common import (
     DeviceMapOption,
     DeviceOption,
@@ -105,6 +106,7 @@ def fig2(
             task = progress.add_task("samples", total=samples)
             for chunk in decode_next_tokens(scope, sampled, chosen, batch_tokens):
                 run.add(chunk)
+                signals.raise_if_stopped()
                 chunks.append(chunk)
                 progress.advance(task, len(chunk) // (2 * len(chosen)))
         import pandas as pd

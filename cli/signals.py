@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 import signal
+import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import FrameType
 
+TOGETHER = 5
+"""Seconds within which several are one: schedulers send more than one, and people press a key twice."""
+
 _stopped = _held = False
+_raised = -math.inf
 
 
 def listen() -> None:
-    """Make each of them raise KeyboardInterrupt, once; what is ignored, as SIGHUP under `nohup`, stays so."""
+    """Make each of them raise KeyboardInterrupt; what is ignored, as SIGHUP under `nohup`, stays so."""
     for name in ("SIGINT", "SIGTERM", "SIGHUP"):
         number = getattr(signal, name, None)
         if number is not None and signal.getsignal(number) != signal.SIG_IGN:
@@ -41,8 +47,9 @@ def closed_unbroken(opened: AbstractContextManager) -> Iterator[None]:
 
 
 def _stop(number: int, frame: FrameType | None) -> None:
-    """The first one stops; those that follow must not stop what is being put away."""
-    global _stopped
-    first, _stopped = not _stopped, True
-    if first and not _held:
+    """The first one stops; those that follow at once must not stop what is being put away."""
+    global _stopped, _raised
+    _stopped = True
+    if not _held and time.monotonic() - _raised > TOGETHER:
+        _raised = time.monotonic()
         raise KeyboardInterrupt

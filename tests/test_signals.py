@@ -1,3 +1,4 @@
+import math
 import signal
 from contextlib import contextmanager, nullcontext, suppress
 
@@ -10,6 +11,7 @@ SENT = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 @pytest.fixture(autouse=True)
 def listening(monkeypatch):
     monkeypatch.setattr(signals, "_stopped", False)
+    monkeypatch.setattr(signals, "_raised", -math.inf)
     before = {number: signal.getsignal(number) for number in SENT}
     signals.listen()
     yield
@@ -18,11 +20,15 @@ def listening(monkeypatch):
 
 
 @pytest.mark.parametrize("number", SENT)
-def test_each_of_them_stops_once(number):
+def test_each_of_them_stops_once(number, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         signal.raise_signal(number)
     for again in SENT:
         signal.raise_signal(again)
+    # Whoever tries again some seconds later means it.
+    monkeypatch.setattr(signals, "_raised", signals._raised - signals.TOGETHER)
+    with pytest.raises(KeyboardInterrupt):
+        signal.raise_signal(number)
 
 
 def test_nothing_interrupts_what_is_put_away():
