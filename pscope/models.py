@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from pscope.errors import ModelError, PromptError
+from pscope.memory import out_of_memory
 from pscope.prompts import At, Prompt, tokenize
 
 
@@ -158,7 +159,9 @@ class LanguageModel:
             return (Kept(0, 0),)
         try:
             one, two = (self._bytes_kept(tokens) for tokens in (2, 3))
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            if out_of_memory(error):
+                raise
             # A model that does not run with it takes the path that needs none.
             return (Kept(0, 0),)
         return tuple(
