@@ -58,13 +58,15 @@ def check(
 
 def _lines(found: Examination) -> list[tuple[str, str]]:
     """What is told, line by line: a name and what was found."""
-    difference, window = found.check.difference, found.window
+    check, window = found.check, found.window
+    measured = f"{check.difference:.1e} sd of the logits, at most" if check.difference is not None else "not measured"
+    accepted = f"; {check.tolerance:.1e} are accepted there" if check.tolerance is not None else ""
     return [
         ("model", f"{found.model_class}, {found.dtype} on {found.device}"),
         ("layers", f"0 (embedding output) to {found.n_layers}: {found.layer_class} in {found.layers_at}"),
         ("width", f"{found.hidden_size}" + (f", window of {window} tokens" if window else "")),
-        ("path", str(found.check)),
-        ("difference", "not measured" if difference is None else f"{difference:.1e} sd of the logits, at most"),
+        ("path", str(check)),
+        ("difference", measured + accepted),
         ("logit lens", f"layer {found.n_layers} is {found.lens_difference:.1e} sd from the model's own logits"),
         (
             "start token",

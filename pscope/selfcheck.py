@@ -189,10 +189,11 @@ def _tried(
     differences, most = torch.cat(_differences(answers, expected)), torch.cat(allowed)
     # Not a number compares as neither more nor less.
     differences = differences.nan_to_num(nan=math.inf)
-    worst = (differences / most).argmax()
-    found = _Found(differences.max().item(), most[worst].item())
-    if differences[worst] > most[worst]:
-        return None, found._replace(difference=differences[worst].item()), f"is {differences[worst]:.1e} off"
+    over = (differences / most).argmax()
+    if differences[over] > most[over]:
+        return None, _Found(differences[over].item(), most[over].item()), f"is {differences[over]:.1e} off"
+    largest = differences.argmax()
+    found = _Found(differences[largest].item(), most[largest].item())
     if not trial.hold(standing):
         return None, found, "does not hold the states that are patched as they are"
     return path, found, ""
