@@ -106,6 +106,8 @@ def load(
 def _checked(model: LanguageModel) -> LanguageModel:
     """The model, if `check_structure` has nothing against it and it embeds what its tokenizer makes of texts."""
     check_structure(model)
+    # Now, while nobody has hooks on the model; it is measured once.
+    _ = model.kept
     # Added tokens may lie beyond: text models keep those of their siblings that see.
     added = model.tokenizer.get_added_vocab()
     last = max(set(model.tokenizer.get_vocab().values()) - set(added.values()), default=0)

@@ -77,6 +77,12 @@ class LanguageModel:
         return _LOCKS.setdefault(self.layers, RLock())
 
     @property
+    def unwrapped(self) -> PreTrainedModel:
+        """The model of transformers, within what peft or the like may have wrapped around it."""
+        wrapped = getattr(self.hf, "get_base_model", None)
+        return wrapped() if wrapped else self.hf
+
+    @property
     def config(self) -> PreTrainedConfig:
         """The config of the language model, which may be part of a model that also sees or hears."""
         return self.hf.config.get_text_config()
@@ -214,8 +220,7 @@ class LanguageModel:
     @cached_property
     def _forward_parameters(self) -> frozenset[str]:
         # The forward pass of a wrapper such as peft's takes anything, and hands it to that of the model inside.
-        wrapped = getattr(self.hf, "get_base_model", None)
-        return frozenset(signature((wrapped() if wrapped else self.hf).forward).parameters)
+        return frozenset(signature(self.unwrapped.forward).parameters)
 
     @cached_property
     def _cache_parameter(self) -> str | None:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.errors import PscopeError, RowError
+from pscope.errors import PromptError, PscopeError, RowError
 from pscope.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
 from pscope.models import LanguageModel
 from pscope.plain import PlainPath
@@ -67,16 +67,16 @@ class Patchscope:
     ) -> None:
         if memory <= 0:
             raise PscopeError(f"the memory budget is {memory} bytes; it must be positive")
-        self.model, self.target, self.memory = model, target, memory
-        self._whole_prompts = None
-        if path == "auto":
-            self._path, self.check = choose_path(model, target)
-            self._whole_prompts = PATHS["uncached"](model, target)
-        elif path in PATHS:
-            self._path = PATHS[path](model, target)
-            self.check = SelfCheck(path, "asked for, not checked")
-        else:
+        if not isinstance(target, Prompt):
+            raise PromptError(f"a Patchscope has a prompt as its target, not {target!r}; make one with model.prompt")
+        if path not in ("auto", *PATHS):
             raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
+        self.model, self.target, self.memory = model, target, memory
+        self._chosen: tuple[Staircase | PlainPath, SelfCheck] | None = None
+        self._whole_prompts = PATHS["uncached"](model, target) if path == "auto" else None
+        if path != "auto":
+            self._chosen = PATHS[path](model, target), SelfCheck(path, "asked for, not checked")
+        self._now()
 
     def __repr__(self) -> str:
         return f"Patchscope({self.model!r}, {self.target!r}, {self.check.path} path)"
@@ -120,13 +120,25 @@ class Patchscope:
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
-        return max(1, self.memory // self._present_path().row_bytes(new_tokens))
+        return max(1, self.memory // self._now()[0].row_bytes(new_tokens))
 
-    def _present_path(self) -> Staircase | PlainPath:
-        """The path for the hooks that stand on the model now."""
+    @property
+    def check(self) -> SelfCheck:
+        """What the self-check found, or, while there was no moment for it, why whole prompts are run."""
+        return self._now()[1] if self._chosen is None else self._chosen[1]
+
+    @property
+    def path(self) -> PathName:
+        """The path that a call would take now."""
+        return self._now()[1].path
+
+    def _now(self) -> tuple[Staircase | PlainPath, SelfCheck]:
+        """The path for the hooks that stand on the model now. Without any of others, the first call chooses it."""
         if self._whole_prompts is not None and others_intervene(self.model):
-            return self._whole_prompts
-        return self._path
+            return self._whole_prompts, SelfCheck("uncached", "hooks of others may have to see whole prompts")
+        if self._chosen is None:
+            self._chosen = choose_path(self.model, self.target)
+        return self._chosen
 
     def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> tuple[Tensor, list[int]]:
         """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
@@ -153,7 +165,7 @@ class Patchscope:
         """The parts of so many rows that share a pass, each with the path for what stands on the model by then."""
         start = 0
         while start < rows:
-            path = self._present_path()
+            path, _ = self._now()
             row_bytes = path.row_bytes(0 if decoding is None else decoding.new_tokens)
             if decoding is not None:
                 row_bytes += decoding.choosing_bytes(self.model.config.vocab_size)

@@ -55,7 +55,8 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
         positioned = {layer: edit for layer, edit in edits.items() if _takes_positions(edit)}
         if positioned:
             began = _PassStart()
-            stack.callback(began.watch(model).remove)
+            for handle in began.watch(model):
+                stack.callback(handle.remove)
         for layer, edit in edits.items():
             if layer in positioned:
                 stack.callback(_register(model, layer, began.placed(edit), knows_positions=True).remove)
@@ -102,8 +103,11 @@ def overwriting(model: LanguageModel, layer: int, position: int, vectors: Tensor
 
     They are moved to the layer's own device and dtype. The position is counted from the start of the text, in every
     pass of the block that runs its token; a negative one from the end of each pass, whatever that is the end of. Raises
-    PscopeError, in the pass, for a batch of another size than that of the vectors.
+    PscopeError for vectors that are not of real numbers and, in the pass, for a batch of another size than theirs.
     """
+
+    if not vectors.is_floating_point():
+        raise PscopeError(f"vectors of {vectors.dtype} are no hidden states; give real floating-point numbers")
 
     def write(stream: Tensor, column: int) -> Tensor:
         if vectors.ndim == 2 and len(vectors) not in (1, len(stream)):
@@ -119,21 +123,28 @@ def overwriting(model: LanguageModel, layer: int, position: int, vectors: Tensor
 
 
 def others_intervene(model: LanguageModel) -> bool:
-    """Whether hooks stand on the model that may depend on seeing whole prompts: anybody's but ours that are told where
-    tokens stand, and those by which libraries run a model.
+    """Whether somebody has a hand in passes who may depend on seeing whole prompts: by hooks, forward passes put in the
+    place of a module's own, or hooks on all modules; ours that are told where tokens stand, and those by which
+    libraries run a model, do not count.
     """
+    everywhere = torch.nn.modules.module
     with model.lock:
-        return any(
-            not getattr(hook, _OWN, False) and _module_of(hook).split(".")[0] not in _MACHINERY
+        return bool(everywhere._global_forward_pre_hooks or everywhere._global_forward_hooks) or any(
+            not getattr(hand, _OWN, False) and not _is_machinery(hand)
             for module in model.hf.modules()
-            for hook in (*module._forward_pre_hooks.values(), *module._forward_hooks.values())
+            for hand in (
+                *module._forward_pre_hooks.values(),
+                *module._forward_hooks.values(),
+                *([module.forward] if "forward" in vars(module) else []),
+            )
         )
 
 
-def _module_of(hook: Callable) -> str:
-    while isinstance(hook, partial):
-        hook = hook.func
-    return getattr(hook, "__module__", None) or type(hook).__module__
+def _is_machinery(hand: Callable) -> bool:
+    while isinstance(hand, partial):
+        hand = hand.func
+    # A module that serves as a hook is somebody's, whoever wrote its class.
+    return not isinstance(hand, nn.Module) and (getattr(hand, "__module__", None) or "").split(".")[0] in _MACHINERY
 
 
 @torch.no_grad()
@@ -224,8 +235,14 @@ def _pick(into: list[Tensor], rows: list[int], columns: list[int], device: torch
 
 
 def _takes_positions(edit: Edit) -> bool:
+    try:
+        parameters = signature(edit).parameters.values()
+    except ValueError:
+        # Some functions that are not written in Python do not tell.
+        return False
     # One with a default is its author's own.
-    return sum(parameter.default is Parameter.empty for parameter in signature(edit).parameters.values()) > 1
+    needed = [each for each in parameters if each.default is Parameter.empty]
+    return sum(each.kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for each in needed) > 1
 
 
 class _PassStart:
@@ -234,20 +251,28 @@ class _PassStart:
     def __init__(self) -> None:
         self._start = 0
 
-    def watch(self, model: LanguageModel) -> RemovableHandle:
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-            caches = (kwargs.get(name) for name in ("cache", "past_key_values"))
-            cache = next((cache for cache in caches if cache is not None), None)
-            try:
-                self._start = 0 if cache is None else cache.get_seq_length()
-            except ValueError as error:
-                raise ModelError(
-                    f"the cache of {type(model.hf).__name__} does not count its tokens, so that an edit cannot be told "
-                    "where they stand; run whole prompts"
-                ) from error
+    def watch(self, model: LanguageModel) -> Iterator[RemovableHandle]:
+        """Look at each module that may be called with a cache: the model, one that it wraps, and the decoder within."""
 
-        setattr(before, _OWN, True)
-        return model.hf.register_forward_pre_hook(before, with_kwargs=True)
+        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            cache = kwargs.get("cache", kwargs.get("past_key_values"))
+            if cache is not None:
+                try:
+                    self._start = cache.get_seq_length()
+                except ValueError as error:
+                    raise ModelError(
+                        f"the cache of {type(model.hf).__name__} does not count its tokens, so that an edit cannot be "
+                        "told where they stand; run whole prompts"
+                    ) from error
+
+        def after(module: nn.Module, args: tuple, output: object) -> None:
+            self._start = 0
+
+        for hook in (before, after):
+            setattr(hook, _OWN, True)
+        for module in {model.hf, model.unwrapped, model.unwrapped.get_decoder()}:
+            yield module.register_forward_pre_hook(before, with_kwargs=True)
+            yield module.register_forward_hook(after, always_call=True)
 
     def placed(self, edit: Edit) -> Edit:
         return lambda stream: edit(stream, range(self._start, self._start + stream.shape[1]))

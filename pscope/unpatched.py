@@ -33,7 +33,7 @@ def continue_prompts(
     A prompt of which `settled(index, text)` says so need not go on. Prompts of one length share a batch, so that none
     is padded, in about `memory` bytes beside the model. `path` is that of a Patchscope's self-check, which says which
     kind of cache can be relied on, if any; by default the longest prompt is checked. While others have hooks on the
-    model that may have to see whole prompts, these are run for every token.
+    model that may have to see whole prompts, these are run for every token, whatever path is named.
 
     Raises PromptError for what is no list of prompts and for a prompt that leaves no room in the window, RowError if
     the logits of a row are not finite, PscopeError for a `path` that there is none of.
@@ -43,8 +43,10 @@ def continue_prompts(
         model.check_window(len(prompt) + decoding.new_tokens)
     if path not in ("auto", *PATHS):
         raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
-    if path == "auto" and prompts:
-        path = "uncached" if others_intervene(model) else choose_path(model, max(prompts, key=len))[1].path
+    if others_intervene(model):
+        path = "uncached"
+    elif path == "auto" and prompts:
+        path = choose_path(model, max(prompts, key=len))[1].path
     draws = decoding.draws(len(prompts))
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for length, same_length in groupby(by_length, key=lambda index: len(prompts[index])):

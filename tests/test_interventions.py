@@ -144,3 +144,93 @@ def test_a_scaled_state_is_no_rounding(own, monkeypatch):
     )
     assert isinstance(check, SelfCheck)
     assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"
+
+
+def everywhere(vector):
+    """A hook on all modules there are, which changes the output of one of them."""
+
+    def hook(module, args, output):
+        return output + vector if isinstance(module, torch.nn.Linear) and module.out_features == 64 else None
+
+    return torch.nn.modules.module.register_module_forward_hook(hook)
+
+
+def test_whatever_may_have_to_see_whole_prompts_does(own):
+    scope = Patchscope(own, own.prompt(TARGET, 7))
+    assert scope.path == "staircase"
+    states = capture(own, [own.prompt("Amazon's former CEO")])[0]
+    vector = 3 * torch.randn(64, generator=torch.Generator().manual_seed(5))
+
+    handle = everywhere(vector)
+    try:
+        assert scope.path == "uncached"
+        assert_agrees(scope, states)
+    finally:
+        handle.remove()
+
+    layer = own.layers[1]
+    forward = layer.forward
+
+    def shifted(hidden_states, **options):
+        # By place in what it is given: right for whole prompts only.
+        moved = hidden_states.clone()
+        moved[:, 3:4] += vector[: own.hidden_size]
+        return forward(moved, **options)
+
+    layer.forward = shifted
+    assert scope.path == "uncached"
+    assert_agrees(scope, states)
+    del layer.forward
+
+    handle = layer.mlp.register_forward_hook(torch.nn.Identity())
+    assert scope.path == "uncached"
+    handle.remove()
+    assert scope.path == scope.check.path == "staircase"
+
+
+def test_a_patchscope_made_among_hooks_of_others_is_checked_when_they_are_gone(own):
+    target = own.prompt(TARGET, 7)
+    states = capture(own, [own.prompt("Amazon's former CEO")])[0]
+
+    def tenth(stream):
+        stream = stream.clone()
+        stream[:, 10] = 1.0
+        return stream
+
+    with editing(own, {1: tenth}):
+        scope = Patchscope(own, target)
+        assert (scope.path, scope.check.path) == ("uncached", "uncached")
+        assert "hooks of others" in str(scope.check)
+        assert_agrees(scope, states)
+    assert scope.check.path == "staircase"
+    assert "within" in str(scope.check)
+    assert_agrees(scope, states)
+
+
+def test_what_is_unpatched_sees_whole_prompts_too(tiny):
+    prompts = [tiny.prompt("The quick brown fox jumps over the lazy dog"), tiny.prompt("Amazon's former CEO attended")]
+
+    def second(stream):
+        stream = stream.clone()
+        stream[:, 1] = 3.0
+        return stream
+
+    with editing(tiny, {1: second}):
+        for path in PATHS:
+            for index, said in continue_prompts(tiny, prompts, Decoding(3), path=path):
+                ids = list(prompts[index].ids)
+                for token in said:
+                    assert token == tiny.hf(torch.tensor([ids])).logits[0, -1].argmax()
+                    ids.append(token)
+
+
+def test_positions_are_true_where_an_adapted_model_generates(tokenizer):
+    base = random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+    adapted = get_peft_model(base.hf, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)).eval()
+    model = pscope.load(adapted, tokenizer)
+    ids = list(model.prompt("The quick brown fox").ids)
+    with overwriting(model, 1, 0, torch.full((model.hidden_size,), 2.0)), torch.no_grad():
+        (said,) = adapted.generate(input_ids=torch.tensor([ids]), max_new_tokens=4, do_sample=False)
+        for token in said[len(ids) :].tolist():
+            assert token == adapted(torch.tensor([ids])).logits[0, -1].argmax()
+            ids.append(token)

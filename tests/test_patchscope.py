@@ -165,7 +165,7 @@ def test_the_self_check_catches_an_error_of_the_staircase_alone(tiny, monkeypatc
 def test_a_small_memory_budget_changes_nothing_but_the_passes(tiny):
     states, layers = rows_for_every_layer(tiny, per_layer=3)
     roomy = Patchscope(tiny, tiny.prompt(TARGET, 7))
-    tight = Patchscope(tiny, tiny.prompt(TARGET, 7), memory=4 * roomy._path.row_bytes(0))
+    tight = Patchscope(tiny, tiny.prompt(TARGET, 7), memory=4 * roomy._now()[0].row_bytes(0))
     parts = list(tight.logits(states, layers))
     assert [part.rows for part in parts] == [slice(s, min(s + 4, 15)) for s in range(0, 15, 4)]
     (whole,) = roomy.logits(states, layers)
@@ -285,7 +285,7 @@ def test_a_target_that_fills_the_window(tokenizer, path, room):
 def test_sampling_takes_memory_of_its_own(tiny, monkeypatch):
     states, layers = rows_for_every_layer(tiny, per_layer=3)
     scope = Patchscope(tiny, tiny.prompt(TARGET, 7))
-    scope.memory = 4 * scope._path.row_bytes(2)
+    scope.memory = 4 * scope._now()[0].row_bytes(2)
     passes = []
     start = Staircase.start
     monkeypatch.setattr(
@@ -300,6 +300,10 @@ def test_sampling_takes_memory_of_its_own(tiny, monkeypatch):
 
 
 def test_what_cannot_be_meant(tiny):
+    with pytest.raises(PromptError, match="a Patchscope has a prompt as its target, not 'hi'"):
+        Patchscope(tiny, "hi")
+    with pytest.raises(PromptError, match="a list of prompts is read, and 5 holds none"):
+        capture(tiny, 5)
     with pytest.raises(PscopeError, match="there is no path 'stairs'; one of auto, staircase, plain, uncached"):
         Patchscope(tiny, tiny.prompt(TARGET), path="stairs")
     scope = Patchscope(tiny, tiny.prompt(TARGET))

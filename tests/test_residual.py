@@ -277,3 +277,51 @@ def test_threads_take_turns(tiny):
         together = list(threads.map(work, [number % 6 for number in range(60)]))
     for number, got in enumerate(together):
         torch.testing.assert_close(got, alone[number % 6], rtol=1e-4, atol=1e-4)
+
+
+class Twice(torch.nn.Module):
+    def forward(self, stream):
+        return 2 * stream
+
+
+@pytest.mark.parametrize(
+    "edit",
+    [
+        Twice(),
+        lambda stream, **options: 2 * stream,
+        lambda stream, *others: 2 * stream,
+        lambda stream, factor=2: factor * stream,
+        partial(torch.mul, other=2),
+    ],
+    ids=["module", "options", "others", "default", "builtin"],
+)
+def test_whatever_takes_a_stream_is_an_edit(tiny, edit):
+    ids = torch.tensor([[5, 6, 7]])
+    with editing(tiny, {1: lambda stream: 2 * stream}):
+        expected = tiny.next_token_logits(ids)
+    with editing(tiny, {1: edit}):
+        assert tiny.next_token_logits(ids).equal(expected)
+        assert others_intervene(tiny)
+
+
+def test_positions_are_true_in_calls_of_a_part_and_after_a_pass_that_failed(tiny):
+    ids, seen = torch.tensor([[5, 6, 7]]), []
+
+    def look(stream, positions):
+        seen.append(positions)
+        if len(seen) == 2:
+            raise RuntimeError("stop")
+
+    with editing(tiny, {1: look}), torch.no_grad():
+        cache = tiny.own_cache()
+        tiny.next_token_logits(ids, cache)
+        with pytest.raises(RuntimeError, match="stop"):
+            tiny.next_token_logits(ids, cache)
+        tiny.hf.model(input_ids=ids)
+        tiny.next_token_logits(ids)
+    assert seen == [range(3), range(3, 6), range(3), range(3)]
+
+
+def test_vectors_are_real(tiny):
+    with pytest.raises(PscopeError, match=r"vectors of torch.complex64 are no hidden states"):
+        overwriting(tiny, 1, 0, torch.zeros(tiny.hidden_size, dtype=torch.complex64))
