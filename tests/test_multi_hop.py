@@ -1,13 +1,17 @@
+import copy
 import re
 
 import numpy as np
 import pandas as pd
 import pytest
-from conftest import without_a_number
+from conftest import random_model, without_a_number
 from reference import hidden_states, patched_continuation, patched_logits
 from test_unpatched import greedy
+from transformers import MambaConfig, MambaForCausalLM
 
-from pscope import Decoding, PscopeError
+from pscope import Decoding, LanguageModel, PscopeError
+from pscope.experiments import multi_hop
+from pscope.experiments.attribute_extraction import ask_plainly
 from pscope.experiments.multi_hop import (
     BACKPATCH,
     CLEAN,
@@ -27,7 +31,7 @@ from pscope.experiments.multi_hop import (
 )
 from pscope.metrics import answer_found
 from pscope.plots.multi_hop import answers_figure, answers_heatmaps
-from pscope.relations import Query
+from pscope.relations import Query, shipped_relations
 from pscope.selfcheck import PATHS, SelfCheck
 
 PAIRS = [(0, 0), (3, 1), (4, 2), (1, 4)]
@@ -164,11 +168,45 @@ def test_the_path_of_every_target_is_its_own(tiny, monkeypatch):
     slow = backpatch & (table["text"].map(lengths) > 7)
     assert slow.any()
     assert not slow[backpatch].all()
-    assert set(table[slow]["path"]) == {"plain"}
-    assert set(table[~slow]["path"]) == {"staircase"}
-    # The first before all others; then each target, of whole queries one of each length.
-    assert len(checked) == 1 + 2 + 2 + len(set(lengths.values()))
+    # What is unpatched goes by the path of the longest prompt.
+    unpatched = table["method"].isin([VANILLA, STEP_BY_STEP])
+    assert set(table[slow | unpatched]["path"]) == {"plain"}
+    assert set(table[~slow & ~unpatched]["path"]) == {"staircase"}
+    # The longest of the unpatched ones, twice; then each target, of whole queries one of each length.
+    assert len(checked) == 2 + 2 + 2 + len(set(lengths.values()))
     assert len(set(lengths.values())) < len(lengths)
+
+
+@pytest.mark.parametrize(
+    ("template", "fault"),
+    [
+        (
+            "{% for i in range(9999) %}{% for j in range(9999) %}{% endfor %}{% endfor %}",
+            "it did not end within 1 sec",
+        ),
+        ("{{ raise_exception('no such role') }}", "no such role"),
+    ],
+)
+def test_a_chat_template_that_cannot_be_filled_in(tiny, monkeypatch, template, fault):
+    monkeypatch.setattr(multi_hop, "TEMPLATE_SECONDS", 1)
+    tokenizer = copy.deepcopy(tiny.tokenizer)
+    tokenizer.chat_template = template
+    model = LanguageModel(tiny.hf, tokenizer, "tiny")
+    with pytest.raises(PscopeError, match=f"the chat template of tiny cannot be filled in: {fault}"):
+        step_by_step(model, QUERIES[0], chat=True)
+
+
+@pytest.mark.parametrize("ask", ["hops", "plainly"])
+def test_a_recurrent_model_is_asked_by_a_path_that_was_checked(tokenizer, ask):
+    mamba = random_model(MambaForCausalLM, MambaConfig, tokenizer, state_size=4)
+    query = QUERIES[0]
+    if ask == "hops":
+        (hops,) = answer_hops(mamba, [query], Decoding(3))
+        ids = mamba.prompt(query.hop_one).ids
+        assert hops.one == mamba.tokenizer.decode(greedy(mamba, ids, 3))
+    else:
+        (asked,) = ask_plainly(mamba, shipped_relations()[:1], samples=3, contexts=1, decoding=Decoding(3))
+        assert asked.subjects > 0
 
 
 def test_what_fails_is_named(tiny):

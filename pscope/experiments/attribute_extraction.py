@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -77,7 +78,7 @@ def ask_plainly(
     decoding: Decoding = GREEDY,
     seed: int = 0,
     memory: int = MEMORY,
-    path: PathName = "staircase",
+    path: PathName | Literal["auto"] = "auto",
 ) -> list[Question]:
     """Keep what the model knows: the samples whose answer stands in its own continuation of the unpatched question.
 
@@ -338,7 +339,7 @@ def _read_states(
                     base = _base(question, folds, sample, context)
                     frame = _answered(base, ANOTHER, pairs, said[lender][context], samples[sample].answers)
                     frames.append(frame.assign(**_read_from(question, lender, context)))
-        yield _table([frame.assign(path=scope.check.path) for frame in frames])
+        yield _table([frame.assign(path=scope.path) for frame in frames])
 
 
 def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:

@@ -180,7 +180,7 @@ def _by_entity(rows: pd.DataFrame) -> pd.DataFrame:
 def _written_out(
     scope: Patchscope, entities: Sequence[Entity], prompts: Sequence[Prompt], decoding: Decoding
 ) -> Iterator[pd.DataFrame]:
-    spoken = continue_prompts(scope.model, prompts, decoding, memory=scope.memory, path=scope.check.path)
+    spoken = continue_prompts(scope.model, prompts, decoding, memory=scope.memory, path=scope.path)
     try:
         yield pd.concat(
             [

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from threading import Thread
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -41,6 +43,7 @@ from pscope.unpatched import continue_prompts
 VANILLA, STEP_BY_STEP = "vanilla", "step by step"
 COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
 WIRINGS = (COT, WITH_PLACEHOLDER, BACKPATCH)
+TEMPLATE_SECONDS = 10
 PATCHED, RANDOM, CLEAN = "patched", "random vector", "clean target"
 
 
@@ -65,7 +68,7 @@ def answer_hops(
     decoding: Decoding = GREEDY,
     *,
     memory: int = MEMORY,
-    path: PathName = "staircase",
+    path: PathName | Literal["auto"] = "auto",
 ) -> list[Hops]:
     """Ask the model each hop of every query by itself; prompts that coincide are run once.
 
@@ -91,11 +94,30 @@ def answer_hops(
 
 
 def step_by_step(model: LanguageModel, query: Query, chat: bool) -> str:
-    """The prompt that asks the whole query "step by step": in the model's chat template, or bare."""
+    """The prompt that asks the whole query "step by step": in the model's chat template, or bare.
+
+    Raises PscopeError for a template that fails, or comes to no end.
+    """
     if not chat:
         return f"Let's think step by step. {query.text}"
     message = {"role": "user", "content": f"{query.text}? Let's think step by step."}
-    return model.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True)
+    filled: list[str] = []
+    fault = f"it did not end within {TEMPLATE_SECONDS} seconds"
+
+    def fill() -> None:
+        nonlocal fault
+        try:
+            filled.append(model.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
+        except Exception as error:
+            fault = " ".join(str(error).split())
+
+    # A template is a program that comes with a checkpoint, and may have loops that nobody sees the end of.
+    filling = Thread(target=fill, daemon=True)
+    filling.start()
+    filling.join(TEMPLATE_SECONDS)
+    if not filled:
+        raise PscopeError(f"the chat template of {model.name} cannot be filled in: {fault}; ask without it")
+    return filled[0]
 
 
 def correct(
@@ -129,19 +151,19 @@ def correct(
     if not queries:
         raise PscopeError("there is no query to ask")
     folds = draw_folds([shared_bridge(query) for query in queries], seed)
-    first = Patchscope(model, model.prompt(queries[0].text), memory=memory)
     for method, prompts, how in (
         (VANILLA, [query.text for query in queries], decoding),
         (STEP_BY_STEP, [step_by_step(model, query, chat) for query in queries], reasoning),
     ):
-        spoken = _continued(model, prompts, [query.answers for query in queries], how, memory, first.check.path)
+        path = Patchscope(model, model.prompt(max(prompts, key=len)), memory=memory).path
+        spoken = _continued(model, prompts, [query.answers for query in queries], how, memory, path)
         yield pd.concat(
             [
                 _rows(query, number, folds, method, CLEAN, [(None, None)], [spoken[prompt]])
                 for number, (query, prompt) in enumerate(zip(queries, prompts, strict=True))
             ],
             ignore_index=True,
-        ).assign(path=first.check.path)
+        ).assign(path=path)
     layers, _ = source_layers(pairs)
     # Read once: two wirings share the states of π1.
     read_at = {
@@ -160,7 +182,7 @@ def correct(
             # A target for each query: one of each length is checked, as masks and caches do not tell them apart.
             path = checked.get(len(target), "auto") if wiring == BACKPATCH else "auto"
             scope = Patchscope(model, target, memory=memory, path=path)
-            checked[len(target)] = scope.check.path
+            checked[len(target)] = scope.path
             together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(grid)))
             for start in range(0, len(members), together):
                 part = members[start : start + together]
@@ -169,7 +191,7 @@ def correct(
                 states = torch.cat([states, random])[:, columns]  # (2 queries, pairs, hidden)
                 sources = [read_at[_source_of(wiring)][number] for number in part]
                 chunk = _patched(scope, states, wiring, queries, part, sources, folds, grid, decoding)
-                yield chunk.assign(path=scope.check.path)
+                yield chunk.assign(path=scope.path)
 
 
 def shared_bridge(query: Query) -> str:
@@ -307,7 +329,7 @@ def _continued(
     right: Sequence[Sequence[str]],
     decoding: Decoding,
     memory: int,
-    path: PathName,
+    path: PathName | Literal["auto"],
 ) -> dict[str, str]:
     """What the model says after each text, until it has said what is `right` for it.
 
