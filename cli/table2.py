@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -45,6 +46,9 @@ from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
     import pandas as pd
+
+    from pscope.models import LanguageModel
+    from pscope.relations import Relation
 
 GRID = (1 / 15, 1 / 5, 1 / 3, 1 / 2, 2 / 3), (1 / 30, 2 / 15, 4 / 15, 2 / 5, 8 / 15)
 
@@ -110,6 +114,7 @@ def table2(
 
     pairs = chosen_pairs(lm, layers, target_layers, full=full, quick=quick, default=GRID)
     decoding = pscope.Decoding(new_tokens)
+    read = _with_readable_target(lm, read)
     check = pscope.Patchscope(lm, lm.prompt(read[0].target.text, read[0].target.at)).check
     with err.status("Asking the model in plain words what it knows …"):
         asked = ask_plainly(
@@ -166,6 +171,21 @@ def table2(
         heatmaps = run.draw(accuracy_heatmaps(table, lm.name), "heatmaps")
     out.print(_as_table(summary))
     tell(f"table: {run.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}")
+
+
+def _with_readable_target(model: LanguageModel, relations: Sequence[Relation]) -> list[Relation]:
+    """The relations whose question can be asked of the model; the others are told. Raises PscopeError if all are."""
+    kept = []
+    for relation in relations:
+        try:
+            model.prompt(relation.target.text, relation.target.at)
+        except PscopeError as error:
+            tell(f"{relation.name}: skipped, its target prompt cannot be read: {error}")
+        else:
+            kept.append(relation)
+    if not kept:
+        raise PscopeError("no relation is left: the target prompt of none can be read")
+    return kept
 
 
 def _as_table(summary: pd.DataFrame) -> Table:

@@ -248,9 +248,13 @@ def _parse_tsv(content: str, source: str, name: str) -> tuple[Relation, list[str
     sources: dict[str, list[Marked]] = {}
     counts: Counter[str] = Counter()
     for where, row in parse_csv(content, source, delimiter="\t"):
-        empty = [column for column in ("prompt_source", "subject", "object") if not row.get(column, column).strip()]
+        texts = ("prompt_source", "prompt_target", "subject", "object")
+        empty = [column for column in texts if not row.get(column, column).strip()]
         if empty:
             counts[f"with an empty {empty[0]}"] += 1
+            continue
+        if not re.fullmatch(r"-?\d{1,9}", row.get("position_source", "0").strip()):
+            counts["whose position_source is no whole number"] += 1
             continue
         subject, answer = (text_of(row, column, where) for column in ("subject", "object"))
         prompt, target = (prompt_of(row, column, where) for column in ("prompt_source", "prompt_target"))

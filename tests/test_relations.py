@@ -297,7 +297,9 @@ ROW = {
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([{**ROW, "position_source": "one"}], "line 2: position_source 'one' is no whole number"),
+        ([{**ROW, "position_source": "one"}], "rows whose position_source is no whole number: 1; no row is left"),
+        ([{**ROW, "prompt_target": " "}], "rows with an empty prompt_target: 1; no row is left"),
+        ([{**ROW, "position_target": "one"}], "line 2: position_target 'one' is no whole number"),
         ([ROW, {**ROW, "subject": "Peru", "prompt_target": "x"}], "line 3: a relation has one prompt_target"),
         ([{**ROW, "object": "Japan"}], "a.tsv: rows whose object is the subject: 1; no row is left"),
         (
