@@ -30,7 +30,7 @@ from pscope.cli.prompts import (
     TargetAtIndexOption,
     TargetAtOption,
     TargetOption,
-    parse_position,
+    parse_one_position,
     target_prompt,
     target_text,
     tell_sink,
@@ -70,7 +70,7 @@ def fig1(
     makes of it. The last row is the control: the target prompt unpatched.
     """
     chosen, budget = parse_layers(layers), parse_memory(memory)
-    read = parse_position(at, at_index, source, default="CEO")
+    read = parse_one_position(at, at_index, source, default="CEO")
     text = target_text(target)
     folder = run_folder("fig1", out_folder)
     lm = load_model(model, dtype, device, device_map, revision)

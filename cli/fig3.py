@@ -174,7 +174,8 @@ def _layers_tables(summary: pd.DataFrame) -> list[Table]:
 
 
 def _with_band(mean: dict[str, float]) -> str:
-    return f"{mean['rouge_l']:.2f} ({mean['low']:.2f}–{mean['high']:.2f})"
+    band = "" if mean["low"] != mean["low"] else f" ({mean['low']:.2f}–{mean['high']:.2f})"
+    return f"{mean['rouge_l']:.2f}{band}"
 
 
 def _best_table(best: pd.DataFrame) -> Table:

@@ -71,6 +71,16 @@ def parse_position(at: str | None, index: str | None, text: str, option: str = "
     return at
 
 
+def parse_one_position(at: str | None, index: str | None, text: str, default: At = -1) -> str | int:
+    """As `parse_position`, for a source, of which one token is read. Raises PscopeError if several are given."""
+    position = parse_position(at, index, text, default=default)
+    if not isinstance(position, (str, int)):
+        raise PscopeError(
+            f"{f'--at {at}' if index is None else f'--at-index {index}'}: one token of the source is read"
+        )
+    return position
+
+
 def target_text(target: str | None) -> str | None:
     """The prompt that `--target` gives, from a file where it names one. Raises PscopeError for a file that is not."""
     if target is None:

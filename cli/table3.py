@@ -38,7 +38,7 @@ from pscope.cli.prompts import (
     TargetAtIndexOption,
     TargetAtOption,
     TargetOption,
-    parse_position,
+    parse_one_position,
     target_prompt,
     target_text,
     tell_sink,
@@ -82,7 +82,7 @@ def table3(
     row is the control: the placeholder alone.
     """
     chosen, to, budget = parse_layers(layers), parse_target_layers(target_layers), parse_memory(memory)
-    read, text = parse_position(at, at_index, entity), target_text(target)
+    read, text = parse_one_position(at, at_index, entity), target_text(target)
     folder = run_folder("table3", out_folder)
     lm = load_model(model, dtype, device, device_map, revision)
 

@@ -126,7 +126,10 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
             text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token)
             for token, (start, end) in zip(ids, offsets, strict=True)
         )
-    marks = [at] if isinstance(at, (str, int, Every, Nearest)) else at
+    marks = list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at]
+    for mark in marks:
+        if not isinstance(mark, (str, int, Every, Nearest)):
+            raise PromptError(f"{mark!r} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
         raise PromptError(f"the positions {list(marks)} of {text!r} are none, or one of them twice: {_listed(tokens)}")
@@ -137,7 +140,7 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
     """Raise PromptError unless `prompts` are a list of prompts: one alone, or bare texts, are not."""
     if isinstance(prompts, Prompt):
         raise PromptError(f"a list of prompts is read, and this is one: {prompts!r}; put it in a list")
-    if not all(isinstance(prompt, Prompt) for prompt in prompts):
+    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, Prompt) for prompt in prompts):
         raise PromptError(f"a list of prompts is read, and {prompts!r} holds none; make them with model.prompt(text)")
 
 

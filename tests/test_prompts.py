@@ -66,6 +66,12 @@ def test_a_character_of_several_tokens_ends_at_its_last(tokenizer):
     assert prompt.ids[prompt.position + 1 :] == tuple(tokenizer(" now").input_ids)
 
 
+@pytest.mark.parametrize("at", [1.5, None, [0, 1.5], {"a"}])
+def test_what_is_no_position(tokenizer, at):
+    with pytest.raises(PromptError, match="is no position; give text of the prompt, an index, or a list of such"):
+        tokenize(tokenizer, "a b c", at)
+
+
 def test_indices(tokenizer):
     assert tokenize(tokenizer, "a b c", 1).position == 1
     assert tokenize(tokenizer, "a b c", -1).position == 2
