@@ -106,6 +106,11 @@ def folder(name: str) -> Path:
                     if kept.exists():
                         kept.rename(stage / "old")
                     made.rename(kept)
+    except ModelError as error:
+        if kept.is_dir():
+            told = f"what is kept in {kept} is damaged, or not made of the packages that are pinned now"
+            raise ModelError(f"{told}, and cannot be made again: {error}") from error
+        raise
     except (OSError, SafetensorError) as error:
         raise ModelError(
             f"cannot keep {name} in {kept.parent}: {error}; make room or give rights there, "
