@@ -45,8 +45,8 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
 
     Blocks may be nested: the inner one sees what the outer one wrote. However the block is left, its hooks are gone
     and nobody else's are touched. An edit may return a stream with another batch size, which the layers above then
-    work on. Other threads that use the model wait until the block is left. Raises PscopeError for a layer outside 0..L,
-    before anything is registered.
+    work on. Other threads that use the model wait until the block is left, which the thread does that entered it.
+    Raises PscopeError for a layer outside 0..L, before anything is registered.
     """
     for layer in edits:
         check_layer(model, layer)
