@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 import torch
+from gguf import GGUFReader
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
@@ -75,7 +76,9 @@ def load(
     folder, options = _locate(str(model), revision)
     placement = {} if device_map is None else {"device_map": device_map}
     try:
-        if "gguf_file" not in options:
+        if "gguf_file" in options:
+            _refuse_miscounted(Path(folder) / options["gguf_file"])
+        else:
             _refuse_other_than_causal(folder)
         if tokenizer is None:
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
@@ -204,6 +207,16 @@ def _refuse_absurd_sizes(config: dict) -> None:
             _refuse_absurd_sizes(value)
         elif "layer" in key and isinstance(value, int) and value > MOST_LAYERS:
             raise ModelError(f"its config says {key} = {value}, and no model has more than {MOST_LAYERS}")
+
+
+def _refuse_miscounted(gguf: Path) -> None:
+    """Raise ModelError unless a GGUF file holds as many blocks as its header counts, by which transformers goes."""
+    reader = GGUFReader(gguf)
+    found = (re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors)
+    held = len({block[1] for block in found if block})
+    counted = next((field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")), held)
+    if counted != held:
+        raise ModelError(f"its header counts {counted} blocks, and it holds {held}; give the whole file")
 
 
 def _refuse_incomplete(model: LanguageModel, found: dict[str, set]) -> None:

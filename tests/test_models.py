@@ -52,12 +52,12 @@ def gguf_file(tmp_path_factory) -> Path:
     return written_gguf(tmp_path_factory.mktemp("gguf") / "one.gguf")
 
 
-def written_gguf(path: Path, left_out: str | None = None) -> Path:
+def written_gguf(path: Path, left_out: str | None = None, counted: int = 1) -> Path:
     """A random Llama of one layer and width 32, as llama.cpp would write it, without a tokenizer."""
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
     writer.add_embedding_length(32)
-    writer.add_block_count(1)
+    writer.add_block_count(counted)
     writer.add_feed_forward_length(48)
     writer.add_head_count(4)
     writer.add_head_count_kv(4)
@@ -120,6 +120,13 @@ def test_a_gguf_file(gguf_file, tokenizer):
 def test_a_gguf_file_that_lacks_weights(left_out, message, tokenizer, tmp_path):
     with pytest.raises(ModelError, match=rf"lacks model\.\S*{message}\.weight, which would be random"):
         pscope.load(written_gguf(tmp_path / "part.gguf", left_out), tokenizer)
+
+
+@pytest.mark.parametrize("counted", [0, 2, 10**9])
+def test_a_gguf_file_whose_header_miscounts_its_blocks(counted, tokenizer, tmp_path):
+    file = written_gguf(tmp_path / "other.gguf", counted=counted)
+    with pytest.raises(ModelError, match=f"its header counts {counted} blocks, and it holds 1; give the whole file"):
+        pscope.load(file, tokenizer)
 
 
 def test_a_gguf_file_that_is_cut_short(gguf_file, tokenizer, tmp_path):
