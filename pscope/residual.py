@@ -83,6 +83,20 @@ def calling(model: LanguageModel, rewrite: Rewrite) -> Iterator[None]:
 
 
 @contextmanager
+def looking_on(model: LanguageModel, look: Callable[[int, Tensor], None]) -> Iterator[None]:
+    """Within the block, `look(k, stream)` is shown what decoder layer k, from 0 to L - 1, has read, all edits made."""
+    with ExitStack() as stack:
+        stack.enter_context(model.lock)
+        for number, layer in enumerate(model.layers):
+
+            def after(module, args, kwargs, output, number=number):
+                look(number, stream_of(args, kwargs))
+
+            stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
+        yield
+
+
+@contextmanager
 def recording(model: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int, Tensor]]:
     """Within the block, the residual streams of the last forward pass: layer -> (batch, tokens, hidden)."""
     streams: dict[int, Tensor] = {}

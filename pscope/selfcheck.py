@@ -17,7 +17,7 @@ from pscope.memory import out_of_memory
 from pscope.models import LanguageModel, not_finite
 from pscope.plain import PlainPath
 from pscope.prompts import Prompt
-from pscope.residual import calling, editing, recording, stream_of
+from pscope.residual import editing, looking_on, recording
 from pscope.staircase import Staircase
 
 PathName = Literal["staircase", "plain", "uncached"]
@@ -141,12 +141,12 @@ class _Trial:
         return allowed
 
     def hold(self, standing: Mapping[int, Tensor]) -> bool:
-        """Whether the states that are patched between the layers stand in the streams that decoder layers read."""
+        """Whether the states that are patched stand in the streams that decoder layers have read."""
         return all(
             _stands(state.to(standing[layer]), standing[layer])
             for layer, state in zip(self.layers.tolist(), self.states, strict=True)
-            # What enters at layer 0 is written after it was looked at, and above the last there is no layer to look.
-            if 0 < layer < self.model.n_layers
+            # What is patched into the last is read by the model's tail, to which its length is nothing.
+            if layer < self.model.n_layers
         )
 
 
@@ -172,14 +172,9 @@ def _tried(
 ) -> tuple[Staircase | PlainPath | None, _Found, str]:
     """A path if it agrees with what is expected; where it differs most, and what to say of it if it does not agree."""
     standing: dict[int, Tensor] = {}
-
-    def look(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-        standing[layer] = stream_of(args, kwargs)
-        return args, kwargs
-
     try:
         path = PATHS[name](trial.model, trial.target)
-        with calling(trial.model, look):
+        with looking_on(trial.model, standing.__setitem__):
             answers = trial.run(path)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if out_of_memory(error):

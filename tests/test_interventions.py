@@ -11,7 +11,6 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, LlamaConfig, LlamaFo
 
 import pscope
 from pscope import Decoding, Patchscope, capture, continue_prompts, editing, overwriting
-from pscope.patchscope import SelfCheck
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 PATHS = ["auto", "staircase", "plain", "uncached"]
@@ -137,13 +136,15 @@ def test_a_scaled_state_is_no_rounding(own, monkeypatch):
     assert check.path == "staircase"
     assert check.difference <= check.tolerance < 0.5
     start = pscope.staircase.Staircase.start
-    monkeypatch.setattr(
-        pscope.staircase.Staircase,
-        "start",
-        lambda self, states, layers, new_tokens=0: start(self, 1.1 * states, layers, new_tokens),
-    )
-    assert isinstance(check, SelfCheck)
-    assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"
+    # Everywhere, and at each layer alone; the tail's norm takes the length out of what enters at the last.
+    for layer in (None, 0, 2, 3):
+
+        def scaled(self, states, layers, new_tokens=0, layer=layer):
+            factors = torch.where(layers == layer, 1.1, 1.0) if layer is not None else torch.full(layers.shape, 1.1)
+            return start(self, (states * factors[:, None, None]).to(states.dtype), layers, new_tokens)
+
+        monkeypatch.setattr(pscope.staircase.Staircase, "start", scaled)
+        assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"
 
 
 def everywhere(vector):
