@@ -315,7 +315,8 @@ def _patched(
         for condition, unit in ((PATCHED, place), (RANDOM, len(asked) + place)):
             frame = _rows(query, number, folds, wiring, condition, pairs, texts[unit])
             if condition == PATCHED:
-                frame = frame.assign(position=sources[place].position, token=sources[place].token)
+                read = {"position": sources[place].position, "token": sources[place].token}
+                frame = frame.assign(**read).astype({"position": "Int64", "token": "string"})
             if answered:
                 frame = frame.assign(rank=_whole(ranks[unit]), probability=probabilities[unit])
             frames.append(frame)
