@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from gguf import GGUFReader
-from huggingface_hub import HfApi, constants, snapshot_download
+from huggingface_hub import snapshot_download
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -29,6 +29,7 @@ from transformers import (
 
 from pscope import packaged
 from pscope.errors import ModelError
+from pscope.hub import hub_answers
 from pscope.memory import out_of_memory
 from pscope.models import LanguageModel
 from pscope.structure import check_structure
@@ -154,7 +155,7 @@ def _fetch_from_hub(name: str, revision: str | None) -> str:
         return snapshot_download(
             name,
             revision=revision,
-            local_files_only=not _hub_answers(name, revision),
+            local_files_only=not hub_answers(name, revision),
             allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
             ignore_patterns=["*/*", "consolidated*"],
         )
@@ -180,18 +181,6 @@ def _fetch_from_hub(name: str, revision: str | None) -> str:
     except Exception as error:
         # A proxy that refuses, a connection that breaks, a disk that is full: each says what it is.
         raise ModelError(f"cannot fetch {name}: {_first_line(error)}") from error
-
-
-def _hub_answers(name: str, revision: str | None) -> bool:
-    """Whether the hub says anything of a model in time; `snapshot_download` waits for its first answer without end."""
-    try:
-        HfApi().repo_info(name, revision=revision, timeout=constants.HF_HUB_ETAG_TIMEOUT)
-    except HfHubHTTPError:
-        return True
-    except Exception:
-        # Offline, no route, a proxy that refuses, silence: each release has errors of its own for them.
-        return False
-    return True
 
 
 def _refuse_other_than_causal(folder: str) -> None:

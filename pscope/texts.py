@@ -38,10 +38,17 @@ def read_dataset(spec: str, most: int) -> list[str]:
     ID is a hub id or a local folder; the split is "test" unless named. Raises DataError.
     """
     from datasets import load_dataset
+    from huggingface_hub import constants
+
+    from pscope.hub import hub_answers
 
     if not re.fullmatch(r"[^:]+(:[^:]*){0,2}", spec):
         raise DataError(f"{spec!r} is not of the form ID[:CONFIG][:SPLIT]")
     name, config, split = (part or None for part in f"{spec}::".split(":")[:3])
+    if not (constants.HF_HUB_OFFLINE or Path(name).exists() or hub_answers(name, kind="dataset")):
+        raise DataError(
+            f"{name} is no folder here, and the hub cannot be reached to look for it there; check the name and network"
+        )
     texts: list[str] = []
     try:
         for row in load_dataset(name, config, split=split or "test", streaming=True):

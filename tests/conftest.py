@@ -1,4 +1,5 @@
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -6,6 +7,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+from huggingface_hub import constants
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -48,6 +50,17 @@ def bos_eos_tokenizer(tokenizer):
 def tiny(tokenizer) -> pscope.LanguageModel:
     """A random Llama of 4 layers that reads the default model's tokens."""
     return random_model(LlamaForCausalLM, LlamaConfig, tokenizer)
+
+
+@pytest.fixture
+def silent_hub(monkeypatch) -> Iterator[socket.socket]:
+    """A hub that accepts connections and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
+        silent.settimeout(1)
+        yield silent
 
 
 @contextmanager

@@ -1,8 +1,11 @@
 import json
 from collections import Counter
 from importlib.resources import files
+from unittest.mock import MagicMock
 
+import datasets
 import pytest
+from huggingface_hub import constants
 
 from pscope import DataError
 from pscope.texts import read_dataset, read_texts, shipped_texts
@@ -66,3 +69,15 @@ def test_datasets(tmp_path):
     (tmp_path / "other" / "test.jsonl").write_text('{"body": "one", "id": 1}\n')
     with pytest.raises(DataError, match="has no column 'text'; its columns are body, id"):
         read_dataset(str(tmp_path / "other"), most=9)
+
+
+def test_a_dataset_of_a_hub_that_never_answers(silent_hub, monkeypatch):
+    loaded = MagicMock(return_value=[{"text": "kept"}])
+    monkeypatch.setattr(datasets, "load_dataset", loaded)
+    with pytest.raises(DataError, match="some/dataset is no folder here, and the hub cannot be reached"):
+        read_dataset("some/dataset:config", most=2)
+    silent_hub.accept()[0].close()
+    assert not loaded.called
+    # Whoever says that there is no hub has it read from what was fetched before.
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    assert read_dataset("some/dataset", most=2) == ["kept"]
