@@ -17,8 +17,8 @@ import pscope
 from benchmarks.sweep import sweep_of
 from benchmarks.timing import Contestant, against, in_turn
 from pscope.experiments.next_token import decode_next_tokens, draw_positions
-from pscope.residual import length_batches
-from pscope.texts import shipped_texts
+from pscope.inputs.texts import shipped_texts
+from pscope.models.residual import length_batches
 
 MEMORY = 2**26
 """The budget of a pass: small enough for the fewest samples to fill it."""

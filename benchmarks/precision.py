@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 import pscope
-from pscope.texts import shipped_texts
+from pscope.inputs.texts import shipped_texts
 
 
 def main(samples: Annotated[int, typer.Option(min=1)] = 4, model: str = "smollm2") -> None:

@@ -16,7 +16,7 @@ import pscope
 from benchmarks.hooked import Hooked
 from benchmarks.peers import PEERS, Answer, installed
 from benchmarks.timing import Contestant, against, in_turn
-from pscope.texts import shipped_texts
+from pscope.inputs.texts import shipped_texts
 
 BATCH = 128
 STAIRCASE = "staircase"

@@ -21,7 +21,7 @@ from pscope.cli.common import (
 )
 
 if TYPE_CHECKING:
-    from pscope.examine import Examination
+    from pscope.engine.examine import Examination
 
 
 def check(
@@ -40,7 +40,7 @@ def check(
     """
     lm = load_model(model, dtype, device, device_map, revision)
 
-    from pscope.examine import examine
+    from pscope.engine.examine import examine
 
     with err.status("Checking …"):
         found = examine(lm)

@@ -37,8 +37,8 @@ from pscope.errors import PscopeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pscope.models import LanguageModel
-    from pscope.runs import Run
+    from pscope.models.model import LanguageModel
+    from pscope.runs.folder import Run
 
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
@@ -110,7 +110,7 @@ def parse_memory(gib: float) -> int:
 
 def run_folder(command: str, folder: Path | None) -> Path:
     """The folder that `--out` names, or a new one under `runs`. Raises RunError if it cannot take a run."""
-    from pscope.runs import check_writable
+    from pscope.runs.folder import check_writable
 
     # To the microsecond, since several may be started at once.
     folder = folder or Path("runs") / f"{command}-{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -125,7 +125,7 @@ def load_model(
     import transformers
 
     import pscope
-    from pscope import packaged
+    from pscope.models import packaged
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -200,7 +200,7 @@ def narrow_table(caption: str) -> Table:
 @contextmanager
 def started(folder: Path, command: str, model: LanguageModel, settings: dict[str, Any]) -> Iterator[Run]:
     """A run; what raises in it comes with a word on what was kept, for `kept_by`."""
-    from pscope.runs import Run, describe, versions
+    from pscope.runs.folder import Run, describe, versions
 
     run = Run(
         folder,

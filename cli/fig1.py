@@ -78,7 +78,7 @@ def fig1(
     import pscope
     from pscope.experiments.grid import source_prompt
     from pscope.experiments.layer_readout import read_layers
-    from pscope.plots.layer_readout import layer_readout_figure
+    from pscope.show.layer_readout import layer_readout_figure
 
     marked = source_prompt(lm, source, read)
     patched = target_prompt(lm, text, pscope.TOKEN_IDENTITY, target_at, target_at_index)

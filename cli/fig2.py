@@ -70,7 +70,7 @@ def fig2(
         raise PscopeError("--texts and --dataset were both given; choose one")
     folder = run_folder("fig2", out_folder)
 
-    from pscope.texts import read_dataset, read_texts, shipped_texts
+    from pscope.inputs.texts import read_dataset, read_texts, shipped_texts
 
     if texts is not None:
         passages = read_texts(texts)
@@ -80,8 +80,8 @@ def fig2(
 
     import pscope
     from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
-    from pscope.plots.next_token import next_token_figure
-    from pscope.residual import check_layers
+    from pscope.models.residual import check_layers
+    from pscope.show.next_token import next_token_figure
 
     chosen = list(range(lm.n_layers + 1)) if chosen is None else chosen
     check_layers(lm, chosen)

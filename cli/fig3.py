@@ -82,7 +82,7 @@ def fig3(
     text = target_text(target)
     folder = run_folder("fig3", out_folder)
 
-    from pscope.entities import read_entities, shipped_entities, without_demonstrated
+    from pscope.inputs.entities import read_entities, shipped_entities, without_demonstrated
 
     listed = shipped_entities() if entities is None else read_entities(entities)
     lm = load_model(model, dtype, device, device_map, revision)
@@ -90,7 +90,7 @@ def fig3(
     import pscope
     from pscope.experiments.entity_resolution import best_layers, describe_entities, name_prompt, rows_of, summarise
     from pscope.experiments.grid import layer_pairs
-    from pscope.plots.entity_resolution import entity_figure
+    from pscope.show.entity_resolution import entity_figure
 
     pairs = layer_pairs(lm, chosen, to)
     patched = target_prompt(lm, text, pscope.ENTITY_DESCRIPTION, target_at, target_at_index)
@@ -142,8 +142,8 @@ def _layers_tables(summary: pd.DataFrame) -> list[Table]:
 
     Three of them fit in 80 columns, and in the last table the controls beside them.
     """
-    from pscope.entities import ALL
     from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
+    from pscope.inputs.entities import ALL
 
     groups = list(dict.fromkeys(summary["group"]))
     rows = summary.set_index(["condition", "group", "layer"])[["rouge_l", "low", "high"]].to_dict("index")

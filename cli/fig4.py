@@ -47,7 +47,7 @@ from pscope.errors import PscopeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pscope.relations import Query
+    from pscope.inputs.relations import Query
 
 GRID = (2 / 15, 1 / 3, 8 / 15, 2 / 3, 23 / 30), (1 / 30, 2 / 15, 7 / 30, 1 / 3)
 
@@ -114,7 +114,7 @@ def fig4(
     walking = query is not None or example is not None
     folder = run_folder("fig4", out_folder)
 
-    from pscope.relations import Query, compose, read_queries, shipped_relations
+    from pscope.inputs.relations import Query, compose, read_queries, shipped_relations
 
     if query is not None:
         composed = [Query(first=query[1], second=query[0], answers=())]
@@ -175,7 +175,7 @@ def fig4(
         "revision": revision,
         "path": str(check),
     }
-    from pscope.plots.multi_hop import answers_figure, answers_heatmaps
+    from pscope.show.multi_hop import answers_figure, answers_heatmaps
 
     chunks = multi_hop.correct(lm, asked, pairs, decoding, chat=chat, reasoning=reasoning, seed=seed, memory=budget)
     with started(folder, "fig4", lm, settings) as run:

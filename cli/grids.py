@@ -12,7 +12,7 @@ from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
     from pscope.experiments.grid import Pair
-    from pscope.models import LanguageModel
+    from pscope.models.model import LanguageModel
 
 FEW = 10
 

@@ -13,8 +13,8 @@ from pscope.cli.common import tell
 from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
-    from pscope.models import LanguageModel
-    from pscope.prompts import At, Prompt
+    from pscope.models.model import LanguageModel
+    from pscope.models.prompts import At, Prompt
 
 _INDEX = r"\s*-?\d{1,9}\s*"
 _FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv")
@@ -65,7 +65,7 @@ def parse_position(at: str | None, index: str | None, text: str, option: str = "
             )
         return _indices(at)
     if at.startswith("all:") and at not in text:
-        from pscope.prompts import Every
+        from pscope.models.prompts import Every
 
         return Every(at.removeprefix("all:"))
     return at
@@ -87,7 +87,7 @@ def target_text(target: str | None) -> str | None:
         return None
     # Also what is no regular file, which is then refused by that name.
     if os.path.exists(target) and not os.path.isdir(target):
-        from pscope.records import read_text
+        from pscope.inputs.records import read_text
 
         return read_text(Path(target)).rstrip("\r\n")
     if target.endswith(_FILES) or (os.sep in target and not re.search(r"\s", target)):

@@ -47,8 +47,8 @@ from pscope.errors import PscopeError
 if TYPE_CHECKING:
     import pandas as pd
 
-    from pscope.models import LanguageModel
-    from pscope.relations import Relation
+    from pscope.inputs.relations import Relation
+    from pscope.models.model import LanguageModel
 
 GRID = (1 / 15, 1 / 5, 1 / 3, 1 / 2, 2 / 3), (1 / 30, 2 / 15, 4 / 15, 2 / 5, 8 / 15)
 
@@ -92,7 +92,7 @@ def table2(
     folder = run_folder("table2", out_folder)
     samples, contexts = samples or (6 if quick else 12), contexts or (1 if quick else 2)
 
-    from pscope.relations import read_relations, shipped_relations
+    from pscope.inputs.relations import read_relations, shipped_relations
 
     read, skipped = (shipped_relations(), []) if relations is None else read_relations(relations)
     for line in skipped:
@@ -110,7 +110,7 @@ def table2(
         rows_to_decode,
         summarise,
     )
-    from pscope.plots.attribute_extraction import accuracy_figure, accuracy_heatmaps
+    from pscope.show.attribute_extraction import accuracy_figure, accuracy_heatmaps
 
     pairs = chosen_pairs(lm, layers, target_layers, full=full, quick=quick, default=GRID)
     decoding = pscope.Decoding(new_tokens)

@@ -5,48 +5,48 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     # For editors and type checkers, which do not follow `_HOME`.
+    from pscope.engine.generate import Decoding as Decoding
+    from pscope.engine.lens import logit_lens as logit_lens
+    from pscope.engine.patchscope import Patchscope as Patchscope
+    from pscope.engine.unpatched import continue_prompts as continue_prompts
     from pscope.errors import DataError as DataError
     from pscope.errors import ModelError as ModelError
     from pscope.errors import PromptError as PromptError
     from pscope.errors import PscopeError as PscopeError
     from pscope.errors import RowError as RowError
     from pscope.errors import RunError as RunError
-    from pscope.generate import Decoding as Decoding
-    from pscope.lens import logit_lens as logit_lens
-    from pscope.loading import load as load
-    from pscope.models import LanguageModel as LanguageModel
-    from pscope.patchscope import Patchscope as Patchscope
-    from pscope.prompts import ENTITY_DESCRIPTION as ENTITY_DESCRIPTION
-    from pscope.prompts import TOKEN_IDENTITY as TOKEN_IDENTITY
-    from pscope.prompts import Every as Every
-    from pscope.prompts import Prompt as Prompt
-    from pscope.residual import capture as capture
-    from pscope.residual import editing as editing
-    from pscope.residual import overwriting as overwriting
-    from pscope.residual import recording as recording
-    from pscope.unpatched import continue_prompts as continue_prompts
+    from pscope.models.loading import load as load
+    from pscope.models.model import LanguageModel as LanguageModel
+    from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_DESCRIPTION
+    from pscope.models.prompts import TOKEN_IDENTITY as TOKEN_IDENTITY
+    from pscope.models.prompts import Every as Every
+    from pscope.models.prompts import Prompt as Prompt
+    from pscope.models.residual import capture as capture
+    from pscope.models.residual import editing as editing
+    from pscope.models.residual import overwriting as overwriting
+    from pscope.models.residual import recording as recording
 
 _HOME = {
     "DataError": "errors",
-    "ENTITY_DESCRIPTION": "prompts",
-    "TOKEN_IDENTITY": "prompts",
-    "Decoding": "generate",
-    "Every": "prompts",
-    "LanguageModel": "models",
+    "ENTITY_DESCRIPTION": "models.prompts",
+    "TOKEN_IDENTITY": "models.prompts",
+    "Decoding": "engine.generate",
+    "Every": "models.prompts",
+    "LanguageModel": "models.model",
     "ModelError": "errors",
-    "Patchscope": "patchscope",
-    "Prompt": "prompts",
+    "Patchscope": "engine.patchscope",
+    "Prompt": "models.prompts",
     "PromptError": "errors",
     "PscopeError": "errors",
     "RowError": "errors",
     "RunError": "errors",
-    "capture": "residual",
-    "continue_prompts": "unpatched",
-    "editing": "residual",
-    "load": "loading",
-    "logit_lens": "lens",
-    "overwriting": "residual",
-    "recording": "residual",
+    "capture": "models.residual",
+    "continue_prompts": "engine.unpatched",
+    "editing": "models.residual",
+    "load": "models.loading",
+    "logit_lens": "engine.lens",
+    "overwriting": "models.residual",
+    "recording": "models.residual",
 }
 
 __all__ = sorted(_HOME)

@@ -9,7 +9,7 @@ from architectures import ARCHITECTURES, KNOWN, VOCABULARY, build
 from reference import hidden_states, patched_continuation, patched_logits
 
 from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, capture, logit_lens
-from pscope.structure import check_structure
+from pscope.models.structure import check_structure
 
 README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- architectures -->\n", "<!-- /architectures -->\n"

@@ -27,10 +27,10 @@ from pscope.experiments.attribute_extraction import (
     rows_to_decode,
     summarise,
 )
+from pscope.inputs.relations import Marked, Relation, Sample
 from pscope.metrics import answer_found
-from pscope.plots.attribute_extraction import accuracy_figure, accuracy_heatmaps
-from pscope.prompts import Nearest
-from pscope.relations import Marked, Relation, Sample
+from pscope.models.prompts import Nearest
+from pscope.show.attribute_extraction import accuracy_figure, accuracy_heatmaps
 
 PAIRS = [(0, 0), (0, 3), (3, 1), (4, 4)]
 SUBJECTS = ["Japan", "Peru", "Chile", "Egypt", "Kenya"]

@@ -2,8 +2,8 @@ import torch
 from conftest import random_model
 from transformers import BloomConfig, BloomForCausalLM
 
-from pscope.batching import PerRow, find_batch_axes, fitting
-from pscope.residual import calling, editing
+from pscope.engine.batching import PerRow, find_batch_axes, fitting
+from pscope.models.residual import calling, editing
 
 
 def arguments(model, run):

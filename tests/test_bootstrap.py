@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pscope.bootstrap import mean_bands, share_bands
+from pscope.experiments.bands import mean_bands, share_bands
 
 
 def test_where_all_agree_the_interval_is_exact():

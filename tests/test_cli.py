@@ -650,14 +650,14 @@ def test_running_out_of_memory_names_options_that_the_command_has(command, monke
     options = set(re.findall("--[a-z-]+", run(*command.split(), "--help").stdout))
     cpu = "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to"
     for error in (MemoryError(), RuntimeError(cpu), torch.OutOfMemoryError("CUDA out of memory. Tried to")):
-        monkeypatch.setattr("pscope.loading.load", Mock(side_effect=error))
+        monkeypatch.setattr("pscope.models.loading.load", Mock(side_effect=error))
         result = run(*command.split())
         assert result.exit_code == 2
         (told,) = result.stderr.splitlines()
         assert told.startswith("pscope: out of memory; try ")
         named = set(re.findall("--[a-z-]+", told))
         assert named == options & {"--memory", "--batch-tokens", "--dtype"}
-    monkeypatch.setattr("pscope.loading.load", Mock(side_effect=RuntimeError("something else")))
+    monkeypatch.setattr("pscope.models.loading.load", Mock(side_effect=RuntimeError("something else")))
     assert isinstance(run(*command.split()).exception, RuntimeError)
 
 

@@ -9,9 +9,9 @@ from tokenizers.processors import ByteLevel
 from transformers import PreTrainedTokenizerFast
 
 from pscope import ENTITY_DESCRIPTION, DataError, Every
-from pscope.entities import ALL, Entity, read_entities, shipped_entities, without_demonstrated
+from pscope.inputs.entities import ALL, Entity, read_entities, shipped_entities, without_demonstrated
 from pscope.metrics import rouge_l
-from pscope.prompts import tokenize
+from pscope.models.prompts import tokenize
 
 RECORDS = [
     {"entity": "Beyoncé", "reference": "American singer, and dancer", "group": "popular"},

@@ -12,7 +12,6 @@ from rouge_score.rouge_scorer import RougeScorer
 from test_unpatched import greedy
 
 from pscope import ENTITY_DESCRIPTION, Decoding, LanguageModel, Patchscope, PromptError, PscopeError, capture
-from pscope.entities import ALL, Entity, shipped_entities
 from pscope.experiments.entity_resolution import (
     ANOTHER,
     CLEAN,
@@ -27,7 +26,8 @@ from pscope.experiments.entity_resolution import (
     summarise,
 )
 from pscope.experiments.grid import layer_pairs
-from pscope.plots.entity_resolution import entity_figure
+from pscope.inputs.entities import ALL, Entity, shipped_entities
+from pscope.show.entity_resolution import entity_figure
 
 NAMES = ["Albert Einstein", "Nile", "東京", "Beyoncé", "Mount Everest"]
 ENTITIES = [

@@ -9,10 +9,10 @@ from reference import hidden_states, patched_continuation, patched_logits
 from pscope import TOKEN_IDENTITY, DataError, Patchscope, PscopeError
 from pscope.experiments.layer_readout import read_layers
 from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
-from pscope.plots.layer_readout import layer_readout_figure
-from pscope.plots.next_token import next_token_figure
-from pscope.prompts import tokenize
-from pscope.texts import shipped_texts
+from pscope.inputs.texts import shipped_texts
+from pscope.models.prompts import tokenize
+from pscope.show.layer_readout import layer_readout_figure
+from pscope.show.next_token import next_token_figure
 
 
 @pytest.fixture(scope="module")

@@ -6,8 +6,9 @@ from conftest import rows_for_every_layer
 from reference import hidden_states, patched_continuation
 from test_patchscope import PATHS, TARGET
 
-from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError, capture, generate, load
-from pscope.generate import continue_rows
+from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError, capture, load
+from pscope.engine import generate
+from pscope.engine.generate import continue_rows
 
 
 def ending(model, end_tokens):

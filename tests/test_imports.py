@@ -3,6 +3,7 @@
 import ast
 import re
 import sys
+from graphlib import TopologicalSorter
 from importlib.metadata import packages_distributions, requires
 from pathlib import Path
 
@@ -61,3 +62,20 @@ def test_editors_see_the_public_names():
     for module, name, _ in seen:
         assert getattr(pscope, name) is getattr(sys.modules[module], name)
     assert (ROOT / "pscope" / "py.typed").is_file()
+
+
+@pytest.mark.parametrize("parts", [2, 9], ids=["rooms", "files"])
+def test_imports_point_downwards(parts):
+    graph: dict[str, set[str]] = {}
+    for folder, package in ((ROOT / "pscope", "pscope"), (ROOT / "cli", "pscope.cli")):
+        for path in folder.rglob("*.py"):
+            name = ".".join((package, *path.relative_to(folder).with_suffix("").parts))
+            used = graph.setdefault(".".join(name.split(".")[:parts]), set())
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.ImportFrom) and node.module.startswith("pscope.") and name != "pscope.__init__":
+                    modules = (node.module, *(f"{node.module}.{alias.name}" for alias in node.names))
+                    used.update(".".join(module.split(".")[:parts]) for module in modules)
+            used.discard(".".join(name.split(".")[:parts]))
+    assert len(graph) > parts
+    # Raises CycleError, which tells the way up.
+    TopologicalSorter(graph).prepare()

@@ -135,7 +135,7 @@ def test_a_scaled_state_is_no_rounding(own, monkeypatch):
     check = Patchscope(model, model.prompt(TARGET)).check
     assert check.path == "staircase"
     assert check.difference <= check.tolerance < 0.5
-    start = pscope.staircase.Staircase.start
+    start = pscope.engine.staircase.Staircase.start
     # Everywhere, and at each layer alone; the tail's norm takes the length out of what enters at the last.
     for layer in (None, 0, 2, 3):
 
@@ -143,7 +143,7 @@ def test_a_scaled_state_is_no_rounding(own, monkeypatch):
             factors = torch.where(layers == layer, 1.1, 1.0) if layer is not None else torch.full(layers.shape, 1.1)
             return start(self, (states * factors[:, None, None]).to(states.dtype), layers, new_tokens)
 
-        monkeypatch.setattr(pscope.staircase.Staircase, "start", scaled)
+        monkeypatch.setattr(pscope.engine.staircase.Staircase, "start", scaled)
         assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"
 
 

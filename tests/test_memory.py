@@ -4,8 +4,8 @@ import torch
 
 import pscope
 from pscope import Patchscope
+from pscope.engine.staircase import Staircase
 from pscope.memory import out_of_memory
-from pscope.staircase import Staircase
 
 
 def no_room(*_, **__):
@@ -35,6 +35,6 @@ def test_a_path_without_room_is_not_taken_for_one_that_does_not_run(tiny, monkey
 def test_a_model_without_room_is_not_taken_for_one_that_cannot_be_loaded(tiny, tmp_path, monkeypatch):
     tiny.hf.save_pretrained(tmp_path)
     tiny.tokenizer.save_pretrained(tmp_path)
-    monkeypatch.setattr("pscope.loading.AutoModelForCausalLM.from_pretrained", no_room)
+    monkeypatch.setattr("pscope.models.loading.AutoModelForCausalLM.from_pretrained", no_room)
     with pytest.raises(RuntimeError, match="can't allocate memory"):
         pscope.load(tmp_path)

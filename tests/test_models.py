@@ -33,7 +33,8 @@ from transformers import (
 )
 
 import pscope
-from pscope import ModelError, PromptError, loading, packaged
+from pscope import ModelError, PromptError
+from pscope.models import loading, packaged
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from test_unpatched import greedy
 from transformers import MambaConfig, MambaForCausalLM
 
 from pscope import Decoding, LanguageModel, PscopeError
+from pscope.engine.selfcheck import PATHS, SelfCheck
 from pscope.experiments import multi_hop
 from pscope.experiments.attribute_extraction import ask_plainly
 from pscope.experiments.multi_hop import (
@@ -29,10 +30,9 @@ from pscope.experiments.multi_hop import (
     summarise,
     transcripts,
 )
+from pscope.inputs.relations import Query, shipped_relations
 from pscope.metrics import answer_found
-from pscope.plots.multi_hop import answers_figure, answers_heatmaps
-from pscope.relations import Query, shipped_relations
-from pscope.selfcheck import PATHS, SelfCheck
+from pscope.show.multi_hop import answers_figure, answers_heatmaps
 
 PAIRS = [(0, 0), (3, 1), (4, 2), (1, 4)]
 QUERIES = [
@@ -161,7 +161,7 @@ def test_the_path_of_every_target_is_its_own(tiny, monkeypatch):
         name = "plain" if len(target) > 7 else "staircase"
         return PATHS[name](model, target), SelfCheck(name, "planted")
 
-    monkeypatch.setattr("pscope.patchscope.choose_path", choose)
+    monkeypatch.setattr("pscope.engine.patchscope.choose_path", choose)
     table = table_of(tiny, QUERIES)
     lengths = {query.text: len(tiny.prompt(query.text)) for query in QUERIES}
     backpatch = table["method"] == BACKPATCH

@@ -11,8 +11,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens, staircase
-from pscope.staircase import Staircase
+from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens
+from pscope.engine import staircase
+from pscope.engine.staircase import Staircase
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 PATHS = ["staircase", "plain", "uncached"]

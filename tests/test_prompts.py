@@ -5,7 +5,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pscope import Every, PromptError
-from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_token, tokenize, written_out
+from pscope.models.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_token, tokenize, written_out
 
 SPECIAL = [("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)]
 

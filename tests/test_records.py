@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from pscope import DataError
-from pscope.records import MOST_CHARACTERS, parse_csv, parse_json, parse_jsonl, text_of
+from pscope.inputs.records import MOST_CHARACTERS, parse_csv, parse_json, parse_jsonl, text_of
 
 
 def test_every_record_comes_with_its_place():
@@ -42,7 +42,12 @@ def test_json_that_python_cannot_hold_is_told_as_such():
 
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe")
-    code = "import sys; from pathlib import Path; from pscope.records import read_text; read_text(Path(sys.argv[1]))"
+    code = """
+import sys
+from pathlib import Path
+from pscope.inputs.records import read_text
+read_text(Path(sys.argv[1]))
+"""
     finished = subprocess.run(
         [sys.executable, "-c", code, tmp_path / "pipe"], capture_output=True, text=True, timeout=60
     )

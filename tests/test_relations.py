@@ -6,9 +6,9 @@ from collections import Counter
 import pytest
 
 from pscope import DataError, PromptError
+from pscope.inputs.relations import Marked, compose, read_queries, read_relations, shipped_relations
 from pscope.metrics import answer_found, gives_away
-from pscope.prompts import tokenize
-from pscope.relations import Marked, compose, read_queries, read_relations, shipped_relations
+from pscope.models.prompts import tokenize
 
 CURRENCY = {
     "name": "currency",

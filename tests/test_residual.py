@@ -9,7 +9,7 @@ from transformers import GPTNeoConfig, GPTNeoForCausalLM
 
 import pscope
 from pscope import ModelError, Patchscope, PscopeError, capture, editing, overwriting, recording
-from pscope.residual import length_batches, others_intervene
+from pscope.models.residual import length_batches, others_intervene
 
 TEXTS = ["Amazon's former CEO", "A short one", "The quick brown fox jumps over the lazy dog and runs away"]
 

@@ -14,7 +14,7 @@ from conftest import random_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pscope import RunError
-from pscope.runs import Run, fingerprint
+from pscope.runs.folder import Run, fingerprint
 
 FRAME = pd.DataFrame({"layer": [0, 1], "value": [0.5, 0.25]})
 
@@ -95,7 +95,7 @@ def test_a_failure_to_write_is_not_hidden_by_the_clean_up(tmp_path, monkeypatch)
 
 
 def test_two_runs_never_share_a_folder(tmp_path, monkeypatch):
-    monkeypatch.setattr("pscope.runs.check_writable", lambda folder: None)
+    monkeypatch.setattr("pscope.runs.folder.check_writable", lambda folder: None)
     with Run(tmp_path / "run", {"seed": 1}) as run:
         run.add(FRAME)
         with pytest.raises(RunError, match="taken by another run"), Run(tmp_path / "run", {"seed": 2}):

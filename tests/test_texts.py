@@ -8,7 +8,7 @@ import pytest
 from huggingface_hub import constants
 
 from pscope import DataError
-from pscope.texts import read_dataset, read_texts, shipped_texts
+from pscope.inputs.texts import read_dataset, read_texts, shipped_texts
 
 
 def test_the_shipped_texts():

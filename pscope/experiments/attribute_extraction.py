@@ -17,8 +17,12 @@ import pandas as pd
 import torch
 from scipy.stats import permutation_test
 
-from pscope.bootstrap import share_bands
+from pscope.engine.generate import GREEDY, Decoding
+from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.engine.selfcheck import PathName
+from pscope.engine.unpatched import continue_prompts
 from pscope.errors import PromptError, PscopeError, RowError
+from pscope.experiments.bands import share_bands
 from pscope.experiments.grid import (
     FOLDS,
     Pair,
@@ -32,15 +36,11 @@ from pscope.experiments.grid import (
     speak,
 )
 from pscope.experiments.probe import probe_elsewhere
-from pscope.generate import GREEDY, Decoding
+from pscope.inputs.relations import Relation, Sample
 from pscope.metrics import answer_found, answer_settled
-from pscope.models import LanguageModel
-from pscope.patchscope import MEMORY, Patchscope
-from pscope.prompts import Prompt, written_out
-from pscope.relations import Relation, Sample
-from pscope.residual import capture
-from pscope.selfcheck import PathName
-from pscope.unpatched import continue_prompts
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt, written_out
+from pscope.models.residual import capture
 
 PATCHED, ANOTHER, RANDOM, CLEAN = "patched", "another subject", "random vector", "clean target"
 PROBE, MAJORITY = "probe", "majority class"

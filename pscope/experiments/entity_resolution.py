@@ -13,18 +13,18 @@ import numpy as np
 import pandas as pd
 import torch
 
-from pscope.bootstrap import RESAMPLES, mean_bands
-from pscope.entities import ALL, Entity
+from pscope.engine.generate import GREEDY, Decoding
+from pscope.engine.patchscope import Patchscope
+from pscope.engine.unpatched import continue_prompts
 from pscope.errors import PromptError, PscopeError, RowError
+from pscope.experiments.bands import RESAMPLES, mean_bands
 from pscope.experiments.grid import Pair, line_break, same_norm, source_layers, source_prompt, speak
-from pscope.generate import GREEDY, Decoding
+from pscope.inputs.entities import ALL, Entity
+from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
-from pscope.models import LanguageModel
-from pscope.patchscope import Patchscope
-from pscope.prompts import At, Prompt, written_out
-from pscope.records import text_of
-from pscope.residual import capture
-from pscope.unpatched import continue_prompts
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import At, Prompt, written_out
+from pscope.models.residual import capture
 
 PATCHED = "patched"
 ANOTHER, RANDOM = "another entity", "random vector"

@@ -12,12 +12,12 @@ import torch
 from sklearn.model_selection import GroupKFold
 from torch import Tensor
 
+from pscope.engine.generate import Decoding
+from pscope.engine.patchscope import Patchscope
 from pscope.errors import PscopeError, RowError
-from pscope.generate import Decoding
-from pscope.models import LanguageModel
-from pscope.patchscope import Patchscope
-from pscope.prompts import At, Every, Nearest, Prompt, continuing_token
-from pscope.residual import check_layers
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import At, Every, Nearest, Prompt, continuing_token
+from pscope.models.residual import check_layers
 
 Pair = tuple[int, int]
 """A source layer ℓ and a target layer ℓ*."""

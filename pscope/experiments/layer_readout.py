@@ -8,13 +8,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pscope.engine.generate import Decoding
+from pscope.engine.lens import logit_lens
+from pscope.engine.patchscope import Patchscope
 from pscope.errors import PscopeError
-from pscope.generate import Decoding
-from pscope.lens import logit_lens
-from pscope.models import LanguageModel
-from pscope.patchscope import Patchscope
-from pscope.prompts import Prompt
-from pscope.residual import capture, check_layers
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import capture, check_layers
 
 PATCHSCOPE, LOGIT_LENS, CLEAN = "patchscope", "logit lens", "clean target"
 

@@ -16,8 +16,12 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.bootstrap import share_bands
+from pscope.engine.generate import GREEDY, Decoding
+from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.engine.selfcheck import PathName
+from pscope.engine.unpatched import continue_prompts
 from pscope.errors import PscopeError, RowError
+from pscope.experiments.bands import share_bands
 from pscope.experiments.grid import (
     FOLDS,
     Pair,
@@ -30,15 +34,11 @@ from pscope.experiments.grid import (
     source_prompt,
     speak,
 )
-from pscope.generate import GREEDY, Decoding
+from pscope.inputs.relations import PLACEHOLDER, Query
 from pscope.metrics import answer_found, answer_settled
-from pscope.models import LanguageModel
-from pscope.patchscope import MEMORY, Patchscope
-from pscope.prompts import Prompt
-from pscope.relations import PLACEHOLDER, Query
-from pscope.residual import capture
-from pscope.selfcheck import PathName
-from pscope.unpatched import continue_prompts
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import capture
 
 VANILLA, STEP_BY_STEP = "vanilla", "step by step"
 COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"

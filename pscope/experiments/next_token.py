@@ -15,14 +15,14 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from pscope.bootstrap import mean_bands, share_bands
+from pscope.engine.lens import logit_lens
+from pscope.engine.patchscope import Patchscope
 from pscope.errors import DataError, PscopeError
-from pscope.lens import logit_lens
+from pscope.experiments.bands import mean_bands, share_bands
 from pscope.metrics import surprisal
-from pscope.models import LanguageModel
-from pscope.patchscope import Patchscope
-from pscope.prompts import Prompt, tokenize
-from pscope.residual import capture, check_layers, length_batches
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt, tokenize
+from pscope.models.residual import capture, check_layers, length_batches
 
 LOGIT_LENS, TOKEN_IDENTITY = "logit lens", "token identity"
 

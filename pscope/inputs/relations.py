@@ -11,9 +11,9 @@ from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
+from pscope.inputs.records import parse_csv, parse_json, prompt_of, read_text, text_of
 from pscope.metrics import gives_away
-from pscope.prompts import Nearest
-from pscope.records import parse_csv, parse_json, prompt_of, read_text, text_of
+from pscope.models.prompts import Nearest
 
 SLOT, PLACEHOLDER = "{}", "x"
 

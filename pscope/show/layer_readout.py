@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pscope.experiments.layer_readout import CLEAN, LOGIT_LENS, PATCHSCOPE
-from pscope.plots.common import drawable
+from pscope.show.common import drawable
 
 
 def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:

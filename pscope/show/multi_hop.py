@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pscope.experiments.multi_hop import PATCHED, WIRINGS
-from pscope.plots.common import drawable, layer_heatmaps
+from pscope.show.common import drawable, layer_heatmaps
 
 
 def answers_figure(summary: pd.DataFrame, title: str) -> Figure:

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from pscope.errors import PscopeError, RowError
-from pscope.models import LanguageModel, not_finite
+from pscope.models.model import LanguageModel, not_finite
 
 Settled = Callable[[int, str], bool]
 """Whether a row, by its number, need not go on after what it said, since nothing asked of it can change any more."""

@@ -14,8 +14,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.models import LanguageModel
-from pscope.residual import calling, stream_of
+from pscope.models.model import LanguageModel
+from pscope.models.residual import calling, stream_of
 
 Place = tuple[object, ...]
 """Where a tensor stands: the number of the decoder layer, and the way to it among the arguments of its call."""

@@ -27,12 +27,12 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pscope import packaged
 from pscope.errors import ModelError
-from pscope.hub import hub_answers
 from pscope.memory import out_of_memory
-from pscope.models import LanguageModel
-from pscope.structure import check_structure
+from pscope.models import packaged
+from pscope.models.hub import hub_answers
+from pscope.models.model import LanguageModel
+from pscope.models.structure import check_structure
 
 MOST_LAYERS = 2000
 """Where a config says more, it is wrong: transformers would try to build them before it looks at the weights."""
@@ -57,7 +57,7 @@ def load(
     is one. `dtype="auto"` keeps that of the checkpoint.
 
     Raises ModelError, in one line that says what to do, when the model is missing, gated, unreachable or unreadable,
-    or not one that can be patched (`pscope.structure`).
+    or not one that can be patched (`pscope.models.structure`).
     """
     if isinstance(model, nn.Module):
         if tokenizer is None:

@@ -10,8 +10,8 @@ from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
-from pscope.prompts import Prompt
-from pscope.records import parse_csv, parse_json, parse_jsonl, read_text, text_of
+from pscope.inputs.records import parse_csv, parse_json, parse_jsonl, read_text, text_of
+from pscope.models.prompts import Prompt
 
 ALL = "all entities"
 """The group of entities that are in no group."""

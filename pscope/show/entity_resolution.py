@@ -9,9 +9,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from pscope.entities import ALL
 from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
-from pscope.plots.common import drawable, fill, label_layers, layer_heatmaps
+from pscope.inputs.entities import ALL
+from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
 
 
 def entity_figure(summary: pd.DataFrame, title: str) -> Figure:

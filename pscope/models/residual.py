@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from pscope.errors import ModelError, PscopeError
-from pscope.models import LanguageModel
-from pscope.prompts import Prompt, check_prompts
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt, check_prompts
 
 Edit = Callable[[Tensor], Tensor | None] | Callable[[Tensor, range], Tensor | None]
 """Gets the residual stream (batch, tokens, hidden) of one forward pass and, if it needs a second argument, where

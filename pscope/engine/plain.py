@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from pscope.generate import CachedRows, Rows, UncachedRows
-from pscope.models import LanguageModel
-from pscope.prompts import Prompt
-from pscope.residual import Edit, editing
+from pscope.engine.generate import CachedRows, Rows, UncachedRows
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import Edit, editing
 
 
 class PlainPath:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
-from pscope.records import parse_jsonl, read_text, text_of
+from pscope.inputs.records import parse_jsonl, read_text, text_of
 
 
 def shipped_texts() -> list[str]:
@@ -40,7 +40,7 @@ def read_dataset(spec: str, most: int) -> list[str]:
     from datasets import load_dataset
     from huggingface_hub import constants
 
-    from pscope.hub import hub_answers
+    from pscope.models.hub import hub_answers
 
     if not re.fullmatch(r"[^:]+(:[^:]*){0,2}", spec):
         raise DataError(f"{spec!r} is not of the form ID[:CONFIG][:SPLIT]")

@@ -7,7 +7,7 @@ import seaborn as sns
 from matplotlib.figure import Figure
 
 from pscope.experiments.attribute_extraction import ANOTHER, PATCHED, PROBE, RANDOM
-from pscope.plots.common import drawable, fill, label_layers, layer_heatmaps
+from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
 
 _LABELS = {
     PATCHED: "patched, any target layer (oracle)",

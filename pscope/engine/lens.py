@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from pscope.models import LanguageModel
-from pscope.patchscope import MEMORY, Patchscope
-from pscope.prompts import Prompt
+from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
 
 
 def logit_lens(model: LanguageModel, memory: int = MEMORY) -> Patchscope:

@@ -12,14 +12,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pscope.engine.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
+from pscope.engine.plain import PlainPath
+from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
+from pscope.engine.staircase import Staircase
 from pscope.errors import PromptError, PscopeError, RowError
-from pscope.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
-from pscope.models import LanguageModel
-from pscope.plain import PlainPath
-from pscope.prompts import Prompt
-from pscope.residual import check_layer, others_intervene
-from pscope.selfcheck import PATHS, PathName, SelfCheck, choose_path
-from pscope.staircase import Staircase
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import check_layer, others_intervene
 
 MEMORY = 2**30
 """The default budget for the rows of one pass, in bytes."""

@@ -23,7 +23,7 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pscope.errors import RunError
-from pscope.models import LanguageModel
+from pscope.models.model import LanguageModel
 
 _NOT_THE_MODEL = {"_name_or_path", "architectures", "dtype", "transformers_version"}
 """What a config says of where the model came from and how it was saved; the weights' own dtype is looked at."""

@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from pscope.engine.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows
+from pscope.engine.patchscope import MEMORY
+from pscope.engine.selfcheck import PATHS, PathName, choose_path
 from pscope.errors import PscopeError, RowError
-from pscope.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows
-from pscope.models import LanguageModel
-from pscope.patchscope import MEMORY
-from pscope.prompts import Prompt, check_prompts
-from pscope.residual import others_intervene
-from pscope.selfcheck import PATHS, PathName, choose_path
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt, check_prompts
+from pscope.models.residual import others_intervene
 
 
 def continue_prompts(

@@ -12,13 +12,13 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pscope.engine.plain import PlainPath
+from pscope.engine.staircase import Staircase
 from pscope.errors import ModelError
 from pscope.memory import out_of_memory
-from pscope.models import LanguageModel, not_finite
-from pscope.plain import PlainPath
-from pscope.prompts import Prompt
-from pscope.residual import editing, looking_on, recording
-from pscope.staircase import Staircase
+from pscope.models.model import LanguageModel, not_finite
+from pscope.models.prompts import Prompt
+from pscope.models.residual import editing, looking_on, recording
 
 PathName = Literal["staircase", "plain", "uncached"]
 """One pass for all layers; whole prompts, continued from the model's own cache; whole prompts for every new token."""

@@ -6,7 +6,7 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
 
-from pscope.plots.common import drawable, fill, label_layers
+from pscope.show.common import drawable, fill, label_layers
 
 _MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
 

@@ -18,7 +18,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 from pscope.errors import ModelError, PromptError
 from pscope.memory import out_of_memory
-from pscope.prompts import At, Prompt, tokenize
+from pscope.models.prompts import At, Prompt, tokenize
 
 
 def not_finite(dtype: torch.dtype) -> str:
@@ -196,7 +196,7 @@ class LanguageModel:
         return frozenset(found)
 
     def prompt(self, text: str, at: At = -1) -> Prompt:
-        """Tokenise `text` and mark one or several positions in it; see `pscope.prompts.tokenize`.
+        """Tokenise `text` and mark one or several positions in it; see `pscope.models.prompts.tokenize`.
 
         Raises PromptError also when the prompt is longer than the model's window, or has a token without an embedding.
         """

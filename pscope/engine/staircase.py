@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache, DynamicLayer
 
-from pscope.batching import find_batch_axes, fitting
+from pscope.engine.batching import find_batch_axes, fitting
+from pscope.engine.generate import CachedRows
 from pscope.errors import ModelError
-from pscope.generate import CachedRows
-from pscope.models import LanguageModel
-from pscope.prompts import Prompt
-from pscope.residual import Edit, editing
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import Edit, editing
 
 
 class Staircase:

@@ -8,12 +8,12 @@ from time import perf_counter
 
 import torch
 
-from pscope.lens import logit_lens
-from pscope.models import LanguageModel
-from pscope.patchscope import Patchscope
-from pscope.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY
-from pscope.residual import capture
-from pscope.selfcheck import PathName, SelfCheck
+from pscope.engine.lens import logit_lens
+from pscope.engine.patchscope import Patchscope
+from pscope.engine.selfcheck import PathName, SelfCheck
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY
+from pscope.models.residual import capture
 
 TEXT = "The quick brown fox jumps over the lazy dog"
 PLACEHOLDERS = {"?": TOKEN_IDENTITY, "x": ENTITY_DESCRIPTION}

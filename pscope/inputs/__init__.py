@@ -1,0 +1,1 @@
+"""What is read: passages, entities, relations and the queries composed of them, shipped or of the user's."""

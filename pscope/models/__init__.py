@@ -1,0 +1,1 @@
+"""A causal language model and its parts: found, loaded, checked; its prompts and its residual streams."""

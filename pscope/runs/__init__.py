@@ -1,0 +1,1 @@
+"""A run: its folder, and who does which part of it."""
