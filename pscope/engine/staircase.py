@@ -29,7 +29,7 @@ class Staircase:
     """
 
     def __init__(self, model: LanguageModel, target: Prompt) -> None:
-        self.model = model
+        self.model, self._target = model, target
         _check_cache(model)
         first = min(target.positions)
         self._prefix_ids, self._suffix_ids = target.ids[:first], target.ids[first:]
@@ -65,13 +65,7 @@ class Staircase:
 
     def row_bytes(self, new_tokens: int) -> int:
         """About how much memory a row takes at the top of the staircase, its keys and values included."""
-        prefix, suffix = len(self._prefix_ids), len(self._suffix_ids)
-        if new_tokens:
-            cached = self.model.cache_bytes(prefix + suffix + new_tokens)
-        else:
-            # They are forgotten layer by layer.
-            cached = 2 * max(layer.per_row + (prefix + suffix) * layer.per_token for layer in self.model.kept)
-        return cached + self.model.activation_bytes(suffix, prefix)
+        return staircase_row_bytes(self.model, self._target, new_tokens)
 
     def _suffix(self, rows: int) -> Tensor:
         return torch.tensor([self._suffix_ids], device=self.model.device).expand(rows, -1)
@@ -83,6 +77,18 @@ class Staircase:
         if self._prefix_ids:
             self.model.next_token_logits(torch.tensor([self._prefix_ids], device=self.model.device), prefix)
         return prefix
+
+
+def staircase_row_bytes(model: LanguageModel, target: Prompt, new_tokens: int) -> int:
+    """About how much memory a row takes at the top of the staircase, its keys and values included."""
+    prefix = min(target.positions)
+    suffix = len(target) - prefix
+    if new_tokens:
+        cached = model.cache_bytes(prefix + suffix + new_tokens)
+    else:
+        # They are forgotten layer by layer.
+        cached = 2 * max(layer.per_row + (prefix + suffix) * layer.per_token for layer in model.kept)
+    return cached + model.activation_bytes(suffix, prefix)
 
 
 def _grown(prefix: Cache, rows: int, room: int = 0) -> Cache:

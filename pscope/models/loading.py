@@ -22,6 +22,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DistributedConfig,
     GgufConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -48,13 +49,17 @@ def load(
     device: str | torch.device | None = None,
     device_map: str | dict | None = None,
     revision: str | None = None,
+    attention: str | None = None,
+    tensor_parallel: bool = False,
 ) -> LanguageModel:
     """Load a causal language model with its tokenizer.
 
     `model` is the name of a packaged model (`smollm2`, the default), a folder, a `.gguf` file, a hub id, or a model in
     memory, which comes with its `tokenizer` and stays where and as it is. Weights are read from safetensors or GGUF
     only, and no code that a checkpoint carries is run. Without `device` and `device_map`, a GPU is used if there
-    is one. `dtype="auto"` keeps that of the checkpoint.
+    is one. `dtype="auto"` keeps that of the checkpoint. `attention` is transformers' name for how it is computed:
+    "sdpa", "eager" …. With `tensor_parallel`, the processes that torchrun started split every layer among them, and
+    make every later call together.
 
     Raises ModelError, in one line that says what to do, when the model is missing, gated, unreachable or unreadable,
     or not one that can be patched (`pscope.models.structure`).
@@ -70,12 +75,20 @@ def load(
             raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
 
-    if device is not None and device_map is not None:
+    if device_map is not None and tensor_parallel:
+        raise ModelError("device_map and tensor_parallel were both given; either spreads the model")
+    if device_map is not None and device is not None:
         raise ModelError("device and device_map were both given; device is for the whole model, device_map spreads it")
     if device_map is None:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder, options = _locate(str(model), revision)
     placement = {} if device_map is None else {"device_map": device_map}
+    if tensor_parallel:
+        _refuse_indivisible(folder, str(model))
+        # All of them, by the plan that comes with the model's class.
+        placement = {"distributed_config": DistributedConfig(tp_size=_processes())}
+    if attention is not None:
+        placement["attn_implementation"] = attention
     try:
         if "gguf_file" in options:
             _refuse_miscounted(Path(folder) / options["gguf_file"])
@@ -98,13 +111,37 @@ def load(
             **options,
         )
         _refuse_incomplete(LanguageModel(hf, tokenizer, str(model)), found)
-        if device_map is None:
+        if tensor_parallel and not hf.supports_tp_plan:
+            raise ModelError(f"transformers has no plan to split {type(hf).__name__} over processes; try a device_map")
+        if device_map is None and not tensor_parallel:
             hf = hf.to(device)
     except Exception as error:
         if out_of_memory(error):
-            raise
+            raise ModelError(
+                f"the weights of {model} do not fit into the memory of {device or 'the devices'}; try bfloat16, a "
+                'device_map ("auto"), or a smaller model'
+            ) from error
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
     return _checked(LanguageModel(hf, tokenizer, str(model)))
+
+
+def outline(model: str | Path, *, dtype: str = "auto", revision: str | None = None) -> LanguageModel:
+    """A model without its weights, on the meta device: enough to tell what it would take. Nothing large is fetched.
+
+    Raises ModelError as `load` does.
+    """
+    folder, options = _locate(str(model), revision, weights=False)
+    try:
+        if "gguf_file" not in options:
+            _refuse_other_than_causal(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
+        kind = {} if dtype == "auto" else {"dtype": DTYPES[dtype]}
+        with torch.device("meta"):
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kind)
+    except Exception as error:
+        raise ModelError(f"cannot read the config of {model}: {_first_line(error)}") from error
+    return LanguageModel(hf.eval(), tokenizer, str(model))
 
 
 def _checked(model: LanguageModel) -> LanguageModel:
@@ -130,7 +167,7 @@ def _usable(device: str | torch.device) -> torch.device:
         raise ModelError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 
-def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
+def _locate(name: str, revision: str | None, *, weights: bool = True) -> tuple[str, dict[str, str]]:
     """The local folder that holds the model, fetched if need be, and what `from_pretrained` must know besides."""
     if name in packaged.MODELS:
         return str(packaged.folder(name)), {}
@@ -145,10 +182,10 @@ def _locate(name: str, revision: str | None) -> tuple[str, dict[str, str]]:
         if not (path / "config.json").is_file():
             raise ModelError(f"the folder {name} has no config.json; give one that save_pretrained wrote")
         return str(path), {}
-    return _fetch_from_hub(name, revision), {}
+    return _fetch_from_hub(name, revision, weights=weights), {}
 
 
-def _fetch_from_hub(name: str, revision: str | None) -> str:
+def _fetch_from_hub(name: str, revision: str | None, *, weights: bool) -> str:
     packages = ", ".join(packaged.MODELS)
     try:
         # No pickle, no code, and no second copy of the weights in another layout.
@@ -156,7 +193,7 @@ def _fetch_from_hub(name: str, revision: str | None) -> str:
             name,
             revision=revision,
             local_files_only=not hub_answers(name, revision),
-            allow_patterns=["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"],
+            allow_patterns=["*.json", "*.model", "*.txt", "*.jinja", *(["*.safetensors"] if weights else [])],
             ignore_patterns=["*/*", "consolidated*"],
         )
     except HFValidationError as error:
@@ -181,6 +218,22 @@ def _fetch_from_hub(name: str, revision: str | None) -> str:
     except Exception as error:
         # A proxy that refuses, a connection that breaks, a disk that is full: each says what it is.
         raise ModelError(f"cannot fetch {name}: {_first_line(error)}") from error
+
+
+def _refuse_indivisible(folder: str, name: str) -> None:
+    """Raise ModelError unless the attention heads of a model can be dealt out to the processes that hold it."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False).get_text_config()
+    processes = _processes()
+    for heads in ("num_attention_heads", "num_key_value_heads"):
+        if (getattr(config, heads, None) or processes) % processes:
+            raise ModelError(
+                f"the {getattr(config, heads)} {heads} of {name} cannot be dealt out to {processes} processes; start "
+                "as many as divide them"
+            )
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
 
 
 def _refuse_other_than_causal(folder: str) -> None:

@@ -91,7 +91,12 @@ class LanguageModel:
     def device(self) -> torch.device:
         """Where token ids go. Offloaded weights (on `meta`) are fetched by accelerate, which moves the ids too."""
         device = self.hf.get_input_embeddings().weight.device
-        return torch.device("cpu") if device.type == "meta" else device
+        return torch.device("cpu") if device.type == "meta" and self.offloaded else device
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether weights are elsewhere until they are used, as accelerate keeps them."""
+        return any(hasattr(module, "_hf_hook") for module in self.hf.modules())
 
     @property
     def hidden_size(self) -> int:

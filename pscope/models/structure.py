@@ -53,9 +53,8 @@ def check_structure(model: LanguageModel) -> LanguageModel:
 
 
 def _check_weights(model: LanguageModel) -> None:
-    # Offloaded weights stand on meta too, with a hook of accelerate that brings them.
-    offloaded = any(hasattr(module, "_hf_hook") for module in model.hf.modules())
-    if not offloaded and any(weight.is_meta for weight in model.hf.parameters()):
+    # Offloaded weights stand on meta too.
+    if not model.offloaded and any(weight.is_meta for weight in model.hf.parameters()):
         raise ModelError(
             f"{type(model.hf).__name__} is on the meta device, without weights; load it with from_pretrained"
         )
