@@ -6,7 +6,8 @@ from collections import Counter
 import pytest
 
 from pscope import DataError, PromptError
-from pscope.inputs.relations import Marked, compose, read_queries, read_relations, shipped_relations
+from pscope.inputs.queries import compose, read_queries
+from pscope.inputs.relations import Marked, read_relations, shipped_relations
 from pscope.metrics import answer_found, gives_away
 from pscope.models.prompts import tokenize
 

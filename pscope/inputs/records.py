@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pscope.characters import has_surrogates
@@ -87,6 +87,15 @@ def prompt_of(record: object, key: str, where: str) -> str:
     if has_surrogates(text):
         raise DataError(f'{where}: "{key}" holds half of a surrogate pair')
     return text
+
+
+def texts_of(record: dict, key: str, where: str, read: Callable[[object, str, str], str] = text_of) -> tuple[str, ...]:
+    """The texts under a key that may be missing, or hold one text or a list of them."""
+    value = record.get(key) or []
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list):
+        raise DataError(f'{where}: "{key}" is neither a text nor a list of texts')
+    return tuple(read({key: text}, key, where) for text in texts)
 
 
 def _value(content: str, where: str) -> object:

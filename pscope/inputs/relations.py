@@ -1,18 +1,17 @@
-"""Relations of subjects and objects, and the multi-hop queries composed of them: shipped, or files of the user's."""
+"""Relations of subjects and objects: those that ship, or files of the user's."""
 
 from __future__ import annotations
 
 import ast
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
-from pscope.inputs.records import parse_csv, parse_json, prompt_of, read_text, text_of
-from pscope.metrics import gives_away
+from pscope.inputs.records import parse_csv, parse_json, prompt_of, read_text, text_of, texts_of
 from pscope.models.prompts import Nearest
 
 SLOT, PLACEHOLDER = "{}", "x"
@@ -53,29 +52,6 @@ class Relation:
     samples: tuple[Sample, ...]
     template: str = ""
     phrase: str = ""
-
-
-@dataclass(frozen=True)
-class Query:
-    """A question of two hops: `second` asks something of what `first` describes.
-
-    As in the paper's section 5, `first` is π1, "the company that created Visual Basic Script", and `second` is π2, "The
-    current CEO of". `bridge` are the answers to the first hop, `answers` those to both; `hop_one` and `hop_two` ask
-    for either hop alone. `source` says which relations it is composed of.
-    """
-
-    first: str
-    second: str
-    answers: tuple[str, ...]
-    bridge: tuple[str, ...] = ()
-    hop_one: str = ""
-    hop_two: str = ""
-    source: str = ""
-
-    @property
-    def text(self) -> str:
-        """The whole question, "The current CEO of the company that created Visual Basic Script"."""
-        return f"{self.second} {self.first}"
 
 
 def shipped_relations() -> list[Relation]:
@@ -129,81 +105,6 @@ def read_relations(path: Path) -> tuple[list[Relation], list[str]]:
     return list(relations.values()), skipped
 
 
-def compose(relations: Sequence[Relation]) -> list[Query]:
-    """Every query of two hops: all pairs of relations of which objects of the one are subjects of the other.
-
-    The first needs a phrase, the second a template that ends with its slot, or with its slot and "is". A query whose
-    answer stands in it already, or in its bridge, is left out.
-    """
-    queries = []
-    for one in relations:
-        for two in relations:
-            second, _, rest = two.template.partition(SLOT)
-            if one is two or not one.phrase or not second.strip() or rest.strip() not in ("", "is"):
-                continue
-            subjects = {_bare(sample.subject): sample for sample in two.samples}
-            for sample in one.samples:
-                bridge = subjects.get(_bare(sample.object))
-                if bridge is None:
-                    continue
-                query = Query(
-                    first=one.phrase.replace(SLOT, sample.subject),
-                    second=second.strip(),
-                    answers=bridge.answers,
-                    bridge=(bridge.subject, *sample.answers),
-                    hop_one=one.template.replace(SLOT, sample.subject),
-                    hop_two=two.template.replace(SLOT, bridge.subject),
-                    source=f"{one.name} → {two.name}",
-                )
-                if not gives_away(query.text, query.answers) and not gives_away(bridge.subject, query.answers):
-                    queries.append(query)
-    return queries
-
-
-def read_queries(path: Path) -> tuple[list[Query], list[str]]:
-    """Queries from a `.json` list of "first", "second", "answer", and perhaps "aliases" and "bridge".
-
-    Aliases and bridge are a text or a list of texts. A folder, or any other file that `read_relations` takes, is
-    composed; what that skipped is returned beside the queries. Raises DataError.
-    """
-    if path.suffix == ".json" and path.is_file():
-        records = parse_json(read_text(path), str(path))
-        if isinstance(records, list):
-            return _queries(records, str(path)), []
-    relations, skipped = read_relations(path)
-    queries = compose(relations)
-    if not queries:
-        raise DataError(
-            f"{path}: no query can be composed; objects of one relation (with a phrase) must be subjects of another"
-        )
-    return queries, skipped
-
-
-def _queries(records: list, source: str) -> list[Query]:
-    queries = []
-    for number, record in enumerate(records, 1):
-        where = f"{source}, entry {number}"
-        first, second, answer = (text_of(record, key, where) for key in ("first", "second", "answer"))
-        bridge = _texts(record, "bridge", where)
-        query = Query(
-            first=first,
-            second=second,
-            answers=(answer, *_texts(record, "aliases", where)),
-            bridge=bridge,
-            hop_two=f"{second} {bridge[0]} is" if bridge else "",
-            hop_one=f"{first[:1].upper()}{first[1:]} is",
-            source=source,
-        )
-        if gives_away(query.text, query.answers):
-            raise DataError(f"{where}: the answer {answer!r} stands in the query itself")
-        queries.append(query)
-    if not queries:
-        raise DataError(f"{source} holds no query")
-    if len({query.text for query in queries}) < len(queries):
-        raise DataError(f"{source}: some query is there twice")
-    return queries
-
-
 def _read_relation(file: Path) -> tuple[Relation, list[str]]:
     """The relation in a file, and what was skipped of it."""
     if file.suffix == ".tsv":
@@ -230,13 +131,13 @@ def _parse_relation(content: str, source: str, contexts: dict[str, tuple[str, ..
         where = f"{source}, sample {number}"
         subject = text_of(entry, "subject", where)
         _refuse(subject, text_of(entry, "object", where), samples, where)
-        sentences = _texts(entry, "contexts", where, prompt_of) or contexts.get(subject, ())
+        sentences = texts_of(entry, "contexts", where, prompt_of) or contexts.get(subject, ())
         if not sentences:
             raise DataError(f'{where}: {subject!r} has no "contexts", sentences that hold it')
         for sentence in sentences:
             if subject not in sentence:
                 raise DataError(f"{where}: {subject!r} does not stand in its context {sentence!r}")
-        answers = (text_of(entry, "object", where), *_texts(entry, "aliases", where))
+        answers = (text_of(entry, "object", where), *texts_of(entry, "aliases", where))
         samples[subject] = Sample(subject, answers, tuple(Marked(sentence, subject) for sentence in sentences))
     target = Marked(template.replace(SLOT, PLACEHOLDER), PLACEHOLDER)
     return Relation(name, kind, target, tuple(samples.values()), template, phrase)
@@ -263,7 +164,7 @@ def _parse_tsv(content: str, source: str, name: str) -> tuple[Relation, list[str
         targets.add(Marked(target, Nearest(PLACEHOLDER, target_index) if holds_placeholder else target_index))
         if len(targets) > 1:
             raise DataError(f"{where}: a relation has one prompt_target and position_target, here is a second")
-        if _bare(subject) == _bare(answer):
+        if bare(subject) == bare(answer):
             counts["whose object is the subject"] += 1
             continue
         if subject not in prompt:
@@ -296,7 +197,7 @@ def _cropped_end(row: dict[str, str], prompt: str) -> int | None:
 
 
 def _refuse(subject: str, answer: str, others: Iterable[str], where: str) -> None:
-    if _bare(subject) == _bare(answer):
+    if bare(subject) == bare(answer):
         raise DataError(f"{where}: the object of {subject!r} is the subject itself")
     if subject in others:
         raise DataError(f"{where}: {subject!r} is there already")
@@ -310,22 +211,13 @@ def _index(row: dict[str, str], key: str, where: str) -> int:
         raise DataError(f"{where}: {key} {text!r} is no whole number") from error
 
 
-def _texts(record: dict, key: str, where: str, read: Callable[[object, str, str], str] = text_of) -> tuple[str, ...]:
-    """The texts under a key that may be missing, or hold one text or a list of them."""
-    value = record.get(key) or []
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list):
-        raise DataError(f'{where}: "{key}" is neither a text nor a list of texts')
-    return tuple(read({key: text}, key, where) for text in texts)
-
-
 def _contexts(content: str, source: str) -> dict[str, tuple[str, ...]]:
     record = parse_json(content, source)
     if not isinstance(record, dict):
         raise DataError(f"{source}: an object with sentences for every subject is needed")
-    return {subject: _texts(record, subject, source, prompt_of) for subject in record}
+    return {subject: texts_of(record, subject, source, prompt_of) for subject in record}
 
 
-def _bare(name: str) -> str:
+def bare(name: str) -> str:
     """A name without its article and its capitals, by which objects and subjects are matched."""
     return name.casefold().removeprefix("the ")
