@@ -28,7 +28,7 @@ from benchmarks.half import half_compared
 from benchmarks.overhead import NO_HOOK, overheads, wide_llama
 from benchmarks.peers import PEERS, installed
 from benchmarks.sweep import STAIRCASE, continuations_compared, logits_compared, sweep_of
-from pscope.runs.folder import versions
+from pscope.runs.provenance import versions
 
 console = Console()
 

@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pscope
 from benchmarks.sweep import sweep_of
 from benchmarks.timing import Contestant, against, in_turn
-from pscope.experiments.next_token import decode_next_tokens, draw_positions
+from pscope.experiments.next_token import NextToken, draw_positions
 from pscope.inputs.texts import shipped_texts
 from pscope.models.residual import length_batches
 
@@ -78,9 +78,8 @@ def whole_figure(model: pscope.LanguageModel, samples: int, seconds: float) -> p
     """All of `fig2` (both lenses, all layers) against plain forward passes over the same source texts."""
     texts = shipped_texts()
     sampled = draw_positions(model, texts, samples, seed=0)
-    scope = pscope.Patchscope(model, model.prompt(pscope.TOKEN_IDENTITY))
+    experiment = NextToken(model, model.prompt(pscope.TOKEN_IDENTITY), sampled, range(model.n_layers + 1))
     whole = [model.prompt(texts[item.text]) for item in sampled]
-    layers = range(model.n_layers + 1)
 
     def forward() -> None:
         for batch in length_batches([len(prompt) for prompt in whole], 1024):
@@ -91,7 +90,7 @@ def whole_figure(model: pscope.LanguageModel, samples: int, seconds: float) -> p
 
     contestants = {
         "forward passes": Contestant(forward),
-        "fig2": Contestant(lambda: list(decode_next_tokens(scope, sampled, layers))),
+        "fig2": Contestant(experiment.table),
     }
     for contestant in contestants.values():
         contestant.run()

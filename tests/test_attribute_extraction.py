@@ -12,21 +12,21 @@ from sklearn.preprocessing import StandardScaler
 from test_unpatched import greedy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pscope import Decoding, Patchscope, PromptError, PscopeError
+from pscope import Decoding, PromptError, PscopeError
+from pscope.engine.generate import GREEDY
 from pscope.experiments.attribute_extraction import (
     ANOTHER,
-    CLEAN,
     MAJORITY,
-    PATCHED,
     PROBE,
-    RANDOM,
+    AttributeExtraction,
     Question,
-    ask_plainly,
-    extract,
     over_layers,
-    rows_to_decode,
+    plain_questions,
+    question_of,
     summarise,
 )
+from pscope.experiments.known import PlainWords
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.relations import Marked, Relation, Sample
 from pscope.metrics import answer_found
 from pscope.models.prompts import Nearest
@@ -44,10 +44,10 @@ def relation_of(answers, target="one x two"):
     return Relation("planted", "factual", Marked(target, "x"), tuple(samples))
 
 
-def question_of(model, relation):
+def every_sample(model, relation):
     sources = tuple(tuple(model.prompt(source.text, source.at) for source in s.sources) for s in relation.samples)
     target = model.prompt(relation.target.text, relation.target.at)
-    return Question(relation, target, relation.samples, sources, len(sources), len(sources))
+    return Question(relation, target, relation.samples, sources)
 
 
 def state(model, source, layer):
@@ -70,16 +70,23 @@ def asked(tiny):
         words.append(
             tuple(dict.fromkeys(word for word in said.replace("_", " ").split() if word.isalpha()))[:2] or ("no",)
         )
-    return question_of(tiny, relation_of(words))
+    return every_sample(tiny, relation_of(words))
 
 
-def table_of(scope, question, new_tokens=6, **options):
-    return pd.concat(extract(scope, question, PAIRS, Decoding(new_tokens), **options), ignore_index=True)
+def table_of(model, question, new_tokens=6, **options):
+    return AttributeExtraction(model, [question], PAIRS, Decoding(new_tokens), **options).table()
+
+
+def known_to(model, relation, *, samples, contexts, decoding=GREEDY):
+    """The question of a relation about what the model knows, and among how many subjects they were drawn."""
+    question = question_of(model, relation, contexts)
+    said = PlainWords(model, plain_questions([question]), decoding).table().set_index("text")["continuation"]
+    return question.known(said.to_dict(), samples, seed=0)
 
 
 def test_every_row_against_the_one_row_loop(tiny, asked):
     # So little memory that subjects come in several chunks.
-    table = table_of(Patchscope(tiny, asked.target, memory=9_000_000), asked, seed=2)
+    table = table_of(tiny, asked, seed=2, memory=9_000_000)
     samples = {sample.subject: (sample, sources) for sample, sources in zip(asked.samples, asked.sources, strict=True)}
     assert table.groupby("condition").size().to_dict() == {
         PATCHED: 5 * 2 * 4,
@@ -89,7 +96,8 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
         PROBE: 5 * 2 * 3,
         MAJORITY: 5 * 2,
     }
-    assert rows_to_decode([asked], PAIRS) == 5 * 3 * 4
+    units = AttributeExtraction(tiny, [asked], PAIRS).units
+    assert sum(unit.rows for unit in units) == 5 * 3 * 4
     assert not table.duplicated(["subject", "context", "condition", "layer", "target_layer"]).any()
     clean = tiny.tokenizer.decode(greedy(tiny, asked.target.ids, 6))
     settled = 0
@@ -135,8 +143,8 @@ def test_random_rows_depend_on_relation_subject_and_seed_alone(tiny):
 
     def random_rows(name="planted", kept=slice(None), seed=1, memory=2**30):
         relation = replace(relation_of([("a",), ("b",), ("c",), ("d",), ("e",)]), name=name)
-        question = question_of(tiny, replace(relation, samples=relation.samples[kept]))
-        table = table_of(Patchscope(tiny, question.target, memory=memory), question, seed=seed)
+        question = every_sample(tiny, replace(relation, samples=relation.samples[kept]))
+        table = table_of(tiny, question, seed=seed, memory=memory)
         return table[table["condition"] == RANDOM].set_index(keys)["continuation"].sort_index()
 
     everybody = random_rows()
@@ -153,15 +161,15 @@ def test_a_row_goes_on_until_everybody_who_borrows_it_has_his_answer(tiny):
     said = endless(tiny, target, state(tiny, source, 3), 1, 12)
     early, *_, late = [word for word in said.replace("_", " ").split() if word.isalpha() and said.count(word) == 1]
     # All but Japan have one answer, so that they borrow from nobody else, and it comes after Japan's own.
-    question = question_of(tiny, relation_of([(early,), *[(late,)] * 4]))
-    table = table_of(Patchscope(tiny, question.target), question, new_tokens=12)
+    question = every_sample(tiny, relation_of([(early,), *[(late,)] * 4]))
+    table = table_of(tiny, question, new_tokens=12)
     borrowed = table[(table["condition"] == ANOTHER) & (table["subject"] != "Japan") & (table["layer"] == 3)]
     assert set(borrowed["state_of"]) == {"Japan"}
     assert borrowed[borrowed["context"] == 0]["found"].all()
 
 
 def test_the_probe_against_scikit_learn_alone(tiny, asked):
-    table = table_of(Patchscope(tiny, asked.target), asked, new_tokens=1)
+    table = table_of(tiny, asked, new_tokens=1)
     folds = table.drop_duplicates("subject").set_index("subject")["fold"]
     assert sorted(folds.value_counts()) == [1, 2, 2]
     units = [(i, context) for i in range(5) for context in range(2)]
@@ -184,14 +192,14 @@ def test_the_probe_against_scikit_learn_alone(tiny, asked):
 def test_the_probe_is_graded_as_continuations_are(tiny):
     # Each answer is an alias of the other, so that whatever is predicted is right.
     answers = [("gold", "silver"), ("silver", "gold"), ("gold", "silver"), ("silver", "gold"), ("gold", "silver")]
-    question = question_of(tiny, relation_of(answers))
-    table = table_of(Patchscope(tiny, question.target), question, new_tokens=1)
+    question = every_sample(tiny, relation_of(answers))
+    table = table_of(tiny, question, new_tokens=1)
     probed = table[table["condition"].isin([PROBE, MAJORITY])]
     assert (probed["continuation"] != probed["object"]).any()
     assert probed["found"].all()
     assert probed["nameable"].all()
-    unique = question_of(tiny, relation_of([("a", "z"), ("b",), ("c", "a"), ("d",), ("e",)]))
-    table = table_of(Patchscope(tiny, unique.target), unique, new_tokens=1, seed=1)
+    unique = every_sample(tiny, relation_of([("a", "z"), ("b",), ("c", "a"), ("d",), ("e",)]))
+    table = table_of(tiny, unique, new_tokens=1, seed=1)
     folds = table.drop_duplicates("subject").set_index("subject")["fold"]
     assert folds["Japan"] != folds["Chile"]
     told = table[table["condition"] == MAJORITY].drop_duplicates("subject").set_index("subject")["nameable"]
@@ -215,9 +223,9 @@ def test_a_planted_relation_on_a_model_whose_answer_is_known(tokenizer):
         unembed[objects] = 3 * embed[subjects]
         unembed[full_stop] = 3 * embed[objects].sum(dim=0)
     relation = relation_of([(tokenizer.decode([token]).strip(),) for token in objects], target="The money of x")
-    (question,) = ask_plainly(model, [relation], samples=9, contexts=2, decoding=Decoding(3))
-    assert (question.subjects, question.answered, len(question.samples)) == (5, 5, 5)
-    table = table_of(Patchscope(model, question.target), question, new_tokens=3)
+    question, answered = known_to(model, relation, samples=9, contexts=2, decoding=Decoding(3))
+    assert (answered, len(question.samples)) == (5, 5)
+    table = table_of(model, question, new_tokens=3)
     shares = table.groupby("condition")["found"].mean()
     assert shares[PATCHED] == 1
     assert (table[table["condition"] == PATCHED]["rank"] == 1).all()
@@ -235,14 +243,15 @@ def test_what_the_model_knows_is_kept(smollm2):
         Sample(subject, (answer,), (Marked(f"A trip to {subject}", subject),)) for subject, answer in capitals.items()
     ]
     relation = Relation("capital", "factual", Marked("The capital city of x is", "x"), tuple(samples))
-    (question,) = ask_plainly(smollm2, [relation], samples=2, contexts=1, decoding=Decoding(5))
-    assert (question.subjects, question.answered, len(question.samples)) == (4, 3, 2)
+    question, answered = known_to(smollm2, relation, samples=2, contexts=1, decoding=Decoding(5))
+    assert (answered, len(question.samples)) == (3, 2)
     assert not question.enough
-    for sample in (everything := ask_plainly(smollm2, [relation], samples=9, contexts=1)[0]).samples:
+    everything, _ = known_to(smollm2, relation, samples=9, contexts=1)
+    for sample in everything.samples:
         ids = smollm2.prompt(f"The capital city of {sample.subject} is").ids
         assert sample.object in smollm2.tokenizer.decode(greedy(smollm2, ids, 20))
-    with pytest.raises(PscopeError, match="2 subjects are fewer than the 3 folds"):
-        list(extract(Patchscope(smollm2, question.target), question, [(1, 1)]))
+    with pytest.raises(PscopeError, match="capital: 2 subjects are fewer than the 3 folds"):
+        AttributeExtraction(smollm2, [question], [(1, 1)])
     assert everything.enough
 
 
@@ -256,8 +265,8 @@ def test_source_prompts_without_their_subject_are_left_out(smollm2):
         sample("Italy", "Rome", " To Italy"),
     )
     relation = Relation("capital", "unknown", Marked("The capital city of x", Nearest("x", 0)), samples)
-    (question,) = ask_plainly(smollm2, [relation], samples=9, contexts=2)
-    assert (question.subjects, question.answered, len(question.unread)) == (3, 2, 3)
+    question, answered = known_to(smollm2, relation, samples=9, contexts=2)
+    assert (answered, len(question.unread)) == (2, 3)
     assert "'Japan' stands only inside longer tokens" in question.unread[0]
     assert [sample.subject for sample in question.samples] == ["Japan", "Italy"]
     japan, italy = question.sources
@@ -270,14 +279,12 @@ def test_what_fails_is_named(tiny, asked):
     relation = relation_of([("a",)] * 5)
     lost = Sample("Japan", ("a",), (Marked("We saw Peru", "Japan"),))
     with without_a_number(tiny, tiny.prompt("one Egypt").ids[-1]):
-        with pytest.raises(PscopeError, match="planted: 'Egypt' failed: its logits are not finite"):
-            ask_plainly(tiny, [relation], samples=9, contexts=2)
-        with pytest.raises(
-            PscopeError, match=r"planted: 'Egypt' \(patched, context 0\) failed at layer 0, target layer 0"
-        ):
-            table_of(Patchscope(tiny, asked.target), asked)
+        with pytest.raises(PscopeError, match="'one Egypt two' failed: its logits are not finite"):
+            known_to(tiny, relation, samples=9, contexts=2)
+        with pytest.raises(PscopeError, match=r"'planted/Egypt' \(patched\) failed at layer 0, target layer 0"):
+            table_of(tiny, asked)
     with pytest.raises(PromptError, match="planted: 'y' stands nowhere"):
-        ask_plainly(tiny, [Relation("planted", "factual", Marked("one x", "y"), (lost,))], samples=9, contexts=1)
+        question_of(tiny, Relation("planted", "factual", Marked("one x", "y"), (lost,)), contexts=1)
 
 
 def planted() -> pd.DataFrame:

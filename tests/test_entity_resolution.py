@@ -14,18 +14,16 @@ from test_unpatched import greedy
 from pscope import ENTITY_DESCRIPTION, Decoding, LanguageModel, Patchscope, PromptError, PscopeError, capture
 from pscope.experiments.entity_resolution import (
     ANOTHER,
-    CLEAN,
-    PATCHED,
-    RANDOM,
     WRITTEN_OUT,
+    EntityDescriptions,
+    EntityLayers,
     best_layers,
-    describe_entities,
-    describe_layers,
     name_prompt,
-    rows_of,
     summarise,
 )
 from pscope.experiments.grid import layer_pairs
+from pscope.experiments.known import Plain
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.entities import ALL, Entity, shipped_entities
 from pscope.show.entity_resolution import entity_figure
 
@@ -36,8 +34,8 @@ ENTITIES = [
 ]
 
 
-def table_of(scope, entities, pairs, decoding, **options):
-    return pd.concat(describe_entities(scope, entities, pairs, decoding, **options), ignore_index=True)
+def table_of(model, target, entities, pairs, decoding, **options):
+    return EntityDescriptions(model, target, entities, pairs, decoding, **options).table()
 
 
 def state(model, name, layer):
@@ -54,19 +52,18 @@ def said(model, target, vector, layer, new_tokens):
 def finding(smollm2) -> pd.DataFrame:
     """Figure 3 of the default model on some of the shipped entities."""
     chosen = shipped_entities()[::6]
-    scope = Patchscope(smollm2, smollm2.prompt(ENTITY_DESCRIPTION))
-    return table_of(scope, chosen, [(8, 8), (26, 26)], Decoding(20, stop=(",",)))
+    target = smollm2.prompt(ENTITY_DESCRIPTION)
+    return table_of(smollm2, target, chosen, [(8, 8), (26, 26)], Decoding(20, stop=(",",)))
 
 
 def test_every_row_against_the_one_row_loop(tiny):
     target = tiny.prompt("one two x three", "x")
     pairs = [(0, 0), (3, 1), (4, 4)]
-    # So little memory that entities come in several chunks, each borrowing from the one before.
-    chunks = list(describe_entities(Patchscope(tiny, target, memory=6_000_000), ENTITIES, pairs, Decoding(4), seed=5))
-    patching = [chunk for chunk in chunks if PATCHED in set(chunk["condition"])]
-    assert len(patching) > 2
-    table = pd.concat(chunks, ignore_index=True)
-    assert len(table) == rows_of(ENTITIES, pairs) == 5 * (2 + 3 * 3)
+    # So little memory that entities come in several parts.
+    experiment = EntityDescriptions(tiny, target, ENTITIES, pairs, Decoding(4), seed=5, memory=6_000_000)
+    assert len(experiment.parts(experiment.rows_per_part(experiment.rows_per_pass()))) > 2
+    table = experiment.table()
+    assert len(table) == 5 * (2 + 3 * 3)
     assert not table.duplicated(["entity", "condition", "layer", "target_layer"]).any()
     by_name = {entity.name: entity for entity in ENTITIES}
     clean = tiny.tokenizer.decode(greedy(tiny, target.ids, 4))
@@ -104,8 +101,7 @@ def test_random_vectors_are_as_long_as_the_states_they_stand_for(tiny, monkeypat
         return original(self, states, *others)
 
     monkeypatch.setattr(Patchscope, "generate", generate)
-    scope = Patchscope(tiny, tiny.prompt("one x"))
-    table = table_of(scope, ENTITIES, [(1, 1), (3, 0), (3, 2)], Decoding(1), seed=1)
+    table = table_of(tiny, tiny.prompt("one x"), ENTITIES, [(1, 1), (3, 0), (3, 2)], Decoding(1), seed=1)
     own, random = given[0].reshape(2, 5, 3, -1)
     order = table[table["condition"] == PATCHED]["entity"].drop_duplicates()
     expected = [[state(tiny, name, layer) for layer in (1, 3, 3)] for name in order]
@@ -118,23 +114,22 @@ def test_random_vectors_are_as_long_as_the_states_they_stand_for(tiny, monkeypat
 
 def test_the_same_seed_gives_the_same_table(tiny):
     target, pairs = tiny.prompt("one x"), [(1, 1), (3, 0)]
-    roomy = table_of(Patchscope(tiny, target), ENTITIES, pairs, Decoding(3), seed=3)
+    roomy = table_of(tiny, target, ENTITIES, pairs, Decoding(3), seed=3)
     keys = ["entity", "condition", "layer"]
-    tight = table_of(Patchscope(tiny, target, memory=1), ENTITIES, pairs, Decoding(3), seed=3)
-    pd.testing.assert_frame_equal(roomy, table_of(Patchscope(tiny, target), ENTITIES, pairs, Decoding(3), seed=3))
-    pd.testing.assert_frame_equal(roomy.set_index(keys).sort_index(), tight.set_index(keys).sort_index())
-    other = table_of(Patchscope(tiny, target), ENTITIES, pairs, Decoding(3), seed=4)
+    tight = table_of(tiny, target, ENTITIES, pairs, Decoding(3), seed=3, memory=1)
+    pd.testing.assert_frame_equal(roomy, table_of(tiny, target, ENTITIES, pairs, Decoding(3), seed=3))
+    pd.testing.assert_frame_equal(roomy, tight)
+    other = table_of(tiny, target, ENTITIES, pairs, Decoding(3), seed=4)
     assert not other.equals(roomy)
-    fewer = table_of(Patchscope(tiny, target), ENTITIES[2:], pairs, Decoding(3), seed=3).set_index(keys)["continuation"]
+    fewer = table_of(tiny, target, ENTITIES[2:], pairs, Decoding(3), seed=3).set_index(keys)["continuation"]
     own = fewer.drop(ANOTHER, level="condition")
     pd.testing.assert_series_equal(own, roomy.set_index(keys)["continuation"].loc[own.index])
 
 
 def test_one_entity_has_no_other(tiny):
-    scope = Patchscope(tiny, tiny.prompt("one x"))
-    table = table_of(scope, ENTITIES[:1], [(1, 1)], Decoding(2))
+    table = table_of(tiny, tiny.prompt("one x"), ENTITIES[:1], [(1, 1)], Decoding(2))
     assert set(table["condition"]) == {PATCHED, RANDOM, CLEAN, WRITTEN_OUT}
-    assert len(table) == rows_of(ENTITIES[:1], [(1, 1)])
+    assert len(table) == 2 + 2
     summary = summarise(table)
     assert summary["low"].isna().all()
     assert best_layers(table).empty
@@ -153,9 +148,8 @@ def test_layer_pairs(tiny):
 
 
 def test_one_token_of_a_name_is_read(tiny):
-    scope = Patchscope(tiny, tiny.prompt("one x"))
     with pytest.raises(PscopeError, match="2 positions of .* are marked where one is needed"):
-        describe_layers(scope, name_prompt(tiny, "New York", at=[1, 2]), [(0, 0)])
+        EntityLayers(tiny, tiny.prompt("one x"), name_prompt(tiny, "New York", at=[1, 2]), [(0, 0)])
 
 
 def test_a_name_is_never_the_first_token(smollm2):
@@ -197,14 +191,14 @@ def test_a_start_token_of_the_tokenizer_is_enough(tiny):
 def test_any_name_is_described(smollm2, name, tokens):
     source = name_prompt(smollm2, name)
     assert abs(len(source) - tokens) <= 3
-    scope = Patchscope(smollm2, smollm2.prompt(ENTITY_DESCRIPTION))
-    table = describe_layers(scope, source, [(0, 0), (9, 3)], Decoding(5), reference="a word")
+    goal = smollm2.prompt(ENTITY_DESCRIPTION)
+    table = EntityLayers(smollm2, goal, source, [(0, 0), (9, 3)], Decoding(5), reference="a word").table()
     assert table["condition"].tolist() == [PATCHED, PATCHED, CLEAN]
     states = hidden_states(smollm2.hf, smollm2.layers, source.ids)
     for row, (layer, target) in zip(table.itertuples(), [(0, 0), (9, 3)], strict=False):
-        expected = said(smollm2, scope.target, states[layer, source.position], target, 5)
+        expected = said(smollm2, goal, states[layer, source.position], target, 5)
         assert row.continuation == expected
-    assert table["continuation"].iloc[2] == smollm2.tokenizer.decode(greedy(smollm2, scope.target.ids, 5))
+    assert table["continuation"].iloc[2] == smollm2.tokenizer.decode(greedy(smollm2, goal.ids, 5))
 
 
 def test_the_finding_of_figure_3(finding):
@@ -219,21 +213,21 @@ def test_the_finding_of_figure_3(finding):
     assert summary.loc[ALL, PATCHED, 26] < 0.5 * summary.loc[ALL, PATCHED, 8]
 
 
-def test_a_failing_row_ends_the_run_with_its_name(tiny, monkeypatch):
-    scope = Patchscope(tiny, tiny.prompt("one two x"))
+def test_a_failing_row_ends_the_run_with_its_name(tiny):
+    target = tiny.prompt("one two x")
     with pytest.raises(PromptError, match=r"^'long long .*' cannot be read: .* more than the window"):
-        table_of(scope, [*ENTITIES, Entity("long " * 300, "a")], [(1, 1)], Decoding(2))
+        table_of(tiny, target, [*ENTITIES, Entity("long " * 300, "a")], [(1, 1)], Decoding(2))
     # Fits as a source, but not written out with the tokens to come.
     with pytest.raises(PromptError, match="cannot be read: .* more than the window"):
-        table_of(scope, [*ENTITIES, Entity("long " * 250, "a")], [(1, 1)], Decoding(9))
+        table_of(tiny, target, [*ENTITIES, Entity("long " * 250, "a")], [(1, 1)], Decoding(9))
     with without_a_number(tiny, tiny.prompt("\nBeyoncé").ids[-1]):
-        with pytest.raises(PscopeError, match="'Beyoncé', written out, failed: its logits are not finite"):
-            table_of(scope, ENTITIES, [(1, 1)], Decoding(2))
-        monkeypatch.setattr("pscope.experiments.entity_resolution._written_out", lambda *_: iter(()))
+        experiment = EntityDescriptions(tiny, target, ENTITIES, [(1, 1)], Decoding(2))
+        with pytest.raises(PscopeError, match="'one two Beyoncé' failed: its logits are not finite"):
+            experiment.read([unit for unit in experiment.units if isinstance(unit, Plain)])
         with pytest.raises(PscopeError, match=r"'Beyoncé' \(patched\) failed at layer 1, target layer 2: its logits"):
-            table_of(scope, ENTITIES, [(1, 2)], Decoding(2))
+            table_of(tiny, target, ENTITIES, [(1, 2)], Decoding(2))
     with pytest.raises(PscopeError, match="no entity"):
-        table_of(scope, [], [(1, 1)], Decoding(2))
+        table_of(tiny, target, [], [(1, 1)], Decoding(2))
 
 
 def planted() -> pd.DataFrame:

@@ -6,9 +6,9 @@ import pytest
 import torch
 from reference import hidden_states, patched_continuation, patched_logits
 
-from pscope import TOKEN_IDENTITY, DataError, Patchscope, PscopeError
-from pscope.experiments.layer_readout import read_layers
-from pscope.experiments.next_token import decode_next_tokens, draw_positions, summarise
+from pscope import TOKEN_IDENTITY, DataError, PscopeError
+from pscope.experiments.layer_readout import LayerReadout
+from pscope.experiments.next_token import NextToken, draw_positions, summarise
 from pscope.inputs.texts import shipped_texts
 from pscope.models.prompts import tokenize
 from pscope.show.layer_readout import layer_readout_figure
@@ -19,8 +19,7 @@ from pscope.show.next_token import next_token_figure
 def finding(smollm2) -> pd.DataFrame:
     """Figure 2 of the default model on some of the shipped texts, spread over their registers."""
     sampled = draw_positions(smollm2, shipped_texts()[::3], 80, seed=0)
-    scope = Patchscope(smollm2, smollm2.prompt(TOKEN_IDENTITY))
-    return pd.concat(decode_next_tokens(scope, sampled, range(smollm2.n_layers + 1)), ignore_index=True)
+    return NextToken(smollm2, smollm2.prompt(TOKEN_IDENTITY), sampled, range(smollm2.n_layers + 1)).table()
 
 
 def places(sampled):
@@ -77,10 +76,10 @@ def test_next_token_rows_against_one_row_passes(tiny):
     sampled = draw_positions(tiny, texts, 7, seed=3)
     target = tiny.prompt(TOKEN_IDENTITY)
     layers = [0, 2, 4]
-    # Small batches and little memory, so that samples come in several chunks and out of order.
-    chunks = list(decode_next_tokens(Patchscope(tiny, target, memory=6_000_000), sampled, layers, batch_tokens=8))
-    table = pd.concat(chunks)
-    assert len(chunks) > 2
+    # Small batches and little memory, so that samples are decoded in several passes and run out of order.
+    experiment = NextToken(tiny, target, sampled, layers, batch_tokens=8, memory=6_000_000)
+    assert experiment.rows_per_pass() < sum(unit.rows for unit in experiment.units)
+    table = experiment.table()
     assert len(table) == 7 * 3 * 2
     assert set(zip(table["text"], table["position"], strict=True)) == set(places(sampled))
     for row in table.itertuples():
@@ -163,7 +162,7 @@ def test_the_figure_shows_the_summary(finding):
 def test_layer_readout_against_one_row_passes(smollm2):
     source = smollm2.prompt("Amazon's former CEO attended the Oscars", "CEO")
     target = smollm2.prompt(TOKEN_IDENTITY)
-    table = read_layers(Patchscope(smollm2, target), source, [0, 12, 30], top_k=3, new_tokens=4)
+    table = LayerReadout(smollm2, target, source, [0, 12, 30], top_k=3, new_tokens=4).table()
     assert len(table) == 3 * 3 * 2 + 3
     states = hidden_states(smollm2.hf, smollm2.layers, source.ids)[:, source.position]
     with torch.no_grad():
@@ -211,16 +210,15 @@ def test_the_readout_figure_has_a_planted_cell_where_it_belongs():
 
 
 def test_readout_refuses(tiny):
-    scope = Patchscope(tiny, tiny.prompt(TOKEN_IDENTITY))
-    source = tiny.prompt("a b")
+    target, source = tiny.prompt(TOKEN_IDENTITY), tiny.prompt("a b")
     with pytest.raises(PscopeError, match="layer 9 is out of range"):
-        read_layers(scope, source, [0, 9])
+        LayerReadout(tiny, target, source, [0, 9])
     with pytest.raises(PscopeError, match="no layer"):
-        read_layers(scope, source, [])
+        LayerReadout(tiny, target, source, [])
     for unlisted in ("0-3", 3):
         with pytest.raises(PscopeError, match="layers are given as a list of numbers, as"):
-            read_layers(scope, source, unlisted)
+            LayerReadout(tiny, target, source, unlisted)
     with pytest.raises(PscopeError, match="2 positions of 'a b' are marked where one is needed"):
-        read_layers(scope, tiny.prompt("a b", [0, 1]), [0])
+        LayerReadout(tiny, target, tiny.prompt("a b", [0, 1]), [0])
     with pytest.raises(PscopeError, match="top_k is 0"):
-        read_layers(scope, source, [0], top_k=0)
+        LayerReadout(tiny, target, source, [0], top_k=0)

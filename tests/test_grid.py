@@ -3,16 +3,9 @@ import pytest
 import torch
 
 from pscope import PscopeError
-from pscope.experiments.grid import (
-    at_chosen,
-    chosen_elsewhere,
-    draw_folds,
-    layer_pairs,
-    same_norm,
-    source_layers,
-    source_prompt,
-    spread_layers,
-)
+from pscope.experiments.grid import layer_pairs, source_layers, source_prompt, spread_layers
+from pscope.experiments.held_out import at_chosen, chosen_elsewhere, draw_folds
+from pscope.experiments.sweep import same_norm
 
 
 def test_layer_pairs(tiny):

@@ -9,28 +9,29 @@ from reference import hidden_states, patched_continuation, patched_logits
 from test_unpatched import greedy
 from transformers import MambaConfig, MambaForCausalLM
 
-from pscope import Decoding, LanguageModel, PscopeError
+from pscope import Decoding, LanguageModel, Prompt, PscopeError
+from pscope.engine.generate import GREEDY
 from pscope.engine.selfcheck import PATHS, SelfCheck
 from pscope.experiments import multi_hop
-from pscope.experiments.attribute_extraction import ask_plainly
+from pscope.experiments.attribute_extraction import plain_questions, question_of
+from pscope.experiments.known import PlainWords
 from pscope.experiments.multi_hop import (
     BACKPATCH,
-    CLEAN,
     COT,
-    PATCHED,
-    RANDOM,
     STEP_BY_STEP,
     VANILLA,
     WITH_PLACEHOLDER,
-    answer_hops,
-    correct,
+    MultiHop,
+    answered_hops,
     pairs_of,
-    rows_to_decode,
+    plain_hops,
     step_by_step,
     summarise,
     transcripts,
 )
-from pscope.inputs.relations import Query, shipped_relations
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
+from pscope.inputs.queries import Query
+from pscope.inputs.relations import shipped_relations
 from pscope.metrics import answer_found
 from pscope.show.multi_hop import answers_figure, answers_heatmaps
 
@@ -46,13 +47,23 @@ QUERIES = [
 
 
 def table_of(model, queries, **options):
-    return pd.concat(correct(model, queries, PAIRS, Decoding(5), reasoning=Decoding(7), **options), ignore_index=True)
+    return MultiHop(model, queries, PAIRS, Decoding(5), reasoning=Decoding(7), **options).table()
+
+
+def said_by(model, asked, decoding=GREEDY):
+    """What the model says to each of the plain texts."""
+    return PlainWords(model, asked, decoding).table().set_index("text")["continuation"].to_dict()
+
+
+def hops_of(model, queries, decoding=GREEDY):
+    return answered_hops(queries, said_by(model, plain_hops(queries), decoding))
 
 
 @pytest.mark.parametrize("memory", [1, 2**30])
 def test_every_row_against_the_one_row_loop(tiny, memory):
     table = table_of(tiny, QUERIES, memory=memory)
-    assert rows_to_decode(4, PAIRS) == 4 * 2 * (4 + 4 + 2) == table["layer"].notna().sum()
+    units = MultiHop(tiny, QUERIES, PAIRS).units
+    assert sum(unit.rows for unit in units) - 2 * 4 == 4 * 2 * (4 + 4 + 2) == table["layer"].notna().sum()
     assert not table.duplicated(["query", "method", "condition", "layer", "target_layer"]).any()
     assert set(table["method"]) == {VANILLA, STEP_BY_STEP, COT, WITH_PLACEHOLDER, BACKPATCH}
     # Two ask by way of Japan.
@@ -115,12 +126,11 @@ def test_both_hops_are_asked_alone(smollm2):
     wrong = Query(
         "the country of sushi", "The capital city of", ("Osaka",), ("Peru",), "Sushi comes from", "Two and two"
     )
-    right, lost = answer_hops(smollm2, [capital, wrong])
+    right, lost = hops_of(smollm2, [capital, wrong])
     assert (right.one_found, right.two_found, right.solvable) == (True, True, True)
     assert (lost.one_found, lost.two_found, lost.solvable) == (False, False, False)
-    assert "Tokyo" in right.two
     with pytest.raises(PscopeError, match='has no "bridge"'):
-        answer_hops(smollm2, [Query("a", "b", ("c",))])
+        plain_hops([Query("a", "b", ("c",))])
 
 
 @pytest.mark.parametrize("order", [1, -1])
@@ -137,9 +147,10 @@ def test_what_is_asked_twice_goes_on_until_all_who_ask_are_answered(tiny, order)
         for one, two, three in (early, late)
     )
     for asked in ([soon], [later], [soon, later][::order]):
-        assert all(hops.solvable for hops in answer_hops(tiny, asked, Decoding(40)))
-    chunks = correct(tiny, [soon, later][::order], PAIRS, Decoding(40), reasoning=Decoding(1), wirings=())
-    assert next(chunks)["found"].all()
+        assert all(hops.solvable for hops in hops_of(tiny, asked, Decoding(40)))
+    options = {"reasoning": Decoding(1), "wirings": ()}
+    table = MultiHop(tiny, [soon, later][::order], PAIRS, Decoding(40), **options).table()
+    assert table[table["method"] == VANILLA]["found"].all()
 
 
 def test_steps_are_asked_for_in_the_chat_template_with_one_start_token(smollm2):
@@ -172,9 +183,11 @@ def test_the_path_of_every_target_is_its_own(tiny, monkeypatch):
     unpatched = table["method"].isin([VANILLA, STEP_BY_STEP])
     assert set(table[slow | unpatched]["path"]) == {"plain"}
     assert set(table[~slow & ~unpatched]["path"]) == {"staircase"}
-    # The longest of the unpatched ones, twice; then each target, of whole queries one of each length.
-    assert len(checked) == 2 + 2 + 2 + len(set(lengths.values()))
-    assert len(set(lengths.values())) < len(lengths)
+    # Of all that have one length and one marked place, one is checked.
+    targets = [unit.target for unit in MultiHop(tiny, QUERIES, PAIRS).units if isinstance(unit.target, Prompt)]
+    steps = [tiny.prompt(max((step_by_step(tiny, query, False) for query in QUERIES), key=len))]
+    alike = {(len(target), target.positions) for target in [*targets, *steps]}
+    assert len(checked) == len(alike) < len({*targets, *steps})
 
 
 @pytest.mark.parametrize(
@@ -201,12 +214,11 @@ def test_a_recurrent_model_is_asked_by_a_path_that_was_checked(tokenizer, ask):
     mamba = random_model(MambaForCausalLM, MambaConfig, tokenizer, state_size=4)
     query = QUERIES[0]
     if ask == "hops":
-        (hops,) = answer_hops(mamba, [query], Decoding(3))
-        ids = mamba.prompt(query.hop_one).ids
-        assert hops.one == mamba.tokenizer.decode(greedy(mamba, ids, 3))
+        asked = plain_hops([query])
     else:
-        (asked,) = ask_plainly(mamba, shipped_relations()[:1], samples=3, contexts=1, decoding=Decoding(3))
-        assert asked.subjects > 0
+        asked = plain_questions([question_of(mamba, shipped_relations()[0], contexts=1)])[:4]
+    for text, said in said_by(mamba, asked, Decoding(3)).items():
+        assert said == mamba.tokenizer.decode(greedy(mamba, mamba.prompt(text).ids, 3))
 
 
 def test_what_fails_is_named(tiny):

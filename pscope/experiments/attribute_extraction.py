@@ -7,60 +7,56 @@ stands in the continuation.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import pandas as pd
-import torch
 from scipy.stats import permutation_test
 
 from pscope.engine.generate import GREEDY, Decoding
-from pscope.engine.patchscope import MEMORY, Patchscope
-from pscope.engine.selfcheck import PathName
-from pscope.engine.unpatched import continue_prompts
-from pscope.errors import PromptError, PscopeError, RowError
+from pscope.engine.patchscope import MEMORY
+from pscope.errors import PromptError, PscopeError
 from pscope.experiments.bands import share_bands
-from pscope.experiments.grid import (
-    FOLDS,
-    Pair,
-    at_chosen,
-    chosen_elsewhere,
-    draw_folds,
-    first_token,
-    same_norm,
-    source_layers,
-    source_prompt,
-    speak,
-)
+from pscope.experiments.experiment import Experiment, Unit, Work, permuted, tidy
+from pscope.experiments.grid import Pair, source_layers, source_prompt
+from pscope.experiments.held_out import FOLDS, at_chosen, chosen_elsewhere, draw_folds, found_at
+from pscope.experiments.known import Wanted
 from pscope.experiments.probe import probe_elsewhere
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, TYPES, Source, borrowed, decoded_rows, sweep
 from pscope.inputs.relations import Relation, Sample
-from pscope.metrics import answer_found, answer_settled
+from pscope.metrics import answer_found
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, written_out
 from pscope.models.residual import capture
 
-PATCHED, ANOTHER, RANDOM, CLEAN = "patched", "another subject", "random vector", "clean target"
-PROBE, MAJORITY = "probe", "majority class"
+ANOTHER, PROBE, MAJORITY = "another subject", "probe", "majority class"
+
+_TYPES = {
+    "relation": "string",
+    "subject": "string",
+    "object": "string",
+    "context": "int64",
+    "fold": "int64",
+    **TYPES,
+    "state_of": "string",
+    "chosen": "boolean",
+    "nameable": "boolean",
+}
 
 
 @dataclass(frozen=True)
 class Question:
-    """A relation, ready to be asked of a model: the target prompt that asks, and the samples it is asked of.
+    """A relation, ready to be asked of a model: the target prompt that asks, and the samples that have source prompts.
 
-    `subjects` were in the file; the model itself answers for `answered` of them when asked in plain words; of these
-    `samples` were drawn, each with its `sources`. `unread` tells of every source prompt of the file in which the
-    subject cannot be found why not.
+    `samples` come each with its `sources`. `unread` tells of every source prompt in which the subject cannot be found
+    why not.
     """
 
     relation: Relation
     target: Prompt
     samples: tuple[Sample, ...]
     sources: tuple[tuple[Prompt, ...], ...]
-    subjects: int
-    answered: int
     unread: tuple[str, ...] = ()
 
     @property
@@ -68,61 +64,46 @@ class Question:
         """Whether there is a subject for every fold."""
         return len(self.samples) >= FOLDS
 
+    def plain(self, sample: Sample) -> str:
+        """The question with the subject in the place of the placeholder."""
+        return written_out(self.target, sample.subject)
 
-def ask_plainly(
-    model: LanguageModel,
-    relations: Sequence[Relation],
-    *,
-    samples: int,
-    contexts: int,
-    decoding: Decoding = GREEDY,
-    seed: int = 0,
-    memory: int = MEMORY,
-    path: PathName | Literal["auto"] = "auto",
-) -> list[Question]:
-    """Keep what the model knows: the samples whose answer stands in its own continuation of the unpatched question.
+    def known(self, said: Mapping[str, str], samples: int, seed: int) -> tuple[Question, int]:
+        """The question of so many subjects, drawn by the seed among those whose answer stands in what the model `said`.
 
-    Of those, `samples` of each relation are drawn by the seed, each with its first `contexts` source prompts that can
-    be read; the questions of all relations share their passes. Raises PscopeError, naming the relation, for a target
-    prompt that cannot be read.
+        `said` is by plain question. Also returned is among how many they were drawn.
+        """
+        answered = [
+            place for place, sample in enumerate(self.samples) if answer_found(said[self.plain(sample)], sample.answers)
+        ]
+        drawn = sorted(answered[index] for index in permuted(seed, len(answered))[:samples])
+        chosen = (tuple(part[place] for place in drawn) for part in (self.samples, self.sources))
+        return Question(self.relation, self.target, *chosen, self.unread), len(answered)
+
+
+def question_of(model: LanguageModel, relation: Relation, contexts: int) -> Question:
+    """The question of a relation, each sample with its first `contexts` source prompts that can be read.
+
+    Raises PromptError, naming the relation, for a target prompt that cannot be read.
     """
-    targets, unread, asked, plain = [], [], [], []
-    for relation in relations:
-        with _naming(relation):
-            targets.append(model.prompt(relation.target.text, relation.target.at))
-            unread.append([])
-            for sample in relation.samples:
-                sources, faults = _readable(model, sample)
-                unread[-1] += faults
-                if sources:
-                    asked.append((relation, sample, sources[:contexts]))
-                    plain.append(model.prompt(written_out(targets[-1], sample.subject)))
-    known: dict[str, list[tuple[Sample, tuple[Prompt, ...]]]] = {relation.name: [] for relation in relations}
-    spoken = continue_prompts(
-        model,
-        plain,
-        decoding,
-        settled=lambda index, text: answer_settled(text, asked[index][1].answers),
-        memory=memory,
-        path=path,
-    )
+    samples, sources, unread = [], [], []
     try:
-        for index, tokens in sorted(spoken):
-            relation, sample, sources = asked[index]
-            if answer_found(decoding.text(tokens, model.tokenizer), sample.answers):
-                known[relation.name].append((sample, sources))
-    except RowError as error:
-        relation, sample, _ = asked[error.row]
-        raise PscopeError(f"{relation.name}: {sample.subject!r} failed: {error.reason}") from error
-    questions = []
-    for relation, target, faults in zip(relations, targets, unread, strict=True):
-        answered = known[relation.name]
-        order = np.random.default_rng(seed).permutation(len(answered))
-        drawn = [answered[index] for index in sorted(order[:samples].tolist())]
-        of_samples, of_sources = (tuple(part[place] for part in drawn) for place in (0, 1))
-        counts = len(relation.samples), len(answered)
-        questions.append(Question(relation, target, of_samples, of_sources, *counts, tuple(faults)))
-    return questions
+        target = model.prompt(relation.target.text, relation.target.at)
+        for sample in relation.samples:
+            prompts, faults = _readable(model, sample)
+            unread += faults
+            if prompts:
+                model.prompt(written_out(target, sample.subject))
+                samples.append(sample)
+                sources.append(prompts[:contexts])
+    except PromptError as error:
+        raise PromptError(f"{relation.name}: {error}") from error
+    return Question(relation, target, tuple(samples), tuple(sources), tuple(unread))
+
+
+def plain_questions(questions: Sequence[Question]) -> list[Wanted]:
+    """What is asked to find out what the model knows: every question in plain words, and the answers that count."""
+    return [(question.plain(sample), sample.answers) for question in questions for sample in question.samples]
 
 
 def _readable(model: LanguageModel, sample: Sample) -> tuple[tuple[Prompt, ...], list[str]]:
@@ -136,24 +117,19 @@ def _readable(model: LanguageModel, sample: Sample) -> tuple[tuple[Prompt, ...],
     return tuple(prompts), faults
 
 
-@contextmanager
-def _naming(relation: Relation) -> Iterator[None]:
-    try:
-        yield
-    except PromptError as error:
-        raise PromptError(f"{relation.name}: {error}") from error
+@dataclass(frozen=True)
+class Probing(Unit):
+    """The probes of all layers for one question, whose states are read once more."""
+
+    question: Question
+    folds: tuple[int, ...]
 
 
-def extract(
-    scope: Patchscope, question: Question, pairs: Sequence[Pair], decoding: Decoding = GREEDY, seed: int = 0
-) -> Iterator[pd.DataFrame]:
-    """Ask the question of every source state at every (ℓ, ℓ*), beside controls and a probe.
+class AttributeExtraction(Experiment[Source | Probing]):
+    """Table 2: every question asked of every source state at every (ℓ, ℓ*), beside controls and a probe.
 
-    `scope` is a Patchscope of the question's target. Yields chunks of the table; a row is one source × pair ×
-    condition: `relation`, `subject`, `object`, `context` (the number of the source prompt), `fold`, `condition`,
-    `layer`, `target_layer`, `state_of` and the `position` and `token` of its source prompt where it was read, the
-    `path` taken, `continuation`, `found`, and for patched and random states `rank` (from 1) and `probability` of the
-    answer's first token right after the target prompt. The conditions:
+    A row of the table is one source × pair × condition: `relation`, `subject`, `object`, `context` (the number of the
+    source prompt), `fold`, the columns of a sweep (`pscope.experiments.sweep`), and `state_of`. The conditions:
 
     - "patched": the state of the subject;
     - "another subject": that of one with another answer, drawn by the seed (where there is one);
@@ -165,18 +141,118 @@ def extract(
       best, or tied, when the other folds were probed by each other alone.
 
     The folds are of whole subjects. A row leaves the batch as soon as its answer is found, and those of all who borrow
-    its state. Raises PscopeError, naming the subject, for a row that fails.
+    its state. Raises PscopeError for a question with fewer subjects than folds.
     """
-    if not question.enough:
-        raise PscopeError(f"{len(question.samples)} subjects are fewer than the {FOLDS} folds")
-    folds = draw_folds([sample.subject for sample in question.samples], seed)
-    yield from _read_states(scope, question, pairs, folds, decoding, seed)
-    yield _probed(scope.model, question, source_layers(pairs)[0], folds)
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        questions: Sequence[Question],
+        pairs: Sequence[Pair],
+        decoding: Decoding = GREEDY,
+        *,
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        for question in questions:
+            if not question.enough:
+                name, subjects = question.relation.name, len(question.samples)
+                raise PscopeError(f"{name}: {subjects} subjects are fewer than the {FOLDS} folds")
+        self._pairs, self._decoding, self._seed = tuple(pairs), decoding, seed
+        self._lenders: list[dict[str, object]] = []
+        self.units = [unit for question in questions for unit in self._units(question)]
+        super().__init__(model, self.units[0].target, memory)
+
+    def _units(self, question: Question) -> Iterator[Source | Probing]:
+        samples, name = question.samples, question.relation.name
+        folds = draw_folds([sample.subject for sample in samples], self._seed)
+        lenders = _lenders(samples, self._seed)
+        for number, (sample, sources) in enumerate(zip(samples, question.sources, strict=True)):
+            lent_to = tuple(other.answers for other, of in zip(samples, lenders, strict=True) if of == number)
+            for context, source in enumerate(sources):
+                about = _about(question, number, folds, context)
+                if lenders[number] is not None:
+                    self._lenders.append({**about, "lender": samples[lenders[number]].subject})
+                yield Source(
+                    f"{name}/{sample.subject}" if context == 0 else f"{name}/{sample.subject}/{context}",
+                    decoded_rows(self._pairs, random=context == 0),
+                    question.target,
+                    source,
+                    self._pairs,
+                    about,
+                    sample.answers,
+                    lent_to,
+                    random=context == 0,
+                )
+        yield Probing(f"{name}: probe", 0, f"{name}: probe", question, tuple(folds))
+
+    def read(self, units: Sequence[Source | Probing]) -> pd.DataFrame:
+        if isinstance(units[0], Probing):
+            return pd.concat([self._probed(unit) for unit in units], ignore_index=True)
+        table = tidy(sweep(self.scope(units[0].target), units, self._decoding, self._seed), _TYPES)
+        return table.assign(state_of=table["subject"].where(table["condition"] == PATCHED))
+
+    def work(self, unit: Source | Probing) -> Work:
+        if isinstance(unit, Probing):
+            return Work(sum(len(source) for sources in unit.question.sources for source in sources))
+        return unit.work(self._decoding.new_tokens)
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """With what another subject's state said, held against each subject's own answers."""
+        if not self._lenders:
+            return table
+        answers = {
+            (unit.about["relation"], unit.about["subject"]): unit.answers
+            for unit in self.units
+            if isinstance(unit, Source)
+        }
+        theirs = borrowed(table, pd.DataFrame(self._lenders), "subject", ("relation", "context"))
+        found = [answer_found(row.continuation, answers[row.relation, row.subject]) for row in theirs.itertuples()]
+        theirs = theirs.assign(condition=ANOTHER, state_of=theirs["lender"], found=found)
+        return pd.concat([table, tidy(theirs, _TYPES)], ignore_index=True)
+
+    def _probed(self, unit: Probing) -> pd.DataFrame:
+        """A logistic regression per layer, and the majority class, each fitted on the other folds."""
+        question, (layers, _) = unit.question, source_layers(self._pairs)
+        read = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
+        prompts = [question.sources[sample][context] for sample, context in read]
+        probed = probe_elsewhere(
+            capture(self.model, prompts, layers=layers).float().cpu().numpy(),
+            [question.samples[sample].object for sample, _ in read],
+            np.array([unit.folds[sample] for sample, _ in read]),
+            lambda number, answer: answer_found(answer, question.samples[read[number][0]].answers),
+        )
+        rows = []
+        for number, (sample, context) in enumerate(read):
+            base = {**_about(question, sample, unit.folds, context), "nameable": probed.nameable[number]}
+            told = {"continuation": probed.majority[number], "found": probed.majority_right[number]}
+            rows.append({**base, "condition": MAJORITY, **told})
+            base.update(position=prompts[number].position, token=prompts[number].token, state_of=base["subject"])
+            for place, layer in enumerate(layers):
+                told = {"continuation": probed.predicted[number, place], "found": probed.right[number, place]}
+                chosen = probed.chosen[number, place]
+                rows.append({**base, "condition": PROBE, "layer": layer, **told, "chosen": chosen})
+        return tidy(rows, _TYPES)
 
 
-def rows_to_decode(questions: Sequence[Question], pairs: Sequence[Pair]) -> int:
-    """How many patched rows `extract` decodes, for all the questions."""
-    return sum(len(pairs) * (len(sources) + 1) for question in questions for sources in question.sources)
+def _about(question: Question, sample: int, folds: Sequence[int], context: int) -> dict[str, object]:
+    read = question.samples[sample]
+    names = {"relation": question.relation.name, "subject": read.subject, "object": read.object}
+    return {**names, "context": context, "fold": folds[sample]}
+
+
+def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
+    """For each sample the number of another with another answer, None where there is none."""
+    random = np.random.default_rng(seed)
+    lenders = []
+    for sample in samples:
+        others = [
+            index
+            for index, other in enumerate(samples)
+            if other is not sample and not answer_found(" , ".join(other.answers), sample.answers)
+        ]
+        lenders.append(int(random.choice(others)) if others else None)
+    return lenders
 
 
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -199,9 +275,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for relation in relations:
         rows = table[table["relation"] == relation].astype({"found": float})
         folds = rows.drop_duplicates(["subject", "context"]).set_index(["subject", "context"])["fold"]
-        grid = {
-            condition: _cells(rows, condition, ["layer", "target_layer"]) for condition in (PATCHED, RANDOM, ANOTHER)
-        }
+        grid = {name: found_at(rows, name, ["subject", "context"]) for name in (PATCHED, RANDOM, ANOTHER)}
         any_target = {name: cells.T.groupby(level="layer").max().T for name, cells in grid.items() if not cells.empty}
         probe = rows[rows["condition"] == PROBE]
         chosen = chosen_elsewhere(grid[PATCHED], folds.loc[grid[PATCHED].index])
@@ -261,12 +335,6 @@ def over_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True)
 
 
-def _cells(rows: pd.DataFrame, condition: str, columns: list[str]) -> pd.DataFrame:
-    """Found or not, (subject × context, layers)."""
-    here = rows[rows["condition"] == condition].dropna(subset=columns).astype(dict.fromkeys(columns, int))
-    return here.pivot(index=["subject", "context"], columns=columns, values="found").sort_index(axis=1)
-
-
 def _corrected_p(one: pd.Series, other: pd.Series, tests: int, seed: int) -> float:
     """Of a paired permutation test over subjects, times the number of tests; NaN if they are too few to reach .05."""
     difference = (one.groupby("subject").mean() - other.groupby("subject").mean()).to_numpy()
@@ -284,152 +352,3 @@ def _corrected_p(one: pd.Series, other: pd.Series, tests: int, seed: int) -> flo
         rng=np.random.default_rng(seed),
     )
     return min(1.0, tests * float(test.pvalue))
-
-
-def _read_states(
-    scope: Patchscope, question: Question, pairs: Sequence[Pair], folds: Sequence[int], decoding: Decoding, seed: int
-) -> Iterator[pd.DataFrame]:
-    samples = question.samples
-    layers, columns = source_layers(pairs)
-    lenders = _lenders(samples, seed)
-    borrowers = [[index for index, lender in enumerate(lenders) if lender == sample] for sample in range(len(samples))]
-    # A chunk holds as many samples, with all their contexts, as share a pass.
-    widest = max(len(sources) for sources in question.sources) + 1
-    together = max(1, scope.rows_per_pass(decoding.new_tokens) // (len(pairs) * widest))
-    said: dict[int, list[list[str]]] = {}
-    for start in range(0, len(samples), together):
-        part = range(start, min(start + together, len(samples)))
-        own = [(sample, context) for sample in part for context in range(len(question.sources[sample]))]
-        firsts = [place for place, (_, context) in enumerate(own) if context == 0]
-        units = [(*unit, PATCHED) for unit in own] + [(*own[place], RANDOM) for place in firsts]
-        states = capture(scope.model, [question.sources[sample][context] for sample, context in own], layers=layers)
-        random = same_norm(states[firsts], [f"{question.relation.name}/{samples[s].subject}" for s in part], seed)
-        states = torch.cat([states, random])[:, columns]  # (units, pairs, hidden)
-        wanted = [
-            [samples[index].answers for index in (sample, *(borrowers[sample] if condition == PATCHED else ()))]
-            for sample, _, condition in units
-        ]
-        names = [
-            f"{question.relation.name}: {samples[sample].subject!r} ({condition}, context {context})"
-            for sample, context, condition in units
-        ]
-        texts, clean = speak(
-            scope,
-            states,
-            names,
-            pairs,
-            decoding,
-            lambda unit, text, wanted=wanted: all(answer_settled(text, answers) for answers in wanted[unit]),
-        )
-        ranks, probabilities = first_token(scope, states, [samples[sample].object for sample, _, _ in units], pairs)
-        frames = []
-        for unit, (sample, context, condition) in enumerate(units):
-            base = _base(question, folds, sample, context)
-            frame = _answered(base, condition, pairs, texts[unit], samples[sample].answers)
-            if condition == PATCHED:
-                frame = frame.assign(**_read_from(question, sample, context))
-            frames.append(frame.assign(rank=ranks[unit], probability=probabilities[unit]))
-            if condition == PATCHED:
-                said.setdefault(sample, []).append(texts[unit])
-                frames.append(_answered(base, CLEAN, [(None, None)], [clean], samples[sample].answers))
-        for sample, lender in enumerate(lenders):
-            # As soon as both have spoken.
-            if lender is not None and {sample, lender} <= said.keys() and (sample in part or lender in part):
-                for context in range(min(len(said[sample]), len(said[lender]))):
-                    base = _base(question, folds, sample, context)
-                    frame = _answered(base, ANOTHER, pairs, said[lender][context], samples[sample].answers)
-                    frames.append(frame.assign(**_read_from(question, lender, context)))
-        yield _table([frame.assign(path=scope.path) for frame in frames])
-
-
-def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
-    """For each sample the number of another with another answer, None where there is none."""
-    random = np.random.default_rng(seed)
-    lenders = []
-    for sample in samples:
-        others = [
-            index
-            for index, other in enumerate(samples)
-            if other is not sample and not answer_found(" , ".join(other.answers), sample.answers)
-        ]
-        lenders.append(int(random.choice(others)) if others else None)
-    return lenders
-
-
-def _probed(model: LanguageModel, question: Question, layers: Sequence[int], folds: Sequence[int]) -> pd.DataFrame:
-    """A logistic regression per layer, and the majority class, each fitted on the other folds."""
-    units = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
-    states = capture(model, [question.sources[sample][context] for sample, context in units], layers=layers)
-    read = [question.samples[sample] for sample, _ in units]
-    probed = probe_elsewhere(
-        states.float().cpu().numpy(),
-        [sample.object for sample in read],
-        np.array([folds[sample] for sample, _ in units]),
-        lambda unit, answer: answer_found(answer, read[unit].answers),
-    )
-    rows = []
-    for number, unit in enumerate(units):
-        base = {**_base(question, folds, *unit), "nameable": probed.nameable[number]}
-        told = {"continuation": probed.majority[number], "found": probed.majority_right[number]}
-        rows.append({**base, "condition": MAJORITY, **told})
-        base.update(_read_from(question, *unit))
-        for place, layer in enumerate(layers):
-            told = {"continuation": probed.predicted[number, place], "found": probed.right[number, place]}
-            chosen = probed.chosen[number, place]
-            rows.append({**base, "condition": PROBE, "layer": layer, **told, "chosen": chosen})
-    return _table([pd.DataFrame(rows)])
-
-
-def _base(question: Question, folds: Sequence[int], sample: int, context: int) -> dict:
-    read = question.samples[sample]
-    return {
-        "relation": question.relation.name,
-        "subject": read.subject,
-        "object": read.object,
-        "context": context,
-        "fold": folds[sample],
-    }
-
-
-def _read_from(question: Question, sample: int, context: int) -> dict:
-    """Whose state it is, and where it was read."""
-    source = question.sources[sample][context]
-    return {"state_of": question.samples[sample].subject, "position": source.position, "token": source.token}
-
-
-def _answered(
-    base: dict,
-    condition: str,
-    pairs: Sequence[Pair] | Sequence[tuple[None, None]],
-    texts: Sequence[str],
-    answers: Sequence[str],
-) -> pd.DataFrame:
-    frame = pd.DataFrame({"continuation": texts, "found": [answer_found(text, answers) for text in texts]})
-    layers, targets = zip(*pairs, strict=True)
-    return frame.assign(**base, condition=condition, layer=layers, target_layer=targets)
-
-
-def _table(frames: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """One table with the columns of them all, of one type whatever is missing in some."""
-    dtypes = {
-        "relation": "string",
-        "subject": "string",
-        "object": "string",
-        "context": "int64",
-        "fold": "int64",
-        "condition": "string",
-        "layer": "Int64",
-        "target_layer": "Int64",
-        "state_of": "string",
-        "position": "Int64",
-        "token": "string",
-        "path": "string",
-        "continuation": "string",
-        "found": "bool",
-        "rank": "Int64",
-        "probability": "Float64",
-        "chosen": "boolean",
-        "nameable": "boolean",
-    }
-    whole = [frame.reindex(columns=list(dtypes)).astype(dtypes) for frame in frames]
-    return pd.concat(whole, ignore_index=True)

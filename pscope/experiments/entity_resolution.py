@@ -6,29 +6,42 @@ a prompt that describes entities, and the continuation is held against a referen
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from itertools import chain
+from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
-import torch
 
 from pscope.engine.generate import GREEDY, Decoding
-from pscope.engine.patchscope import Patchscope
-from pscope.engine.unpatched import continue_prompts
-from pscope.errors import PromptError, PscopeError, RowError
+from pscope.engine.patchscope import MEMORY
+from pscope.errors import PromptError, PscopeError
 from pscope.experiments.bands import RESAMPLES, mean_bands
-from pscope.experiments.grid import Pair, line_break, same_norm, source_layers, source_prompt, speak
+from pscope.experiments.experiment import Experiment, Work, permuted, tidy
+from pscope.experiments.grid import Pair, line_break, source_prompt
+from pscope.experiments.known import Plain, answer_plainly, by_length
+from pscope.experiments.sweep import PATCHED, Source, borrowed, decoded_rows, sweep
 from pscope.inputs.entities import ALL, Entity
 from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import At, Prompt, written_out
-from pscope.models.residual import capture
 
-PATCHED = "patched"
-ANOTHER, RANDOM = "another entity", "random vector"
-CLEAN, WRITTEN_OUT = "clean target", "name written out"
+ANOTHER, WRITTEN_OUT = "another entity", "name written out"
+
+_TYPES = {
+    "entity": "string",
+    "group": "string",
+    "condition": "string",
+    "layer": "Int64",
+    "target_layer": "Int64",
+    "state_of": "string",
+    "position": "Int64",
+    "token": "string",
+    "path": "string",
+    "continuation": "string",
+    "rouge_l": "float64",
+    "reference": "string",
+}
 
 
 def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: At = -1) -> Prompt:
@@ -40,79 +53,133 @@ def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: 
     return source_prompt(model, name, at, line_break(model, name) if before is None else before)
 
 
-def describe_layers(
-    scope: Patchscope, source: Prompt, pairs: Sequence[Pair], decoding: Decoding = GREEDY, reference: str | None = None
-) -> pd.DataFrame:
+class EntityLayers(Experiment[Source]):
     """Table 3: what the source token's state says at every (ℓ, ℓ*), and last what the unpatched target says.
 
-    One row per pair: `condition` ("patched", or "clean target", to which no layer belongs), `layer`, `target_layer`,
-    `continuation`, and `rouge_l` against the `reference` (none without one). Raises PscopeError.
+    One row of the table per pair: `condition` ("patched", or "clean target", to which no layer belongs), `layer`,
+    `target_layer`, `continuation`, and `rouge_l` against the `reference` (none without one). All is one unit. Raises
+    PscopeError for what cannot be read.
     """
-    if reference is not None:
-        text_of({"reference": reference}, "reference", "the description to score against")
-        if not any(character.isalnum() for character in reference):
-            raise PscopeError(f"the reference {reference!r} holds no word")
-    layers, columns = source_layers(pairs)
-    states = capture(scope.model, [source], [[source.position]], layers)[0, columns]  # (pairs, hidden)
-    spoken = scope.generate(states, [target for _, target in pairs], decoding)
-    texts = [decoding.text(tokens, scope.model.tokenizer) for tokens in [*spoken.patched, spoken.clean]]
-    return pd.DataFrame(
-        {
-            "condition": [PATCHED] * len(pairs) + [CLEAN],
-            "layer": pd.array([layer for layer, _ in pairs] + [None], dtype="Int64"),
-            "target_layer": pd.array([target for _, target in pairs] + [None], dtype="Int64"),
-            "continuation": pd.array(texts, dtype="string"),
-            "rouge_l": np.nan if reference is None else rouge_l(texts, [reference] * len(texts)),
-        }
-    )
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Prompt,
+        source: Prompt,
+        pairs: Sequence[Pair],
+        decoding: Decoding = GREEDY,
+        reference: str | None = None,
+        *,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, target, memory)
+        if reference is not None:
+            text_of({"reference": reference}, "reference", "the description to score against")
+            if not any(character.isalnum() for character in reference):
+                raise PscopeError(f"the reference {reference!r} holds no word")
+        model.check_window(len(target) + decoding.new_tokens)
+        self._decoding, self._reference = decoding, reference
+        read = replace(source, positions=(source.position,))
+        self.units = [Source(source.text, len(pairs), target, read, tuple(pairs), {}, random=False)]
+
+    def work(self, unit: Source) -> Work:
+        return unit.work(self._decoding.new_tokens)
+
+    def read(self, units: Sequence[Source]) -> pd.DataFrame:
+        rows = pd.DataFrame(sweep(self.scope(self.target), units, self._decoding, seed=0))
+        texts, references = rows["continuation"].tolist(), [self._reference] * len(rows)
+        scores = np.nan if self._reference is None else rouge_l(texts, references)
+        columns = ("condition", "layer", "target_layer", "continuation", "rouge_l")
+        return tidy(rows.assign(rouge_l=scores), {column: _TYPES[column] for column in columns})
 
 
-def describe_entities(
-    scope: Patchscope,
-    entities: Sequence[Entity],
-    pairs: Sequence[Pair],
-    decoding: Decoding = GREEDY,
-    *,
-    before: str | None = None,
-    seed: int = 0,
-) -> Iterator[pd.DataFrame]:
-    """Figure 3: describe every entity from its state at every (ℓ, ℓ*), beside four controls, scored by ROUGE-L.
+class EntityDescriptions(Experiment[Source | Plain]):
+    """Figure 3: every entity described from its state at every (ℓ, ℓ*), beside four controls, scored by ROUGE-L.
 
-    Yields chunks of the table, `rows_of(entities, pairs)` rows in all, the entities in an order drawn by the seed; a
-    row is one entity × pair × condition: `entity`, `group`, `condition`, `layer`, `target_layer`, `state_of` and the
-    `position` and `token` of its name where it was read, `continuation`, `rouge_l`, `reference`. The conditions:
+    The entities stand in an order drawn by the seed. A row of the table is one entity × pair × condition: `entity`,
+    `group`, `condition`, `layer`, `target_layer`, `state_of` and the `position` and `token` of its name where it was
+    read, the `path` taken, `continuation`, `rouge_l`, `reference`. The conditions:
 
     - "patched": the state of the entity's own name;
-    - "another entity": that of another one, drawn by the seed (if there is another);
+    - "another entity": that of the one before it in the order (if there is another);
     - "random vector": a random direction of the same norm;
     - "clean target": the target unpatched, and "name written out": the name in the place of the placeholder, likewise
       unpatched, as the ceiling. Neither belongs to a layer.
 
-    Raises PscopeError before the first chunk for what cannot be read, and later, naming its entity, for a row that
-    fails.
+    Raises PscopeError for an entity that cannot be read, naming it.
     """
-    if not entities:
-        raise PscopeError("there is no entity to describe")
-    model = scope.model
-    model.check_window(len(scope.target) + decoding.new_tokens)
-    order = np.random.default_rng(seed).permutation(len(entities))
-    entities = [entities[index] for index in order]
-    sources, spelled = [], []
-    for entity in entities:
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Prompt,
+        entities: Sequence[Entity],
+        pairs: Sequence[Pair],
+        decoding: Decoding = GREEDY,
+        *,
+        before: str | None = None,
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, target, memory)
+        if not entities:
+            raise PscopeError("there is no entity to describe")
+        model.check_window(len(target) + decoding.new_tokens)
+        self._decoding, self._seed = decoding, seed
+        self._entities = {entities[index].name: entities[index] for index in permuted(seed, len(entities))}
+        units = [self._units(entity, tuple(pairs), before) for entity in self._entities.values()]
+        self.units = [*(source for source, _ in units), *by_length(spelled for _, spelled in units)]
+
+    def _units(self, entity: Entity, pairs: tuple[Pair, ...], before: str | None) -> tuple[Source, Plain]:
+        """An entity's states, and its name written out."""
         try:
-            sources.append(name_prompt(model, entity.name, before))
-            spelled.append(model.prompt(written_out(scope.target, entity.name)))
-            model.check_window(len(spelled[-1]) + decoding.new_tokens)
+            source = name_prompt(self.model, entity.name, before)
+            spelled = self.model.prompt(written_out(self.target, entity.name))
+            self.model.check_window(len(spelled) + self._decoding.new_tokens)
         except PromptError as error:
             raise PromptError(f"{entity.name!r} cannot be read: {error}") from error
-    return chain(
-        _written_out(scope, entities, spelled, decoding), _patched(scope, entities, sources, pairs, decoding, seed)
-    )
+        about = _about(entity)
+        return (
+            Source(entity.name, decoded_rows(pairs), self.target, source, pairs, about),
+            Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**about, "condition": WRITTEN_OUT}),
+        )
+
+    @property
+    def names_at_sink(self) -> int:
+        """How many names are read at the very first token."""
+        return sum(unit.source.at_sink for unit in self.units if isinstance(unit, Source))
+
+    def work(self, unit: Source | Plain) -> Work:
+        return unit.work(self._decoding.new_tokens)
+
+    def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
+        scope = self.scope(self.target)
+        if isinstance(units[0], Source):
+            return _scored(pd.DataFrame(sweep(scope, units, self._decoding, self._seed)))
+        options = {"memory": self.memory, "path": scope.path}
+        return _scored(pd.DataFrame(answer_plainly(self.model, units, self._decoding, **options)))
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """With another entity's description for each: each lends its own to the next one, and the last to the first."""
+        names = list(self._entities)
+        if len(names) == 1:
+            return table
+        borrowers = pd.DataFrame([_about(entity) for entity in self._entities.values()])
+        borrowers["lender"] = [names[-1], *names[:-1]]
+        theirs = borrowed(table, borrowers, "entity").assign(condition=ANOTHER)
+        return pd.concat([table, _scored(theirs)], ignore_index=True)
 
 
-def rows_of(entities: Sequence[Entity], pairs: Sequence[Pair]) -> int:
-    """How many rows the table of `describe_entities` has."""
-    return len(entities) * (2 + (3 if len(entities) > 1 else 2) * len(pairs))
+def _about(entity: Entity) -> dict[str, str]:
+    return {"entity": entity.name, "group": entity.group, "reference": entity.reference}
+
+
+def _scored(rows: pd.DataFrame) -> pd.DataFrame:
+    """The columns of the table, with each continuation held against its reference."""
+    own = rows["entity"].where(rows["condition"] == PATCHED)
+    state_of = rows.get("lender", own)
+    scores = rouge_l(rows["continuation"].tolist(), rows["reference"].tolist())
+    return tidy(rows.assign(state_of=state_of, rouge_l=scores), _TYPES)
 
 
 def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
@@ -174,80 +241,4 @@ def _by_entity(rows: pd.DataFrame) -> pd.DataFrame:
     known = rows.fillna({"layer": -1, "target_layer": -1}).astype({"layer": int, "target_layer": int})
     return known.pivot(index="entity", columns=["condition", "layer", "target_layer"], values="rouge_l").sort_index(
         axis=1
-    )
-
-
-def _written_out(
-    scope: Patchscope, entities: Sequence[Entity], prompts: Sequence[Prompt], decoding: Decoding
-) -> Iterator[pd.DataFrame]:
-    spoken = continue_prompts(scope.model, prompts, decoding, memory=scope.memory, path=scope.path)
-    try:
-        yield pd.concat(
-            [
-                _scored(entities[index], WRITTEN_OUT, [(None, None)], [decoding.text(tokens, scope.model.tokenizer)])
-                for index, tokens in spoken
-            ],
-            ignore_index=True,
-        )
-    except RowError as error:
-        raise PscopeError(f"{entities[error.row].name!r}, written out, failed: {error.reason}") from error
-
-
-def _patched(
-    scope: Patchscope,
-    entities: Sequence[Entity],
-    sources: Sequence[Prompt],
-    pairs: Sequence[Pair],
-    decoding: Decoding,
-    seed: int,
-) -> Iterator[pd.DataFrame]:
-    """The conditions in which the target is patched, and the clean one, which comes with every pass."""
-    layers, columns = source_layers(pairs)
-    together = max(1, scope.rows_per_pass(decoding.new_tokens) // (2 * len(pairs)))
-    previous: tuple[list[str], Entity, Prompt] | None = None
-    for start in range(0, len(entities), together):
-        part, read = entities[start : start + together], sources[start : start + together]
-        states = capture(scope.model, read, layers=layers)  # (entities, layers, hidden)
-        random = same_norm(states, [entity.name for entity in part], seed)
-        states = torch.cat([states, random])[:, columns]  # (2 entities, pairs, hidden)
-        names = [f"{entity.name!r} ({condition})" for condition in (PATCHED, RANDOM) for entity in part]
-        texts, clean = speak(scope, states, names, pairs, decoding)
-        frames = []
-        for entity, source, own, random in zip(part, read, texts[: len(part)], texts[len(part) :], strict=True):
-            frames.append(_scored(entity, PATCHED, pairs, own, entity, source))
-            frames.append(_scored(entity, RANDOM, pairs, random))
-            frames.append(_scored(entity, CLEAN, [(None, None)], [clean]))
-            # Another entity's continuations are those of its own rows: each lends them to the next one in the order,
-            # and the last to the first.
-            if previous is not None:
-                frames.append(_scored(entity, ANOTHER, pairs, *previous))
-            previous = own, entity, source
-        if start + together >= len(entities) > 1:
-            frames.append(_scored(entities[0], ANOTHER, pairs, *previous))
-        yield pd.concat(frames, ignore_index=True)
-
-
-def _scored(
-    entity: Entity,
-    condition: str,
-    pairs: Sequence[Pair] | Sequence[tuple[None, None]],
-    texts: Sequence[str],
-    state_of: Entity | None = None,
-    source: Prompt | None = None,
-) -> pd.DataFrame:
-    """The rows of one condition; a state that was read is `state_of` somebody, at the position marked in `source`."""
-    return pd.DataFrame(
-        {
-            "entity": entity.name,
-            "group": entity.group,
-            "condition": condition,
-            "layer": pd.array([layer for layer, _ in pairs], dtype="Int64"),
-            "target_layer": pd.array([target for _, target in pairs], dtype="Int64"),
-            "state_of": pd.array([None if state_of is None else state_of.name] * len(pairs), dtype="string"),
-            "position": pd.array([None if source is None else source.position] * len(pairs), dtype="Int64"),
-            "token": pd.array([None if source is None else source.token] * len(pairs), dtype="string"),
-            "continuation": pd.array(texts, dtype="string"),
-            "rouge_l": rouge_l(texts, [entity.reference] * len(texts)),
-            "reference": entity.reference,
-        }
     )

@@ -10,53 +10,69 @@ from torch import Tensor
 
 from pscope.engine.generate import Decoding
 from pscope.engine.lens import logit_lens
-from pscope.engine.patchscope import Patchscope
+from pscope.engine.patchscope import MEMORY
 from pscope.errors import PscopeError
+from pscope.experiments.experiment import Experiment, Unit, Work
+from pscope.experiments.sweep import CLEAN
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 from pscope.models.residual import capture, check_layers
 
-PATCHSCOPE, LOGIT_LENS, CLEAN = "patchscope", "logit lens", "clean target"
+PATCHSCOPE, LOGIT_LENS = "patchscope", "logit lens"
 
 
-def read_layers(
-    scope: Patchscope, source: Prompt, layers: Sequence[int], *, top_k: int = 1, new_tokens: int = 4
-) -> pd.DataFrame:
-    """Patch the source token's state of each layer into the target at the same layer (ℓ* = ℓ), and read it.
+class LayerReadout(Experiment[Unit]):
+    """The source token's state of each layer, patched into the target at the same layer (ℓ* = ℓ), and read.
 
-    One row per reading × layer × rank: `reading` ("patchscope", "logit lens", or "clean target", the control that no
-    layer belongs to), `layer`, `rank` from 1 to `top_k`, `token_id`, `token`, `probability` after the prompt, and the
-    `continuation` of `new_tokens` tokens (none for the logit lens). Raises PscopeError.
+    One row of the table per reading × layer × rank: `reading` ("patchscope", "logit lens", or "clean target", the
+    control that no layer belongs to), `layer`, `rank` from 1 to `top_k`, `token_id`, `token`, `probability` after the
+    prompt, and the `continuation` of `new_tokens` tokens (none for the logit lens). All is one unit. Raises PscopeError
+    for what cannot be read.
     """
-    model = scope.model
-    if not layers:
-        raise PscopeError("no layer is asked for")
-    check_layers(model, layers)
-    vocabulary = model.hf.config.get_text_config().vocab_size
-    if not 1 <= top_k <= vocabulary:
-        raise PscopeError(f"top_k is {top_k}; 1 to {vocabulary} tokens can be shown")
-    states = capture(model, [source], [[source.position]], layers)[0]  # (layers, hidden)
 
-    patched = list(scope.logits(states, layers))
-    lens = logit_lens(model, scope.memory).logits(states, model.n_layers)
-    spoken = scope.generate(states, layers, Decoding(new_tokens))
-    continuations = [model.tokenizer.decode(ids) for ids in spoken.patched]
-    clean = model.tokenizer.decode(spoken.clean)
-    return pd.concat(
-        [
-            _ranked(model, PATCHSCOPE, layers, torch.cat([part.patched for part in patched]), top_k, continuations),
-            _ranked(
-                model,
-                LOGIT_LENS,
-                layers,
-                torch.cat([part.patched for part in lens]),
-                top_k,
-                [None] * len(layers),
-            ),
-            _ranked(model, CLEAN, [None], patched[0].clean[None], top_k, [clean]),
-        ],
-        ignore_index=True,
-    )
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Prompt,
+        source: Prompt,
+        layers: Sequence[int],
+        *,
+        top_k: int = 1,
+        new_tokens: int = 4,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, target, memory)
+        check_layers(model, layers)
+        if not layers:
+            raise PscopeError("no layer is asked for")
+        if not 1 <= top_k <= model.config.vocab_size:
+            raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
+        model.check_window(len(target) + new_tokens)
+        self._read_at = [[source.position]]
+        self._source, self._layers, self._top_k, self._decoding = source, list(layers), top_k, Decoding(new_tokens)
+        self.units = [Unit(source.text, len(layers), target)]
+
+    def work(self, unit: Unit) -> Work:
+        suffix = len(self.target) - min(self.target.positions)
+        return Work(len(self._source), suffix, tuple(self._layers), new_tokens=self._decoding.new_tokens)
+
+    def read(self, units: Sequence[Unit]) -> pd.DataFrame:
+        model, layers, top_k, scope = self.model, self._layers, self._top_k, self.scope(self.target)
+        states = capture(model, [self._source], self._read_at, layers)[0]  # (layers, hidden)
+        patched = list(scope.logits(states, layers))
+        lens = logit_lens(model, self.memory).logits(states, model.n_layers)
+        spoken = scope.generate(states, layers, self._decoding)
+        continuations = [model.tokenizer.decode(ids) for ids in spoken.patched]
+        clean = model.tokenizer.decode(spoken.clean)
+        patched_logits, lens_logits = (torch.cat([part.patched for part in parts]) for parts in (patched, lens))
+        return pd.concat(
+            [
+                _ranked(model, PATCHSCOPE, layers, patched_logits, top_k, continuations),
+                _ranked(model, LOGIT_LENS, layers, lens_logits, top_k, [None] * len(layers)),
+                _ranked(model, CLEAN, [None], patched[0].clean[None], top_k, [clean]),
+            ],
+            ignore_index=True,
+        )
 
 
 def _ranked(

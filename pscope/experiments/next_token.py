@@ -6,8 +6,9 @@ and the decoded token is held against the model's own prediction there.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -16,13 +17,14 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from pscope.engine.lens import logit_lens
-from pscope.engine.patchscope import Patchscope
+from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import DataError, PscopeError
 from pscope.experiments.bands import mean_bands, share_bands
+from pscope.experiments.experiment import Experiment, Unit, Work
 from pscope.metrics import surprisal
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, tokenize
-from pscope.models.residual import capture, check_layers, length_batches
+from pscope.models.residual import capture, check_layers
 
 LOGIT_LENS, TOKEN_IDENTITY = "logit lens", "token identity"
 
@@ -87,32 +89,72 @@ def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
     return Sampled(text, cut, tuple(positions))
 
 
-def decode_next_tokens(
-    identity: Patchscope, sampled: Sequence[Sampled], layers: Sequence[int], batch_tokens: int = 1024
-) -> Iterator[pd.DataFrame]:
-    """Decode the states of `layers` at every sampled position with both lenses, and score what comes out.
+@dataclass(frozen=True)
+class Reading(Unit):
+    """The sampled positions of one text, read at every layer."""
 
-    Yields chunks of the table, each of some samples with all their layers; a row is one sample × layer × lens: `text`,
-    `position`, `token`, `next_token_id` and `next_token` (the model's own prediction), `layer`, `lens`, `decoded_id`,
-    `decoded`, `correct` (for precision@1) and `surprisal` (nats). Raises PscopeError.
+    sampled: Sampled
+
+
+class NextToken(Experiment[Reading]):
+    """Figure 2: the states of `layers` at every sampled position, decoded with both lenses, and what comes out scored.
+
+    A row of the table is one sample × layer × lens: `text`, `position`, `token`, `next_token_id` and `next_token` (the
+    model's own prediction), `layer`, `lens`, `decoded_id`, `decoded`, `correct` (for precision@1) and `surprisal`
+    (nats). Texts share passes of at most `batch_tokens` tokens. Raises PscopeError for a layer out of range.
     """
-    model = identity.model
-    check_layers(model, layers)
-    lens = logit_lens(model, identity.memory)
-    together = max(1, identity.rows_per_pass() // len(layers))
-    for batch in length_batches([len(item.prompt) for item in sampled], batch_tokens):
-        items = [sampled[index] for index in batch]
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Prompt,
+        sampled: Sequence[Sampled],
+        layers: Sequence[int],
+        *,
+        batch_tokens: int = 1024,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, target, memory)
+        check_layers(model, layers)
+        self._layers, self._batch_tokens = list(layers), batch_tokens
+        # Of one length side by side: those share a pass without padding.
+        self.units = [
+            Reading(f"text {item.text}", len(item.positions) * len(layers), target, item)
+            for item in sorted(sampled, key=lambda item: len(item.prompt))
+        ]
+
+    def work(self, unit: Reading) -> Work:
+        suffix, positions = len(self.target) - min(self.target.positions), len(unit.sampled.positions)
+        # The logit lens is an unembedding, and so is the model's own prediction.
+        lens = positions * (len(self._layers) + 1)
+        return Work(len(unit.sampled.prompt), suffix, tuple(self._layers) * positions, spoken=lens)
+
+    def read(self, units: Sequence[Reading]) -> pd.DataFrame:
+        model, items = self.model, [unit.sampled for unit in units]
         states = capture(
             model,
             [item.prompt for item in items],
             [item.positions for item in items],
-            [*layers, model.n_layers],
-            batch_tokens,
+            [*self._layers, model.n_layers],
+            self._batch_tokens,
         )  # (samples, layers + 1, hidden)
         places = [(item, position) for item in items for position in item.positions]
-        for start in range(0, len(places), together):
-            part = slice(start, start + together)
-            yield _scored(lens, identity, places[part], states[part, :-1], states[part, -1], layers)
+        identity, lens = self.scope(self.target), self._lens
+        lens.memory = self.memory
+        together = max(1, identity.rows_per_pass() // len(self._layers))
+        parts = [slice(start, start + together) for start in range(0, len(places), together)]
+        tables = [
+            _scored(lens, identity, places[part], states[part, :-1], states[part, -1], self._layers) for part in parts
+        ]
+        return pd.concat(tables, ignore_index=True)
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """In the order of the texts."""
+        return table.sort_values(["text", "position"], kind="stable", ignore_index=True)
+
+    @cached_property
+    def _lens(self) -> Patchscope:
+        return logit_lens(self.model, self.memory)
 
 
 def _scored(

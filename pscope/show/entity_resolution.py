@@ -1,4 +1,4 @@
-"""Figure 3."""
+"""Figure 3 and Table 3, drawn and as tables."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from rich.table import Table
 
-from pscope.experiments.entity_resolution import ANOTHER, CLEAN, PATCHED, RANDOM, WRITTEN_OUT
+from pscope.experiments.entity_resolution import ANOTHER, WRITTEN_OUT
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.entities import ALL
 from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
+from pscope.show.tables import literal, narrow_table, one_line, with_band
 
 
 def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
@@ -80,3 +83,85 @@ def _line(axes: Axes, summary: pd.DataFrame, condition: str, colour: tuple, labe
     layers = rows["layer"].astype(int)
     axes.plot(layers, rows["rouge_l"], color=colour, linestyle=linestyle, label=drawable(label))
     fill(axes, layers, rows["low"], rows["high"], colour)
+
+
+def resolution_table(table: pd.DataFrame, entity: str, *, scored: bool) -> Table:
+    """Table 3: what each layer says of one entity, the control last."""
+    several = not _one_target(table.dropna(subset=["layer"]))
+    shown = Table(title=literal(entity), title_justify="left")
+    shown.add_column("layer", justify="right")
+    if several:
+        shown.add_column("target layer", justify="right")
+    shown.add_column("continuation", overflow="fold")
+    if scored:
+        shown.add_column("ROUGE-L", justify="right")
+    for row in table.itertuples():
+        control = row.condition != PATCHED
+        cells = ["clean" if control else str(row.layer)]
+        cells += ["" if control else str(row.target_layer)] if several else []
+        cells += [one_line(row.continuation)]
+        cells += [f"{row.rouge_l:.2f}"] if scored else []
+        shown.add_row(*cells, style="dim" if control else None)
+    return shown
+
+
+def layers_tables(summary: pd.DataFrame) -> list[Table]:
+    """Layers down; the groups with their bands side by side. Last what belongs to no layer. None of several targets.
+
+    Three of them fit in 80 columns, and in the last table the controls beside them.
+    """
+    if not _one_target(summary[summary["condition"] == PATCHED]):
+        return []
+    groups = list(dict.fromkeys(summary["group"]))
+    rows = summary.set_index(["condition", "group", "layer"])[["rouge_l", "low", "high"]].to_dict("index")
+    level = summary[summary["layer"].isna()].set_index(["condition", "group"]).to_dict("index")
+    tables = []
+    for first in range(0, len(groups), 3):
+        part = groups[first : first + 3]
+        last = part[-1] == groups[-1]
+        controls = (ANOTHER, RANDOM) if last else ()
+        shown = narrow_table(
+            "mean ROUGE-L (95 % band from resampling entities); controls: of all entities" if last else "", tight=True
+        )
+        shown.add_column("layer", justify="right", no_wrap=True)
+        for group in part:
+            shown.add_column(literal(group), justify="right", overflow="fold", max_width=16)
+        for control in controls:
+            shown.add_column(control.replace(" ", "\n"), justify="right")
+        for layer in sorted(summary["layer"].dropna().unique()):
+            means = [_banded(rows[PATCHED, group, layer]) for group in part]
+            others = [rows.get((control, ALL, layer)) for control in controls]
+            shown.add_row(str(layer), *means, *("" if cell is None else f"{cell['rouge_l']:.2f}" for cell in others))
+        for condition, label in ((CLEAN, "clean"), (WRITTEN_OUT, "written out")):
+            shown.add_row(label, *(_banded(level[condition, group]) for group in part), style="dim")
+        tables.append(shown)
+    return tables
+
+
+def best_table(best: pd.DataFrame) -> Table:
+    """Where each group is described best, chosen on one half of it and reported on the other."""
+    shown = narrow_table("the maximum is an oracle: chosen on the entities that it is reported on")
+    for column in ("entities", "best layer\non one half", "ROUGE-L on\nthe other half", "maximum", "at layer"):
+        shown.add_column(column, justify="left" if column == "entities" else "right", overflow="fold")
+    for row in best.itertuples():
+        shown.add_row(
+            literal(row.group),
+            _pair(row.layer, row.target_layer),
+            f"{row.held_out:.3f}",
+            f"{row.maximum:.3f}",
+            _pair(row.maximum_layer, row.maximum_target_layer),
+        )
+    return shown
+
+
+def _pair(layer: int, target: int) -> str:
+    return str(layer) if layer == target else f"{layer} → {target}"
+
+
+def _one_target(rows: pd.DataFrame) -> bool:
+    """Whether each layer is patched into one layer only, so that it need not be told which."""
+    return len(rows[["layer", "target_layer"]].drop_duplicates()) == rows["layer"].nunique()
+
+
+def _banded(mean: dict[str, float]) -> str:
+    return with_band(mean["rouge_l"], mean["low"], mean["high"])

@@ -1,17 +1,20 @@
-"""Figure 1."""
+"""Figure 1, drawn and as a table."""
 
 from __future__ import annotations
 
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
+from rich.table import Table
 
-from pscope.experiments.layer_readout import CLEAN, LOGIT_LENS, PATCHSCOPE
+from pscope.experiments.layer_readout import LOGIT_LENS, PATCHSCOPE
+from pscope.experiments.sweep import CLEAN
 from pscope.show.common import drawable
+from pscope.show.tables import literal
 
 
 def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:
-    """Figure 1 from `layer_readout.read_layers`: the most probable token of each layer, shaded by its probability."""
+    """Figure 1 from the table of `layer_readout`: the most probable token of each layer, shaded by its probability."""
     best = table[table["rank"] == 1].assign(
         layer=lambda frame: frame["layer"].astype("string").fillna(CLEAN),
         reading=lambda frame: frame["reading"].replace(CLEAN, PATCHSCOPE),
@@ -42,3 +45,33 @@ def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:
         axes.set(xlabel=None, ylabel="Layer")
         figure.suptitle(drawable(title))
     return figure
+
+
+def readout_table(table: pd.DataFrame, title: str) -> Table:
+    """The same for a terminal: what each layer says, by Patchscope and by logit lens, the control last."""
+    shown = Table(title=literal(title), title_justify="left")
+    for column in ("layer", PATCHSCOPE, "goes on", LOGIT_LENS):
+        shown.add_column(column, justify="right" if column == "layer" else "left", overflow="fold")
+    patched, lens = (
+        table[table["reading"].isin(readings)].groupby(table["layer"].fillna(-1), sort=False)
+        for readings in ((PATCHSCOPE, CLEAN), (LOGIT_LENS,))
+    )
+    lens_cells = {layer: _cell(rows) for layer, rows in lens}
+    for layer, rows in patched:
+        control = layer < 0
+        shown.add_row(
+            "clean" if control else str(layer),
+            _cell(rows),
+            _quoted(rows["continuation"].iloc[0]),
+            lens_cells.get(layer, ""),
+            style="dim" if control else None,
+        )
+    return shown
+
+
+def _cell(rows: pd.DataFrame) -> str:
+    return "  ".join(f"{_quoted(token)} {p:.2f}" for token, p in zip(rows["token"], rows["probability"], strict=True))
+
+
+def _quoted(text: str) -> str:
+    return literal(repr(text))

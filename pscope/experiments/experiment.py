@@ -1,0 +1,139 @@
+"""What an experiment is: units, each of which can be read alone, and the table of what they yield.
+
+A unit is a text's sampled positions, an entity, a subject of a relation, a query in one wiring. It has a name, and may
+be read by any process, in any order, beside any others: nothing that it yields depends on its neighbours. An experiment
+says how units become rows, and nothing about progress, files, processes, or how much memory there is.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import numpy as np
+import pandas as pd
+
+from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.engine.selfcheck import PathName, SelfCheck
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+
+FEWEST_ROWS = 256
+"""A part has as many, if its units have: below, passes begin to cost in which few rows are left to speak."""
+
+MOST_PARTS = 16
+"""Into so many parts a run falls where a pass would hold more: what is lost with one is little, and many can share."""
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What can be read alone. `name` tells it from all others of its experiment.
+
+    `rows` of its are decoded. Units share passes if they have the same `target`: one prompt, or one way of asking.
+    """
+
+    name: str
+    rows: int
+    target: object
+
+
+@dataclass(frozen=True)
+class Work:
+    """The least that a unit asks of a model.
+
+    `read` tokens of prompts go through all layers. Rows patched at `target_layers` take `suffix` tokens each, from the
+    patched position to the end of the target, through the layers above their own. All of them, and `spoken` rows of
+    prompts that are not patched, are answered by the unembedding, and go on for `new_tokens` at most.
+    """
+
+    read: int
+    suffix: int = 0
+    target_layers: tuple[int, ...] = ()
+    spoken: int = 0
+    new_tokens: int = 0
+
+
+U = TypeVar("U", bound=Unit)
+
+
+class Experiment(ABC, Generic[U]):
+    """Units in, tidy rows out.
+
+    `memory`, in bytes, is for the rows of one pass; it may be changed between calls of `read`. Of several targets,
+    `target` is the one by which passes are planned, and of which the check is told. Units that share one stand side by
+    side in `units`.
+    """
+
+    units: Sequence[U]
+
+    def __init__(self, model: LanguageModel, target: Prompt, memory: int = MEMORY) -> None:
+        self.model, self.target, self.memory = model, target, memory
+        self._scope: Patchscope | None = None
+        self._paths: dict[tuple[int, tuple[int, ...]], PathName] = {}
+
+    @abstractmethod
+    def read(self, units: Sequence[U]) -> pd.DataFrame:
+        """The rows of the table for some units that share a target, those of one unit together.
+
+        Raises PscopeError, naming the unit, for a row that fails.
+        """
+
+    @abstractmethod
+    def work(self, unit: U) -> Work:
+        """The least that a unit asks of the model."""
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The whole table from the rows of all units, in their order: what one unit lends to another is added here."""
+        return table
+
+    @property
+    def check(self) -> SelfCheck:
+        """What the self-check says of the target."""
+        return self.scope(self.target).check
+
+    def rows_per_pass(self) -> int:
+        """How many rows of the target fit in the memory."""
+        return self.scope(self.target).rows_per_pass(self.work(self.units[0]).new_tokens)
+
+    def scope(self, target: Prompt) -> Patchscope:
+        """A Patchscope of the target. One of each length is checked: masks and caches do not tell the others apart."""
+        if self._scope is None or self._scope.target != target:
+            alike = (len(target), target.positions)
+            self._scope = Patchscope(self.model, target, path=self._paths.get(alike, "auto"))
+            self._paths[alike] = self._scope.path
+        self._scope.memory = self.memory
+        return self._scope
+
+    def rows_per_part(self, rows_per_pass: int) -> int:
+        """How many rows are read together: what fits in a pass, and no more than a small share of a long run."""
+        return min(rows_per_pass, max(FEWEST_ROWS, -(-sum(unit.rows for unit in self.units) // MOST_PARTS)))
+
+    def parts(self, rows: int) -> list[list[U]]:
+        """The units in groups that share a target and have about so many rows together, or one unit with more."""
+        parts: list[list[U]] = []
+        room = 0
+        for unit in self.units:
+            if not parts or unit.target != parts[-1][-1].target or unit.rows > room:
+                parts.append([])
+                room = rows
+            parts[-1].append(unit)
+            room -= unit.rows
+        return parts
+
+    def table(self) -> pd.DataFrame:
+        """The whole table, read here and now."""
+        parts = self.parts(self.rows_per_part(self.rows_per_pass()))
+        return self.join(pd.concat([self.read(part) for part in parts], ignore_index=True))
+
+
+def tidy(rows: Iterable[Mapping[str, object]] | pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
+    """A table with the columns of `types`, of these types whatever is missing: so that all parts have the same."""
+    frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
+    return frame.reindex(columns=list(types)).astype(dict(types)).reset_index(drop=True)
+
+
+def permuted(seed: int, size: int) -> list[int]:
+    """The numbers below `size` in an order drawn by the seed."""
+    return np.random.default_rng(seed).permutation(size).tolist()

@@ -1,0 +1,58 @@
+"""A best pair of layers, chosen on others than it is reported on: folds, the choice, and the accuracy at it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+from sklearn.model_selection import GroupKFold
+
+FOLDS = 3
+
+
+def draw_folds(groups: Sequence[str], seed: int) -> list[int]:
+    """Which of the folds each unit is in, those of one group together; all in the first if there are too few groups.
+
+    `groups` (units,) names the group of each unit.
+    """
+    if len(set(groups)) < FOLDS:
+        return [0] * len(groups)
+    folds = np.empty(len(groups), int)
+    split = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(groups, groups=groups)
+    for fold, (_, held_out) in enumerate(split):
+        folds[held_out] = fold
+    return folds.tolist()
+
+
+def found_at(rows: pd.DataFrame, condition: str, unit: list[str]) -> pd.DataFrame:
+    """Found or not in one condition of a table, (units, layer × target layer); the columns `unit` tell units apart."""
+    layers = ["layer", "target_layer"]
+    here = (
+        rows[rows["condition"] == condition]
+        .dropna(subset=layers)
+        .astype({**dict.fromkeys(layers, int), "found": float})
+    )
+    return here.pivot(index=unit, columns=layers, values="found").sort_index(axis=1)
+
+
+def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:
+    """For each unit the columns that were best on the other folds: one, or all that tie, True in (units, columns).
+
+    `scores` is (units, columns), `folds` (units,) says which fold each is in, so that a unit has no part in choosing
+    its own.
+    """
+    chosen = pd.DataFrame(False, scores.index, scores.columns)
+    for fold in folds.unique():
+        means = scores[folds != fold].mean()
+        chosen.loc[folds == fold] = (means == means.max()).to_numpy()
+    return chosen
+
+
+def at_chosen(scores: pd.DataFrame, chosen: pd.DataFrame) -> pd.Series:
+    """Each unit's score averaged over the columns that `chosen_elsewhere` chose for it: (units,).
+
+    `scores`, (units, columns), may be of some of the units only, as a control's are.
+    """
+    # A mean of whole numbers, not a sum of fractions: units that are always right score 1 to the last digit.
+    return scores.where(chosen.loc[scores.index]).mean(axis=1)
