@@ -1,95 +1,188 @@
-"""What a run leaves on disk: a folder with its settings, its table and its figure."""
+"""What a run leaves on disk: a folder with its settings, its table as it grows, and what was made of it."""
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import json
 import os
-import platform
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from datetime import datetime, timezone
-from importlib.metadata import version
 from pathlib import Path
-from types import TracebackType
 
 import pandas as pd
-import pyarrow as pa
-import pyarrow.parquet as pq
-import torch
+from filelock import FileLock, Timeout
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
 from pscope.errors import RunError
-from pscope.models.model import LanguageModel
+from pscope.experiments.experiment import Unit
+from pscope.runs.parts import Parts
 
-_NOT_THE_MODEL = {"_name_or_path", "architectures", "dtype", "transformers_version"}
-"""What a config says of where the model came from and how it was saved; the weights' own dtype is looked at."""
+SETTINGS = "settings.json"
+STAGES = ("known", "table")
+"""What the model knows unpatched, where that decides over what there is to read; and the table of the run."""
+
+TABLE = STAGES[-1]
+
+_NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 
 
 class Run:
-    """A folder that is written as the run goes: `settings.json`, `table.parquet`, and the figure as PNG and SVG.
+    """A folder with `settings.json`, finished parts, `table.parquet` once it is whole, notes, and figures.
 
-    A context manager. Left by an exception, it keeps the table as far as it got and says so in the settings, or, when
-    there are no rows yet, leaves nothing behind. Nothing that was there before is touched: raises RunError if the
-    folder has anything in it or cannot be written, also later, as when the disk is full. A file is there whole or not
-    at all. `rows` is how many the table has once the run is left.
+    Whoever writes its settings or joins its parts holds its `lock`; other processes may add parts meanwhile. A file is
+    there whole or not at all. Raises RunError where something cannot be written.
     """
 
-    def __init__(self, folder: Path, settings: dict) -> None:
+    def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self.rows = 0
-        self._settings = {**settings, "status": "running", "started": datetime.now(timezone.utc).isoformat()}
-        self._table: pq.ParquetWriter | None = None
-        self._added: list[pa.Table] = []
+        self._made: list[Path] = []
 
-    def __enter__(self) -> Run:
-        self._began = time.perf_counter()
+    @property
+    def settings(self) -> dict:
+        """What `settings.json` holds. Raises RunError if it is none of ours."""
+        path = self.folder / SETTINGS
+        try:
+            settings = json.loads(path.read_text("utf-8"))
+        except OSError as error:
+            raise RunError(f"{self.folder} is no run: cannot read {path}: {error.strerror}") from error
+        except ValueError as error:
+            raise RunError(f"{path} is not JSON, so the run cannot be read: {error}") from error
+        if not isinstance(settings, dict) or not isinstance(settings.get("command"), str):
+            raise RunError(f'{path} is not that of a run: it names no "command"')
+        return settings
+
+    def begin(self, settings: Mapping[str, object]) -> bool:
+        """Make the folder and write its first settings, unless another process has just done so: then False."""
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        check_writable(self.folder)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / "settings.json").touch(exist_ok=False)
-        except FileExistsError as error:
-            raise RunError(f"{self.folder} was taken by another run just now; name another with --out") from error
-        except OSError as error:
-            raise RunError(
-                f"cannot write to {self.folder}: {error.strerror}; name another folder with --out"
-            ) from error
-        try:
-            self._write_settings()
-        except BaseException:
-            self._leave_nothing()
+            beside = self._beside(SETTINGS)
+            try:
+                _write_json(settings, beside, indent=2)
+                _link(beside, self.folder / SETTINGS)
+            finally:
+                beside.unlink(missing_ok=True)
+        except FileExistsError:
+            return False
+        except BaseException as error:
+            self.leave_nothing()
+            if isinstance(error, OSError):
+                raise _cannot_write(self.folder, error) from error
             raise
-        return self
+        return True
 
-    def add(self, frame: pd.DataFrame) -> None:
-        """Append rows to the table; what was added is on disk when the run is left, however that happens.
+    @property
+    def there(self) -> bool:
+        """Whether the run has begun."""
+        return (self.folder / SETTINGS).exists()
 
-        Where they no longer fit, the table keeps those before them, and RunError is raised.
+    @property
+    def whole(self) -> bool:
+        """Whether its table is there."""
+        return (self.folder / f"{TABLE}.parquet").exists()
+
+    @property
+    def finished(self) -> int:
+        """How many parts and tables of all stages are there."""
+        tables = sum((self.folder / f"{stage}.parquet").exists() for stage in STAGES)
+        return tables + sum(1 for stage in STAGES for _ in self.parts(stage, []).folder.glob("[0-9]*.parquet"))
+
+    def tell(self, **settings: object) -> None:
+        """Add to the settings."""
+        with self.lock("settings", wait=True), self._whole(SETTINGS) as path:
+            _write_json({**self.settings, **settings}, path, indent=2)
+
+    def agree(self, stage: str, rows: int) -> int:
+        """How many rows the parts of a stage have: as many as whoever came first said, now and when gone on with."""
+        with self.lock("agreed", wait=True):
+            agreed = self.settings.get("rows_per_part", {})
+            if (
+                not isinstance(agreed, dict)
+                or not isinstance(agreed.get(stage, rows), int)
+                or agreed.get(stage, rows) < 1
+            ):
+                raise RunError(
+                    f'{self.folder / SETTINGS}: "rows_per_part" is {agreed!r}, from which no part can be made'
+                )
+            if stage not in agreed:
+                self.tell(rows_per_part={**agreed, stage: rows})
+            return agreed.get(stage, rows)
+
+    @contextmanager
+    def lock(self, name: str = "run", *, wait: bool = False) -> Iterator[None]:
+        """Hold the folder, or something in it, while this process lives.
+
+        Raises RunError if another process does, unless told to `wait` for it.
         """
-        path = self.folder / "table.parquet"
-        table = pa.Table.from_pandas(frame, preserve_index=False)
+        lock = FileLock(self.folder / f".{name}.lock")
         try:
-            if self._table is None:
-                self._table = pq.ParquetWriter(path, table.schema)
-            table = table.cast(self._table.schema)
-            self._table.write_table(table)
+            lock.acquire(blocking=wait)
+        except Timeout as error:
+            raise RunError(f"{self.folder} is being written by another process; wait until it has ended") from error
+        except NotImplementedError as error:
+            raise RunError(f"the file system of {self.folder} has no locks; name another folder with --out") from error
         except OSError as error:
-            self._rewrite_table()
-            raise _cannot_write(path, error) from error
-        self._added.append(table)
+            raise _cannot_write(self.folder, error) from error
+        try:
+            yield
+        finally:
+            if not wait:
+                with suppress(OSError):
+                    Path(lock.lock_file).unlink(missing_ok=True)
+            lock.release()
+
+    @property
+    def held(self) -> bool:
+        """Whether a process that lives holds the folder, or a share of it."""
+        return self.is_held("run", "share-*")
+
+    def is_held(self, *names: str) -> bool:
+        """Whether a process that lives holds one of these locks, in which * stands for anything."""
+        for path in (path for name in names for path in self.folder.glob(f".{name}.lock")):
+            try:
+                with FileLock(path, blocking=False):
+                    pass
+            except Timeout:
+                return True
+        return False
+
+    def parts(self, stage: str, plan: Sequence[Sequence[Unit]]) -> Parts:
+        """The parts of a stage of the run; those of its table are in the folder `parts`."""
+        return Parts(self.folder / ("parts" if stage == TABLE else stage), plan)
+
+    def table(self, stage: str = TABLE) -> pd.DataFrame | None:
+        """The whole table of a stage, if it is there."""
+        path = self.folder / f"{stage}.parquet"
+        try:
+            return pd.read_parquet(path) if path.exists() else None
+        except (OSError, ValueError) as error:
+            raise RunError(f"{path} is damaged ({error}); delete it, and resume the run") from error
+
+    def keep(self, table: pd.DataFrame, stage: str = TABLE) -> None:
+        """Write the whole table of a stage; its parts are needed no longer."""
+        with self._whole(f"{stage}.parquet") as path:
+            table.to_parquet(path, index=False)
+
+    def clear(self) -> None:
+        """Delete the parts of all stages whose tables are whole, and what was held or left on the way."""
+        for stage in STAGES:
+            if (self.folder / f"{stage}.parquet").exists():
+                self._clear_parts(stage)
+        for path in self._left_over():
+            path.unlink(missing_ok=True)
 
     def note(self, name: str, what: pd.DataFrame | list) -> Path:
         """Save something made from the table: a frame as `NAME.csv`, anything else as `NAME.json`; returns its path."""
-        if isinstance(what, pd.DataFrame):
-            with self._whole(f"{name}.csv") as path:
+        suffix = ".csv" if isinstance(what, pd.DataFrame) else ".json"
+        with self._whole(f"{name}{suffix}") as path:
+            if isinstance(what, pd.DataFrame):
                 what.to_csv(path, index=False)
-            return self.folder / f"{name}.csv"
-        self._write_json(f"{name}.json", json.dumps(what, indent=1, ensure_ascii=False))
-        return self.folder / f"{name}.json"
+            else:
+                _write_json(what, path)
+        return self.folder / f"{name}{suffix}"
 
     def draw(self, figure: Figure, name: str = "figure") -> Path:
         """Save a figure as `NAME.png` and `NAME.svg`; returns the path of the PNG."""
@@ -102,74 +195,43 @@ class Run:
                     figure.savefig(path, dpi=150, bbox_inches="tight")
         return self.folder / f"{name}.png"
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        full = self._close_table()
-        stopped = error or full
-        if stopped is not None and not self.rows:
-            self._leave_nothing()
-        else:
-            self._settings["status"] = "complete" if stopped is None else f"stopped by {type(stopped).__name__}"
-            self._settings["seconds"] = round(time.perf_counter() - self._began, 1)
-            self._settings["rows"] = self.rows
-            try:
-                self._write_settings()
-            except RunError as failure:
-                # Those of the start still stand.
-                full = failure
-        if error is None and full is not None:
-            raise full
-
-    def _close_table(self) -> RunError | None:
-        """Close the table, count its rows, and say if it could not be written as it is."""
-        if self._table is None:
-            return None
-        path, full = self.folder / "table.parquet", None
-        try:
-            self._table.close()
-        except OSError as error:
-            full = _cannot_write(path, error)
-            self._rewrite_table()
-        # Counted by the file, since Ctrl-C may come between a write and any counting of ours.
-        self.rows = pq.read_metadata(path).num_rows if path.exists() else 0
-        return full
-
-    def _rewrite_table(self) -> None:
-        """Where the disk is full: a table of what was added before, as much of it as fits."""
-        path = self.folder / "table.parquet"
-        for end in range(len(self._added), -1, -1):
-            with suppress(OSError):
-                # A writer that failed may hold the file open, and so its room.
-                os.truncate(path, 0)
-                path.unlink()
-            if end == 0:
-                return
-            with suppress(OSError), pq.ParquetWriter(path, self._added[0].schema) as writer:
-                for table in self._added[:end]:
-                    writer.write_table(table)
-                return
-
-    def _leave_nothing(self) -> None:
-        # Somebody else may have begun to use a folder above; what raised is what is to be seen.
+    def leave_nothing(self) -> None:
+        """Delete a run that this process began and nobody wants, with the folders made for it that are empty then."""
+        # Somebody may have put something into the folder, or begun to use one above; what raised is what is to be seen.
         with suppress(OSError):
-            for name in ("settings.json", "table.parquet"):
-                (self.folder / name).unlink(missing_ok=True)
+            for stage in STAGES:
+                (self.folder / f"{stage}.parquet").unlink(missing_ok=True)
+                self._clear_parts(stage)
+            for path in (*self._left_over(), self.folder / SETTINGS):
+                path.unlink(missing_ok=True)
             for path in self._made:
                 path.rmdir()
 
-    def _write_settings(self) -> None:
-        self._write_json("settings.json", json.dumps(self._settings, indent=2, ensure_ascii=False))
+    def set_aside(self) -> None:
+        """Take whole tables out of the way, under other names: those of other data than now."""
+        for stage in STAGES:
+            path = self.folder / f"{stage}.parquet"
+            if path.exists():
+                path.replace(path.with_suffix(f".before-{time.time_ns()}"))
 
-    def _write_json(self, name: str, text: str) -> None:
-        with self._whole(name) as path:
-            # Bytes of a command line that are not UTF-8 become escapes, which JSON reads as what they were.
-            path.write_text(f"{text}\n", "utf-8", "backslashreplace")
+    def _clear_parts(self, stage: str) -> None:
+        folder = self.parts(stage, []).folder
+        for path in (*folder.glob("[0-9]*.parquet"), *folder.glob(".[0-9]*.parquet")):
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
+    def _left_over(self) -> list[Path]:
+        """What processes hold, or did not come to rename."""
+        return [*self.folder.glob(".*.lock"), *self.folder.glob(".[0-9]*.*")]
+
+    def _beside(self, name: str) -> Path:
+        return self.folder / f".{os.getpid()}.{name}"
 
     @contextmanager
     def _whole(self, name: str) -> Iterator[Path]:
         """A path to write to; what stands there afterwards becomes the file `name`, and nothing is left if it fails."""
-        path, beside = self.folder / name, self.folder / f".{name}"
+        path, beside = self.folder / name, self._beside(name)
         try:
             yield beside
             beside.replace(path)
@@ -181,7 +243,7 @@ class Run:
 
 
 def check_writable(folder: Path) -> None:
-    """Raise RunError if a run cannot be written to `folder`; leaves no trace of having tried."""
+    """Raise RunError if a new run cannot be written to `folder`; leaves no trace of having tried."""
     try:
         _refuse_used(folder)
         nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
@@ -192,48 +254,32 @@ def check_writable(folder: Path) -> None:
         raise RunError(f"cannot write to {folder}: {error.strerror}; name another folder with --out") from error
 
 
-def _cannot_write(path: Path, error: OSError) -> RunError:
-    return RunError(f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}")
-
-
 def _refuse_used(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise RunError(f"{folder} is a file; name a folder with --out")
-    if (folder / "settings.json").exists():
-        raise RunError(f"{folder} already holds a run; name another folder with --out")
+    if (folder / SETTINGS).exists():
+        if Run(folder).held:
+            raise RunError(f"{folder} is being written by another run; name another with --out")
+        raise RunError(f"{folder} already holds a run; name another with --out, or go on with `pscope resume {folder}`")
     if folder.is_dir() and any(folder.iterdir()):
         raise RunError(f"{folder} is not empty; name a new folder with --out")
 
 
-def describe(model: LanguageModel) -> dict:
-    """What a reader of a run must know of the model, the fingerprint of its weights included."""
-    return {
-        "name": model.name,
-        "class": type(model.hf).__name__,
-        "layers": model.n_layers,
-        "dtype": str(model.dtype).removeprefix("torch."),
-        "device": str(model.device),
-        "fingerprint": fingerprint(model),
-    }
+def _link(beside: Path, path: Path) -> None:
+    """Give a file its name, if no other has it: unlike a renaming, this never takes the place of one."""
+    try:
+        os.link(beside, path)
+    except OSError as error:
+        if error.errno not in _NO_LINKS:
+            raise
+        with path.open("xb") as file:
+            file.write(beside.read_bytes())
 
 
-def versions() -> dict[str, str]:
-    """The versions that numbers may depend on, and the number of threads."""
-    packages = {name: version(name) for name in ("pscope", "torch", "transformers", "tokenizers")}
-    return {"python": platform.python_version(), **packages, "threads": str(torch.get_num_threads())}
+def _write_json(what: object, path: Path, indent: int = 1) -> None:
+    # Bytes of a command line that are not UTF-8 become escapes, which JSON reads as what they were.
+    path.write_text(f"{json.dumps(what, indent=indent, ensure_ascii=False)}\n", "utf-8", "backslashreplace")
 
 
-def fingerprint(model: LanguageModel, most: int = 4096) -> str:
-    """A SHA-256 over the config and, of every weight, its name, shape, dtype and up to `most` evenly spaced values.
-
-    Two checkpoints of one architecture differ in it; reading a few values keeps it instant for a model of any size.
-    Weights that are offloaded count by name, shape and dtype.
-    """
-    config = {key: value for key, value in model.hf.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
-    for name, weight in sorted(model.hf.state_dict().items()):
-        digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())
-        if weight.device.type != "meta":
-            values = weight.flatten()[:: max(1, weight.numel() // most)]
-            digest.update(values.to("cpu").contiguous().view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _cannot_write(path: Path, error: OSError) -> RunError:
+    return RunError(f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}")

@@ -1,0 +1,31 @@
+"""Run by several processes that hold each model together: what it says, into a file, by the models' folders."""
+
+import sys
+
+import torch
+from accelerate import PartialState
+
+import pscope
+from pscope.runs.provenance import fingerprint
+
+
+def said(model: pscope.LanguageModel) -> dict[str, object]:
+    """Logits, continuations and states at all layers."""
+    source = model.prompt("Amazon's former CEO attended the Oscars", "CEO")
+    states, layers = pscope.capture(model, [source])[0], range(model.n_layers + 1)
+    scope = pscope.Patchscope(model, model.prompt("one two x three", "x"))
+    return {
+        "states": states,
+        "logits": torch.cat([part.patched for part in scope.logits(states, layers)]),
+        "spoken": scope.generate(states, layers, pscope.Decoding(6)).patched,
+        "path": scope.path,
+        "fingerprint": fingerprint(model),
+    }
+
+
+if __name__ == "__main__":
+    state = PartialState(cpu=True)
+    *folders, file = sys.argv[1:]
+    found = {folder: said(pscope.load(folder, device="cpu", tensor_parallel=True)) for folder in folders}
+    if state.is_main_process:
+        torch.save(found, file)
