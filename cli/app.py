@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from contextlib import suppress
 from typing import Annotated
 
 import typer
-from pscope.cli import check, fig1, fig2, fig3, fig4, table2, table3
-from pscope.cli.common import kept_by
+from pscope.cli import check, fig1, fig2, fig3, fig4, resume, table2, table3
+from pscope.cli.console import rank
+from pscope.cli.frame import kept_by
 from typer.core import TyperCommand, TyperGroup
 
 from pscope.characters import visible
 from pscope.errors import PscopeError
+
+PATIENCE = 5
+"""Seconds in which whoever started several processes has ended them all after the first."""
 
 
 class OneLineErrors(TyperGroup):
@@ -37,12 +42,17 @@ class OneLineErrors(TyperGroup):
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            return _tell(f"stopped; {kept_by(stop) or 'nothing was written'}", 130)
+            kept = kept_by(stop)
+            # Of several processes that are stopped together, one says what was kept.
+            return 130 if rank() and not kept else _tell(f"stopped; {kept or 'nothing was written'}", 130)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             # The first two are RuntimeErrors too; of the third, Typer makes a quiet end.
             raise
         except (PscopeError, OSError, RuntimeError, MemoryError) as error:
             told = None if ctx.params["traceback"] else _told(error, self.commands.get(ctx.invoked_subcommand))
+            if rank() and not kept_by(error):
+                # What all processes find wrong is told by the first, whose end ends the others.
+                time.sleep(PATIENCE)
             if told is None:
                 raise
             return _tell("; ".join(filter(None, (told, kept_by(error)))), 2)
@@ -81,8 +91,8 @@ def pscope(
 ) -> None:
     """Read what a language model's hidden states hold, by patching them into another prompt (Patchscopes).
 
-    Every other command than `check` draws one figure of the paper and leaves a folder with its settings, its table and
-    its figure.
+    Every other command than `check` and `resume` draws one figure of the paper and leaves a folder with its settings,
+    its table and its figure.
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
@@ -95,3 +105,4 @@ app.command()(table2.table2)
 app.command()(table3.table3)
 app.command()(fig3.fig3)
 app.command()(fig4.fig4)
+app.command()(resume.resume)

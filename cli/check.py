@@ -6,44 +6,35 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from pscope.cli.common import (
-    DeviceMapOption,
-    DeviceOption,
-    Dtype,
-    DtypeOption,
-    RevisionOption,
-    err,
-    literal,
-    load_model,
-    narrow_table,
-    out,
-    print_json,
-)
+from pscope.cli.console import out, print_json, rank, working
+from pscope.cli.frame import Loader, command
+from pscope.cli.options import JsonOption
 
 if TYPE_CHECKING:
     from pscope.engine.examine import Examination
 
 
+@command
 def check(
+    frame: Loader,
     model: Annotated[
         str, typer.Argument(help="smollm2, gemma3-270m, a hub id, a folder, or a .gguf file.")
     ] = "smollm2",
-    revision: RevisionOption = None,
-    dtype: DtypeOption = Dtype.auto,
-    device: DeviceOption = None,
-    device_map: DeviceMapOption = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print what was found as JSON.")] = False,
+    as_json: JsonOption = False,
 ) -> None:
     """Can this model be patched, how, and how fast: its layers, its path, its habits. Run this first on a new model.
 
     A model that cannot be patched is refused in one line that says why.
     """
-    lm = load_model(model, dtype, device, device_map, revision)
+    loaded = frame.load(model)
 
     from pscope.engine.examine import examine
+    from pscope.show.tables import literal, narrow_table
 
-    with err.status("Checking …"):
-        found = examine(lm)
+    with working("Checking"):
+        found = examine(loaded)
+    if rank():
+        return
     if as_json:
         print_json(asdict(found))
         return

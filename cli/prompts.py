@@ -1,46 +1,117 @@
-"""What the commands share that take prompts of the user's: the target, and the positions in it and in the source."""
+"""The options of commands that take prompts of the user's: target, positions, and how names are read."""
 
 from __future__ import annotations
 
 import os
 import re
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from pscope.cli.common import tell
+from pscope.cli.console import tell
+from pscope.cli.options import NewTokensOption, layers_option, parse_layers, parse_target_layers, target_layers_option
 
 from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
+    from pscope.engine.generate import Decoding
+    from pscope.experiments.grid import Pair
     from pscope.models.model import LanguageModel
     from pscope.models.prompts import At, Prompt
 
 _INDEX = r"\s*-?\d{1,9}\s*"
 _FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv")
 
-TargetOption = Annotated[
-    str | None,
-    typer.Option(
-        metavar="FILE|TEXT",
-        help="The prompt that is patched, or a file that holds it.",
-        show_default="the paper's",
-    ),
-]
-TargetAtOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Its placeholder, which is overwritten: text that stands there, all:x for every x, an index, or last.",
-        show_default="last",
-    ),
-]
-TargetAtIndexOption = Annotated[
+AtIndexOption = Annotated[
     str | None, typer.Option(metavar="N[,N…]", help="The same by index, or several, whatever the text holds.")
 ]
-AtIndexOption = Annotated[
-    str | None,
-    typer.Option(metavar="N", help="The same by index, whatever the text holds; negative ones count from the end."),
-]
+
+
+@dataclass(frozen=True)
+class TargetOptions:
+    """The prompt that is patched. Raises PscopeError for a file that is none."""
+
+    target: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|TEXT",
+            help="The prompt that is patched, or a file that holds it.",
+            show_default="the paper's",
+        ),
+    ] = None
+    target_at: Annotated[
+        str | None,
+        typer.Option(
+            help="Its placeholder, which is overwritten: text that stands there, all:x for every x, an index, or last.",
+            show_default="last",
+        ),
+    ] = None
+    target_at_index: Annotated[
+        str | None, typer.Option(metavar="N[,N…]", help="The same by index, or several, whatever the text holds.")
+    ] = None
+
+    def __post_init__(self) -> None:
+        _ = self.text
+
+    @cached_property
+    def text(self) -> str | None:
+        """The prompt that `--target` gives, from a file where it names one."""
+        if self.target is None:
+            return None
+        # Also what is no regular file, which is then refused by that name.
+        if os.path.exists(self.target) and not os.path.isdir(self.target):
+            from pscope.inputs.records import read_text
+
+            return read_text(Path(self.target)).rstrip("\r\n")
+        if self.target.endswith(_FILES) or (os.sep in self.target and not re.search(r"\s", self.target)):
+            raise PscopeError(
+                f"--target {self.target!r} is no file, and looks like one; a text of that look goes into a file"
+            )
+        return self.target
+
+    def prompt(self, model: LanguageModel, default: str) -> Prompt:
+        """The prompt, marked where `--target-at` or `--target-at-index` says. Raises PscopeError."""
+        text = default if self.text is None else self.text
+        return model.prompt(text, parse_position(self.target_at, self.target_at_index, text, "--target-at"))
+
+
+@dataclass(frozen=True)
+class NameOptions:
+    """How names of entities are read: at which layers, patched into which, after what."""
+
+    layers: Annotated[str | None, layers_option("the lower half")] = None
+    target_layers: Annotated[str, target_layers_option()] = "same"
+    before: Annotated[
+        str | None,
+        typer.Option(
+            help="What stands before the name: the state of a text's first token says nothing of it.",
+            show_default="a line break where the tokenizer adds no start token",
+        ),
+    ] = None
+    new_tokens: NewTokensOption = 20
+
+    def __post_init__(self) -> None:
+        _ = parse_layers(self.layers), parse_target_layers(self.target_layers)
+
+    def pairs(self, model: LanguageModel) -> list[Pair]:
+        """The pairs of layers that are asked for."""
+        from pscope.experiments.grid import layer_pairs
+
+        return layer_pairs(model, parse_layers(self.layers), parse_target_layers(self.target_layers))
+
+    def decoding(self, *, stop_at_comma: bool) -> Decoding:
+        """How a description goes on."""
+        import pscope
+
+        return pscope.Decoding(self.new_tokens, stop=(",",) if stop_at_comma else ())
+
+
+def stop_at_comma_option() -> Any:
+    """`--stop-at-comma`."""
+    shown = "End a description at its first comma, as those of the prompt do."
+    return typer.Option("--stop-at-comma/--no-stop-at-comma", help=shown)
 
 
 def parse_position(at: str | None, index: str | None, text: str, option: str = "--at", default: At = -1) -> At:
@@ -79,26 +150,6 @@ def parse_one_position(at: str | None, index: str | None, text: str, default: At
             f"{f'--at {at}' if index is None else f'--at-index {index}'}: one token of the source is read"
         )
     return position
-
-
-def target_text(target: str | None) -> str | None:
-    """The prompt that `--target` gives, from a file where it names one. Raises PscopeError for a file that is not."""
-    if target is None:
-        return None
-    # Also what is no regular file, which is then refused by that name.
-    if os.path.exists(target) and not os.path.isdir(target):
-        from pscope.inputs.records import read_text
-
-        return read_text(Path(target)).rstrip("\r\n")
-    if target.endswith(_FILES) or (os.sep in target and not re.search(r"\s", target)):
-        raise PscopeError(f"--target {target!r} is no file, and looks like one; a text of that look goes into a file")
-    return target
-
-
-def target_prompt(model: LanguageModel, text: str | None, default: str, at: str | None, index: str | None) -> Prompt:
-    """The prompt that is patched, marked where `--target-at` or `--target-at-index` says. Raises PscopeError."""
-    text = default if text is None else text
-    return model.prompt(text, parse_position(at, index, text, "--target-at"))
 
 
 def tell_sink(source: Prompt) -> None:

@@ -1,7 +1,9 @@
+import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
@@ -20,7 +22,7 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """Fast ones first, so that most faults show within seconds."""
-    slow = ["test_architectures", "test_benchmarks", "test_cli"]
+    slow = ["test_architectures", "test_benchmarks", "test_cli", "test_processes", "test_resume"]
     items.sort(key=lambda item: item.path.stem in slow)
 
 
@@ -61,6 +63,36 @@ def silent_hub(monkeypatch) -> Iterator[socket.socket]:
         monkeypatch.setattr(constants, "HF_HUB_ETAG_TIMEOUT", 0.2)
         silent.settimeout(1)
         yield silent
+
+
+@pytest.fixture
+def tiny_folder(tiny, tmp_path) -> Path:
+    folder = tmp_path / "tiny"
+    tiny.hf.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
+
+
+CAPITALS = {"Japan": "Tokyo", "France": "Paris", "Germany": "Berlin", "Egypt": "Cairo", "Portugal": "Lisbon"}
+FOODS = {"sushi": "Japan", "baguette": "France", "a pretzel": "Germany", "koshari": "Egypt"}
+
+
+@pytest.fixture
+def relations(tmp_path) -> Path:
+    """Two relations that compose."""
+    folder = tmp_path / "relations"
+    folder.mkdir()
+    for name, template, phrase, pairs in (
+        ("capital", "The capital city of {} is", None, CAPITALS),
+        ("food", "The country of origin of {} is", "the country of origin of {}", FOODS),
+    ):
+        samples = [
+            {"subject": subject, "object": answer, "contexts": [f"We saw {subject} then.", f"It was {subject}."]}
+            for subject, answer in pairs.items()
+        ]
+        record = {"name": name, "kind": "factual", "template": template, "phrase": phrase, "samples": samples}
+        (folder / f"{name}.json").write_text(json.dumps(record))
+    return folder
 
 
 @contextmanager

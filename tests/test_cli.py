@@ -15,7 +15,7 @@ import pytest
 import torch
 from conftest import random_model
 from pscope.cli.app import app
-from pscope.cli.common import parse_layers, parse_target_layers
+from pscope.cli.options import parse_layers, parse_shard, parse_target_layers
 from pscope.cli.prompts import parse_position
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
 from typer.testing import CliRunner
@@ -35,14 +35,6 @@ def texts(tmp_path) -> Path:
     path = tmp_path / "texts.txt"
     path.write_text("\n".join(TEXTS), "utf-8")
     return path
-
-
-@pytest.fixture
-def tiny_folder(tiny, tmp_path) -> Path:
-    folder = tmp_path / "tiny"
-    tiny.hf.save_pretrained(folder)
-    tiny.tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)
@@ -167,7 +159,7 @@ def test_positions_on_the_command_line(tiny_folder):
         assert result.exit_code == 0, result.output
         settings = json.loads(Path(command[0], "settings.json").read_text("utf-8"))
         assert (settings["target_positions"], settings["target"]) == (positions, "say x x x x x now 3")
-        assert settings["memory"] == 2**29
+        assert settings["options"]["memory"] == 0.5
 
 
 def test_what_marks_a_position():
@@ -316,42 +308,21 @@ def test_fig3_with_all_target_layers_and_whole_continuations(tiny_folder, tmp_pa
     assert (tmp_path / "run" / "figure.png").exists()
 
 
-CAPITALS = {"Japan": "Tokyo", "France": "Paris", "Germany": "Berlin", "Egypt": "Cairo", "Portugal": "Lisbon"}
-FOODS = {"sushi": "Japan", "baguette": "France", "a pretzel": "Germany", "koshari": "Egypt"}
-
-
-@pytest.fixture
-def relations() -> Path:
-    """Two relations that compose."""
-    folder = Path("relations")
-    folder.mkdir()
-    for name, template, phrase, pairs in (
-        ("capital", "The capital city of {} is", None, CAPITALS),
-        ("food", "The country of origin of {} is", "the country of origin of {}", FOODS),
-    ):
-        samples = [
-            {"subject": subject, "object": answer, "contexts": [f"We saw {subject} then.", f"It was {subject}."]}
-            for subject, answer in pairs.items()
-        ]
-        record = {"name": name, "kind": "factual", "template": template, "phrase": phrase, "samples": samples}
-        (folder / f"{name}.json").write_text(json.dumps(record))
-    return folder
-
-
 def test_table2_on_the_users_relations(relations, tmp_path):
     grid = ("--layers", "4", "--target-layers", "1,8", "--new-tokens", 8)
-    # So little memory that a pass holds the rows of one subject: only after a first chunk is there something left.
-    result = run("table2", relations, "--quick", *grid, "--memory", "0.001", "--out", tmp_path / "run")
+    result = run("table2", relations, "--quick", *grid, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "capital: 4 of 5 subjects are known, 4 are read" in result.stderr
     assert "only 4 subjects of capital: below 10" in result.stderr
-    assert "patched rows will be decoded, at most" in result.stderr
-    assert "min left" in result.stderr
+    assert "rows will be decoded, at most" in result.stderr
+    assert re.search(r"\d+ of \d+ rows \(\d+%\), [\d.]+ rows a second, .* left", result.stderr)
     assert max(map(len, result.stdout.splitlines())) <= 80
     folder = tmp_path / "run"
     kept = {path.name for path in folder.iterdir()}
     figures = {f"{name}.{suffix}" for name in ("figure", "heatmaps") for suffix in ("png", "svg")}
-    assert kept == {"settings.json", "table.parquet", "summary.csv", "accuracy.csv"} | figures
+    assert kept == {"settings.json", "known.parquet", "table.parquet", "summary.csv", "accuracy.csv"} | figures
+    known = pd.read_parquet(folder / "known.parquet").set_index("text")["continuation"]
+    assert "Tokyo" in known["The capital city of Japan is"]
     table = pd.read_parquet(folder / "table.parquet")
     capitals = table[(table["relation"] == "capital") & (table["condition"] == "patched")]
     assert capitals["found"].mean() > 0.5
@@ -372,7 +343,7 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
     )
     result = run("table2", relations, "--model", tiny_folder, "--quick", "--out", tmp_path / "run")
     assert result.exit_code == 2
-    assert "apart: skipped, its target prompt cannot be read: position 99 is outside" in result.stderr
+    assert "apart: position 99 is outside the prompt's 2 tokens" in result.stderr
     assert "more.tsv: rows with an empty prompt_source: 1" in result.stderr
     assert "more: source prompts left out: 1, the first because 'Cat' stands only inside longer tokens" in result.stderr
     assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds" in result.stderr
@@ -661,25 +632,36 @@ def test_running_out_of_memory_names_options_that_the_command_has(command, monke
     assert isinstance(run(*command.split()).exception, RuntimeError)
 
 
-def test_a_full_disk_in_the_middle_of_a_run_is_told_with_what_was_kept(tiny_folder, texts, tmp_path, monkeypatch):
-    write, written = pq.ParquetWriter.write_table, []
+def test_a_full_disk_in_the_middle_of_a_run_is_told_and_the_run_resumed(tiny_folder, texts, tmp_path, monkeypatch):
+    written = []
 
-    def full(*args):
-        written.append(write(*args))
-        if len(written) == 2:
+    def full(*args, **options):
+        written.append(pq_write_table(*args, **options))
+        if len(written) == 3:
             raise OSError(errno.ENOSPC, "Error writing bytes to file")
 
-    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    pq_write_table = pq.write_table
     out = tmp_path / "run"
-    command = ("fig2", "--model", tiny_folder, "--texts", texts, "--samples", 6, "--layers", "1,3", "--batch-tokens", 1)
-    result = run(*command, "--out", out)
+    command = ["fig2", "--model", tiny_folder, "--texts", texts, "--samples", 6, "--layers", "1,3", "--memory", 0.001]
+    with monkeypatch.context() as patched:
+        patched.setattr(pq, "write_table", full)
+        result = run(*command, "--out", out)
     assert result.exit_code == 2
-    table = pd.read_parquet(out / "table.parquet")
-    assert len(table) > 0
-    kept = f"kept {len(table)} rows in {out / 'table.parquet'}"
-    expected = f"pscope: cannot write {out / 'table.parquet'}: No space left on device; {kept}"
-    assert result.stderr.splitlines()[-1] == expected
+    assert result.stderr.splitlines()[-1] == (
+        f"pscope: cannot write {out / 'parts' / '00002.parquet'}: No space left on device; "
+        f"kept 2 of 3 parts in {out}; `pscope resume {out}` goes on"
+    )
     assert "Traceback" not in result.output
+    settings = json.loads((out / "settings.json").read_text("utf-8"))
+    assert settings["status"] == "stopped by RunError"
+    kept = pd.read_parquet(out / "parts")
+    resumed = run("resume", out)
+    assert resumed.exit_code == 0, resumed.output
+    assert run(*command, "--out", tmp_path / "whole").exit_code == 0
+    table = pd.read_parquet(out / "table.parquet")
+    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "whole" / "table.parquet"))
+    pd.testing.assert_frame_equal(table[: len(kept)], kept)
+    assert sorted(path.name for path in out.iterdir()) == sorted(p.name for p in (tmp_path / "whole").iterdir())
 
 
 def test_names_of_others_steer_no_terminal(tiny_folder, tmp_path):
@@ -736,7 +718,7 @@ def test_a_stream_that_cannot_take_what_is_printed(arguments, encoding, device, 
     environment = {**os.environ, "PYTHONIOENCODING": encoding}
     with open(device, "w") as stdout:
         finished = subprocess.run(
-            [sys.executable, "-m", "pscope.cli", *arguments.split()],
+            [sys.executable, "-m", "pscope", *arguments.split()],
             stdout=stdout,
             stderr=subprocess.PIPE,
             text=True,
@@ -750,37 +732,25 @@ def test_a_stream_that_cannot_take_what_is_printed(arguments, encoding, device, 
 @pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP, signal.SIGTERM]])
 def test_a_stopped_command_says_what_was_kept(sent, tmp_path, smollm2):
     out = tmp_path / "run"
+    command = ["fig2", "--samples", "2000", "--batch-tokens", "128", "--layers", "10", "--out", str(out)]
     process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "pscope.cli",
-            "fig2",
-            "--samples",
-            "2000",
-            "--batch-tokens",
-            "128",
-            "--layers",
-            "10",
-            "--out",
-            str(out),
-        ],
+        [sys.executable, "-m", "pscope", *command],
         stderr=subprocess.PIPE,
         text=True,
         # Whoever runs the tests may have some of them ignored.
         preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in sent],
     )
-    # The first row group is on its way to disk as soon as the file has grown.
-    while not ((out / "table.parquet").exists() and (out / "table.parquet").stat().st_size > 100):
+    while not (out / "parts" / "00000.parquet").exists():
         assert process.poll() is None
         time.sleep(0.1)
     for number in sent:
         process.send_signal(number)
     _, told = process.communicate()
     assert process.returncode == 130
-    table = pd.read_parquet(out / "table.parquet")
-    assert len(table) > 0
-    assert f"stopped; kept {len(table)} rows in {out / 'table.parquet'}" in told
+    parts = sorted((out / "parts").iterdir())
+    assert len(pd.read_parquet(out / "parts")) > 0
+    assert f"stopped; kept {len(parts)} of " in told
+    assert f"`pscope resume {out}` goes on" in told
     assert "Traceback" not in told
     assert json.loads((out / "settings.json").read_text("utf-8"))["status"] == "stopped by KeyboardInterrupt"
 
@@ -789,4 +759,5 @@ def test_layers():
     assert parse_layers("0-3, 8") == [0, 1, 2, 3, 8]
     assert parse_layers("8,0-1,1") == [0, 1, 8]
     assert parse_layers(None) is None
+    assert [parse_shard(text) for text in ("3/16", "16/16", None)] == [(3, 16), (16, 16), None]
     assert [parse_target_layers(text) for text in ("same", "all", "0-2,4", None)] == ["same", "all", [0, 1, 2, 4], None]

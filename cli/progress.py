@@ -1,0 +1,53 @@
+"""How far a run has come: a bar on a terminal, a line a minute anywhere else."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Protocol
+
+from pscope.cli.console import err, tell
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+PERIOD = 60
+"""Seconds from line to line."""
+
+
+class Meter(Protocol):
+    """Is told how many rows are done by now."""
+
+    def __call__(self, done: int) -> None: ...
+
+
+@contextmanager
+def progress(total: int, done: int = 0) -> Iterator[Meter]:
+    """A meter of so many rows, some of which were done before."""
+    if err.is_terminal:
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        # Work comes in parts of many seconds, of which the estimate must see several.
+        bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, speed_estimate_period=300)
+        with bar:
+            task = bar.add_task("rows", total=total, completed=done)
+            yield lambda done: bar.update(task, completed=done)
+    else:
+        yield _Lines(total, done)
+
+
+class _Lines:
+    """The first line comes with the first rows, so that it is soon known how long all will take."""
+
+    def __init__(self, total: int, done: int) -> None:
+        self._total, self._before = total, done
+        self._began = time.monotonic()
+        self._next = self._began
+
+    def __call__(self, done: int) -> None:
+        now = time.monotonic()
+        if done in (self._before, self._total) or now < self._next:
+            return
+        self._next = now + PERIOD
+        rate = (done - self._before) / max(now - self._began, 1e-9)
+        minutes = (self._total - done) / rate / 60
+        left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
+        tell(f"{done} of {self._total} rows ({done / self._total:.0%}), {rate:.3g} rows a second, {left} left")

@@ -1,0 +1,63 @@
+"""`pscope resume`: go on with a run, from its settings alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pscope.cli.frame import Resuming
+
+from pscope.errors import RunError
+
+
+def resume(
+    ctx: typer.Context,
+    run: Annotated[Path, typer.Argument(help="The folder of a run.", show_default=False)],
+    force: Annotated[
+        bool, typer.Option("--force", help="Go on although the model, the data or a version has changed; it is noted.")
+    ] = False,
+    memory: Annotated[
+        float | None, typer.Option(help="Memory for the rows of one pass, in GiB.", show_default="as before")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="as before")] = None,
+) -> None:
+    """Go on with a run that was stopped, join the shares of one, or draw the figures of a finished one anew.
+
+    What is missing is done with the options that the run was begun with. A run that another process is writing is
+    refused, and so is one whose model, data or versions are not what they were.
+    """
+    from pscope.runs.folder import Run
+
+    settings = Run(run).settings
+    command = ctx.parent.command.commands.get(settings["command"])
+    if command is None or command.name in ("check", "resume"):
+        raise RunError(f"{run} is a run of {settings['command']!r}, which is no command that leaves one")
+    options = settings.get("options")
+    if not isinstance(options, dict):
+        raise RunError(f'the settings of {run} hold no "options", so it cannot be gone on with')
+    now = {name: value for name, value in (("memory", memory), ("device", device)) if value is not None}
+    arguments = _arguments(command.params, {**options, "shard": None, **now})
+    with command.make_context(command.name, arguments, parent=ctx.parent, obj=Resuming(run, force)) as again:
+        command.invoke(again)
+
+
+def _arguments(params: list, options: dict[str, object]) -> list[str]:
+    """Options as they would be typed: so that settings edited to nonsense are refused as a typing error is."""
+    named, bare = [], []
+    known = {param.name for param in params}
+    for name in options.keys() - known:
+        raise RunError(f"the settings have an option {name!r} that the command has not")
+    for param in params:
+        value = options.get(param.name)
+        if value is None:
+            continue
+        if isinstance(value, bool):
+            named += param.opts if value else param.secondary_opts
+        elif isinstance(value, list):
+            named += [param.opts[0], *map(str, value)]
+        elif param.param_type_name == "argument":
+            bare.append(str(value))
+        else:
+            named.append(f"{param.opts[0]}={value}")
+    return [*named, "--", *bare]

@@ -1,0 +1,162 @@
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pandas as pd
+import pytest
+import torch
+from conftest import random_model
+from pscope.cli.app import app
+from split import said
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+from typer.testing import CliRunner
+
+import pscope
+
+TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def together(*arguments, **options) -> subprocess.Popen:
+    """Two processes of pscope, started by torchrun."""
+    command = [*TWO, "-m", "pscope", *map(str, arguments)]
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
+    )
+
+
+def alone(*arguments) -> None:
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == 0, result.output
+
+
+def own_lines(told: str) -> list[str]:
+    """What pscope itself says, among what torchrun says when a process fails."""
+    return [line for line in told.splitlines() if line.startswith("pscope: ")]
+
+
+def test_two_processes_leave_the_table_of_one(tiny_folder, tmp_path):
+    names = tmp_path / "names.csv"
+    names.write_text(
+        "entity,reference\n" + "".join(f"{place},Town\n" for place in ("Paris", "Oslo", "Rome", "Nice", "Bonn"))
+    )
+    command = ("fig3", names, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 4, "--memory", 0.001, "--out")
+    process = together(*command, tmp_path / "two")
+    printed, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    alone(*command, tmp_path / "one")
+    tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("one", "two")]
+    pd.testing.assert_frame_equal(*tables, atol=1e-5)
+    assert sorted(os.listdir(tmp_path / "two")) == sorted(os.listdir(tmp_path / "one"))
+    # One of them speaks.
+    assert told.count("staircase path: within") == told.count("figure: ") == 1
+    assert printed.count("the maximum is an oracle") == 1
+    assert re.search(r"\d+ of 55 rows", told)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_a_process_that_dies_ends_the_others_with_one_line(killed, tmp_path, smollm2):
+    out = tmp_path / "run"
+    process = together("fig2", "--samples", 400, "--layers", "10,20", "--out", out, start_new_session=True)
+    while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    (child,) = (number for number in children(process.pid) if f"\0RANK={killed}\0" in environment_of(number))
+    os.kill(child, signal.SIGKILL)
+    _, told = process.communicate(timeout=120)
+    assert process.returncode != 0
+    (line,) = own_lines(told)
+    assert re.fullmatch(rf"pscope: .*kept \d+ of \d+ parts in {out}; `pscope resume {out}` goes on", line)
+    assert json.loads((out / "settings.json").read_text("utf-8"))["status"].startswith("stopped by ")
+
+
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGKILL])
+def test_a_split_model_ends_as_one(sent, tiny_folder, tmp_path):
+    out, many = tmp_path / "run", tmp_path / "many.csv"
+    many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(60)))
+    command = ("fig3", many, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 9, "--memory", 0.002)
+    process = together(*command, "--tensor-parallel", "--out", out, start_new_session=True)
+    while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    (child,) = (number for number in children(process.pid) if "\0RANK=1\0" in environment_of(number))
+    os.kill(child, sent)
+    _, told = process.communicate(timeout=120)
+    (line,) = own_lines(told)
+    again = f"torchrun --nproc-per-node 2 -m pscope resume {out}"
+    assert re.fullmatch(rf"pscope: .*kept \d+ of \d+ parts in {out}; `{again}` goes on", line)
+
+
+def test_what_all_find_wrong_is_told_once(tiny_folder, tmp_path):
+    for arguments, message in (
+        (("--layers", "9"), "layer 9 is out of range"),
+        (("--model", "smollm2", "--tensor-parallel"), "the 9 num_attention_heads of smollm2 cannot be dealt out to 2"),
+    ):
+        process = together("fig2", "--model", tiny_folder, *arguments, "--out", tmp_path / "run")
+        _, told = process.communicate(timeout=120)
+        (line,) = own_lines(told)
+        assert message in line
+        assert not (tmp_path / "run").exists()
+
+
+def test_processes_that_see_other_folders(tiny_folder, tmp_path):
+    code = """
+import os, pathlib, sys
+if os.environ["RANK"] == "1":
+    pathlib.Path("elsewhere").mkdir()
+    os.chdir("elsewhere")
+from pscope.cli import main
+sys.argv = ["pscope", "fig2", "--model", sys.argv[1], "--samples", "3", "--out", "run"]
+main()
+"""
+    Path(tmp_path / "code.py").write_text(code)
+    finished = subprocess.run(
+        [*TWO, "code.py", str(tiny_folder)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
+    )
+    assert finished.returncode != 0
+    assert any(
+        "process 1 does not see run; give --out in a folder that all share" in line
+        for line in own_lines(finished.stderr)
+    )
+
+
+def test_a_model_that_is_split_says_the_same(tokenizer, tmp_path):
+    kinds = {
+        "llama": (LlamaForCausalLM, LlamaConfig, {}),
+        "qwen3": (Qwen3ForCausalLM, Qwen3Config, {"head_dim": 8}),
+        "mixtral": (MixtralForCausalLM, MixtralConfig, {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    }
+    for name, (model_class, config_class, options) in kinds.items():
+        model = random_model(model_class, config_class, tokenizer, **options)
+        model.hf.save_pretrained(tmp_path / name)
+        tokenizer.save_pretrained(tmp_path / name)
+    folders = [str(tmp_path / name) for name in kinds]
+    script = Path(__file__).with_name("split.py")
+    subprocess.run([*TWO, str(script), *folders, str(tmp_path / "said.pt")], env=ENVIRONMENT, check=True, timeout=300)
+    split = torch.load(tmp_path / "said.pt", weights_only=True)
+    for folder in folders:
+        whole = said(pscope.load(folder, device="cpu"))
+        torch.testing.assert_close(split[folder].pop("logits"), whole.pop("logits"), atol=1e-4, rtol=0)
+        torch.testing.assert_close(split[folder].pop("states"), whole.pop("states"), atol=1e-4, rtol=0)
+        assert split[folder] == whole
+        assert whole["path"] == "staircase"
+
+
+def children(number: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
+
+
+def environment_of(number: int) -> str:
+    return "\0" + Path(f"/proc/{number}/environ").read_text()
