@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pscope
 from benchmarks.sweep import sweep_of
 from benchmarks.timing import Contestant, against, in_turn
-from pscope.experiments.next_token import NextToken, draw_positions
+from pscope.experiments.next_token import NextToken
+from pscope.inputs.positions import draw_positions
 from pscope.inputs.texts import shipped_texts
 from pscope.models.residual import length_batches
 

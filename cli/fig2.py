@@ -49,7 +49,8 @@ def fig2(
     model = frame.load()
 
     import pscope
-    from pscope.experiments.next_token import NextToken, draw_positions, summarise
+    from pscope.experiments.next_token import NextToken, summarise
+    from pscope.inputs.positions import draw_positions
     from pscope.show.next_token import next_token_figure, next_token_table
 
     target = model.prompt(pscope.TOKEN_IDENTITY)

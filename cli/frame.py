@@ -200,8 +200,8 @@ class Frame(Loader):
     def finish(self) -> None:
         """Close the run, of which all is there: what is printed afterwards takes nothing from it if it fails."""
         if self._session is not None and not self._finished:
-            self._finished = True
             self._session.complete()
+            self._finished = True
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, typer.Exit):

@@ -8,7 +8,8 @@ from reference import hidden_states, patched_continuation, patched_logits
 
 from pscope import TOKEN_IDENTITY, DataError, PscopeError
 from pscope.experiments.layer_readout import LayerReadout
-from pscope.experiments.next_token import NextToken, draw_positions, summarise
+from pscope.experiments.next_token import NextToken, summarise
+from pscope.inputs.positions import draw_positions
 from pscope.inputs.texts import shipped_texts
 from pscope.models.prompts import tokenize
 from pscope.show.layer_readout import layer_readout_figure
@@ -49,7 +50,7 @@ def test_positions_are_spread_drawn_once_and_repeatable(tiny):
 def test_of_a_long_text_only_the_beginning_is_tokenised(smollm2, monkeypatch):
     given = []
     monkeypatch.setattr(
-        "pscope.experiments.next_token.tokenize",
+        "pscope.inputs.positions.tokenize",
         lambda tokenizer, text: given.append(len(text)) or tokenize(tokenizer, text),
     )
     texts = [

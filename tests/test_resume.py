@@ -52,7 +52,7 @@ def commands(relations, tiny_folder, names):
         "fig2": ("fig2", "--samples", 9, "--layers", "1,3", "--model", tiny_folder),
         "fig3": ("fig3", names, *grid),
         # On a model that knows something.
-        "table2": ("table2", relations, "--quick", "--layers", "4", "--target-layers", "1,8", "--new-tokens", 8),
+        "table2": ("table2", relations, "--quick", "--layers", "4", "--target-layers", "1", "--new-tokens", 6),
         "fig4": ("fig4", relations, "--keep", "all", "--no-chat", "--cot-tokens", 3, *grid),
     }
 

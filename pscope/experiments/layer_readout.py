@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pandas as pd
 import torch
@@ -48,8 +49,8 @@ class LayerReadout(Experiment[Unit]):
         if not 1 <= top_k <= model.config.vocab_size:
             raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
         model.check_window(len(target) + new_tokens)
-        self._read_at = [[source.position]]
-        self._source, self._layers, self._top_k, self._decoding = source, list(layers), top_k, Decoding(new_tokens)
+        self._source = replace(source, positions=(source.position,))
+        self._layers, self._top_k, self._decoding = list(layers), top_k, Decoding(new_tokens)
         self.units = [Unit(source.text, len(layers), target)]
 
     def work(self, unit: Unit) -> Work:
@@ -58,7 +59,7 @@ class LayerReadout(Experiment[Unit]):
 
     def read(self, units: Sequence[Unit]) -> pd.DataFrame:
         model, layers, top_k, scope = self.model, self._layers, self._top_k, self.scope(self.target)
-        states = capture(model, [self._source], self._read_at, layers)[0]  # (layers, hidden)
+        states = capture(model, [self._source], layers=layers)[0]  # (layers, hidden)
         patched = list(scope.logits(states, layers))
         lens = logit_lens(model, self.memory).logits(states, model.n_layers)
         spoken = scope.generate(states, layers, self._decoding)
