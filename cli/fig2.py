@@ -2,73 +2,142 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
+from pscope.cli.across import across
 from pscope.cli.console import out, tell
 from pscope.cli.frame import Frame, command
-from pscope.cli.options import layers_option, parse_layers, seed_option
+from pscope.cli.options import (
+    TargetModelOptions,
+    layers_option,
+    parse_layers,
+    parse_target_layers,
+    seed_option,
+    target_layers_option,
+)
+from pscope.cli.prompts import TargetOptions
+from pscope.cli.texts import TextOptions
 
 from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    from pscope.experiments.next_token import Lens
+    from pscope.models.model import LanguageModel
+    from pscope.models.prompts import Prompt
 
 
 @command
 def fig2(
     frame: Frame,
     samples: Annotated[int, typer.Option(min=1, help="Positions to read, spread evenly over the texts.")] = 200,
-    texts: Annotated[
-        Path | None, typer.Option(help='A file of texts: .jsonl with a "text" per line, or .txt with one per line.')
-    ] = None,
-    dataset: Annotated[
-        str | None,
+    *,
+    texts: TextOptions,
+    layers: Annotated[str | None, layers_option("all")] = None,
+    target: TargetOptions,
+    target_model: TargetModelOptions,
+    target_layers: Annotated[str | None, target_layers_option("for --target-model, six of its layers")] = None,
+    random_prompts: Annotated[
+        int, typer.Option(min=0, max=100, help="Token identity with so many prompts of random tokens too.")
+    ] = 0,
+    lens: Annotated[
+        list[str] | None,
         typer.Option(
-            metavar="ID[:CONFIG][:SPLIT]",
-            help="Texts from a dataset, such as Salesforce/wikitext:wikitext-2-raw-v1.",
+            metavar="FILE|FOLDER|ID", help="Another lens: of `pscope fit`, a tuned lens, a Jacobian lens, from the hub."
         ),
     ] = None,
-    layers: Annotated[str | None, layers_option("all")] = None,
-    seed: Annotated[int, seed_option("the positions and the bands")] = 0,
+    fit: Annotated[
+        bool, typer.Option("--fit/--no-fit", help="Fit the affine maps of the tuned lens, once for a model.")
+    ] = True,
+    fit_to_prompt: Annotated[
+        bool,
+        typer.Option("--fit-to-prompt", help="Also fit maps to the states of the target prompt with the right token."),
+    ] = False,
+    seed: Annotated[int, seed_option("the positions, the random prompts and the bands")] = 0,
     batch_tokens: Annotated[int, typer.Option(min=1, help="Tokens of text in one pass.")] = 1024,
 ) -> None:
-    """Figure 2: how early a model's next token can be read, by logit lens and token identity.
+    """Figure 2: how early a model's next token can be read, by logit lens, tuned lens and token identity.
 
-    At a random position of each text, every layer's hidden state is decoded both ways and held against the model's
-    own prediction. Without --texts and --dataset, the passages that come with pscope are read.
+    At a random position of each text, every layer's hidden state is decoded in each way and held against the model's
+    own prediction. Without --texts and --dataset, the passages that come with pscope are read. The maps of the tuned
+    lens are fitted on these, and each of them is read by a map that has not seen it.
+
+    With --target-model (Figures 10 and 11), that model reads instead, at every pair of layers, what states are mapped
+    to; beside it stand both models reading themselves, and the controls.
     """
-    chosen = parse_layers(layers)
-    if texts is not None and dataset is not None:
-        raise PscopeError("--texts and --dataset were both given; choose one")
-
-    from pscope.inputs.texts import read_dataset, read_texts, shipped_texts
-
-    if texts is not None:
-        passages = read_texts(texts)
-    else:
-        passages = shipped_texts() if dataset is None else read_dataset(dataset, most=samples)
+    chosen, reached = parse_layers(layers), parse_target_layers(target_layers)
+    passages = texts.read(samples)
     model = frame.load()
+    if target_model.target_model is not None:
+        if random_prompts or fit_to_prompt or not fit:
+            raise PscopeError("--target-model reads through its own maps; leave out the options of other lines")
+        other = frame.load_target(target_model, model)
+        across(frame, model, other, passages, texts.named, target, (chosen, reached), lens or [], samples, seed)
+        return
+    if reached is not None:
+        raise PscopeError("--target-layers is for --target-model; each line has target layers of its own")
 
     import pscope
     from pscope.experiments.next_token import NextToken, summarise
     from pscope.inputs.positions import draw_positions
-    from pscope.show.next_token import next_token_figure, next_token_table
+    from pscope.show.next_token import next_token_figure, next_token_tables
 
-    target = model.prompt(pscope.TOKEN_IDENTITY)
+    patched = target.prompt(model, pscope.TOKEN_IDENTITY)
     chosen = list(range(model.n_layers + 1)) if chosen is None else chosen
     sampled = draw_positions(model, passages, samples, seed)
-    experiment = NextToken(model, target, sampled, chosen, batch_tokens=batch_tokens, memory=frame.memory)
-    frame.read(passages)
+    frame.read([*passages, patched.text])
+    lenses = _lenses(frame, model, patched, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
+    lenses += _random(model, random_prompts, seed)
+    options = {"batch_tokens": batch_tokens, "memory": frame.memory}
+    experiment = NextToken(model, lenses, passages, sampled, chosen, **options)
     table = frame.carry_out(
         experiment,
-        texts=str(texts or dataset or "shipped with pscope"),
+        texts=texts.named,
         samples=samples,
         seed=seed,
         layers=chosen,
-        target=target.text,
+        target=patched.text,
+        target_positions=patched.positions,
+        lenses=[each.name for each in lenses],
     )
     summary = summarise(table, seed)
     frame.note("summary", summary)
     figure = frame.draw(next_token_figure(summary, f"{model.name}, {samples} samples"))
     frame.finish()
-    out.print(next_token_table(summary))
+    out.print(*next_token_tables(summary))
     tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")
+
+
+def _lenses(
+    frame: Frame, model: LanguageModel, target: Prompt, others: list[str], *, fit: bool, fit_to_prompt: bool
+) -> list[Lens]:
+    """The lines of the figure."""
+    from pscope.experiments.next_token import FITTED, LOGIT_LENS, TOKEN_IDENTITY, TUNED_LENS, Lens
+    from pscope.inputs.positions import Paired, draw_positions
+    from pscope.inputs.texts import shipped_texts
+    from pscope.mappings.fit import Fit
+    from pscope.mappings.storage import digest_of, read_mappings
+
+    lenses = [Lens(LOGIT_LENS), Lens(TOKEN_IDENTITY, target)]
+    if fit or fit_to_prompt:
+        texts, last = shipped_texts(), model.n_layers
+        paired = [Paired(each, each) for each in draw_positions(model, texts, None, seed=0)]
+        every = range(last + 1)
+        if fit:
+            to_last = Fit(model, model, tuple((layer, last) for layer in every))
+            lenses.insert(1, Lens(TUNED_LENS, None, frame.fitted(to_last, texts, paired, "the tuned lens")))
+        if fit_to_prompt:
+            to_prompt = Fit(model, model, tuple((layer, layer) for layer in every), into=target)
+            lenses.append(Lens(FITTED, target, frame.fitted(to_prompt, texts, paired, "maps to the prompt")))
+    for name in others:
+        mappings = read_mappings(name, model)
+        frame.read([digest_of(mappings)])
+        to_last = all(pair[1] == model.n_layers for pair in mappings.maps)
+        lenses.append(Lens(f"{mappings.origin.kind}, {name}", None if to_last else target, mappings))
+    return lenses
+
+
+def _random(model: LanguageModel, count: int, seed: int) -> list[Lens]:
+    from pscope.experiments.next_token import RANDOM_TOKENS, Lens, random_prompts
+
+    return [Lens(RANDOM_TOKENS, prompt) for prompt in random_prompts(model, count, seed)]

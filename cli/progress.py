@@ -21,24 +21,24 @@ class Meter(Protocol):
 
 
 @contextmanager
-def progress(total: int, done: int = 0) -> Iterator[Meter]:
-    """A meter of so many rows, some of which were done before."""
+def progress(total: int, done: int = 0, what: str = "rows") -> Iterator[Meter]:
+    """A meter of so many rows, or something else, some of which were done before."""
     if err.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         # Work comes in parts of many seconds, of which the estimate must see several.
         bar = Progress(*columns, TextColumn("left"), TimeRemainingColumn(), console=err, speed_estimate_period=300)
         with bar:
-            task = bar.add_task("rows", total=total, completed=done)
+            task = bar.add_task(what, total=total, completed=done)
             yield lambda done: bar.update(task, completed=done)
     else:
-        yield _Lines(total, done)
+        yield _Lines(total, done, what)
 
 
 class _Lines:
     """The first line comes with the first rows, so that it is soon known how long all will take."""
 
-    def __init__(self, total: int, done: int) -> None:
-        self._total, self._before = total, done
+    def __init__(self, total: int, done: int, what: str) -> None:
+        self._total, self._before, self._what = total, done, what
         self._began = time.monotonic()
         self._next = self._began
 
@@ -50,4 +50,4 @@ class _Lines:
         rate = (done - self._before) / max(now - self._began, 1e-9)
         minutes = (self._total - done) / rate / 60
         left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
-        tell(f"{done} of {self._total} rows ({done / self._total:.0%}), {rate:.3g} rows a second, {left} left")
+        tell(f"{done} of {self._total} {self._what} ({done / self._total:.0%}), {rate:.3g} a second, {left} left")

@@ -95,11 +95,11 @@ class NameOptions:
     def __post_init__(self) -> None:
         _ = parse_layers(self.layers), parse_target_layers(self.target_layers)
 
-    def pairs(self, model: LanguageModel) -> list[Pair]:
-        """The pairs of layers that are asked for."""
+    def pairs(self, model: LanguageModel, source: LanguageModel | None = None) -> list[Pair]:
+        """The pairs of layers that are asked for; the layers that are read may be those of another model."""
         from pscope.experiments.grid import layer_pairs
 
-        return layer_pairs(model, parse_layers(self.layers), parse_target_layers(self.target_layers))
+        return layer_pairs(model, parse_layers(self.layers), parse_target_layers(self.target_layers), source)
 
     def decoding(self, *, stop_at_comma: bool) -> Decoding:
         """How a description goes on."""

@@ -31,7 +31,7 @@ def resume(
 
     settings = Run(run).settings
     command = ctx.parent.command.commands.get(settings["command"])
-    if command is None or command.name in ("check", "resume"):
+    if command is None or command.name in ("check", "fit", "resume"):
         raise RunError(f"{run} is a run of {settings['command']!r}, which is no command that leaves one")
     options = settings.get("options")
     if not isinstance(options, dict):

@@ -5,11 +5,10 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from pscope.cli.across import fit_across
 from pscope.cli.console import out, print_json, tell
 from pscope.cli.frame import Frame, command
-from pscope.cli.options import (
-    JsonOption,
-)
+from pscope.cli.options import JsonOption, TargetModelOptions
 from pscope.cli.prompts import (
     AtIndexOption,
     NameOptions,
@@ -27,6 +26,7 @@ def table3(
     entity: Annotated[str, typer.Argument(help="The name of somebody or something.", show_default=False)],
     names: NameOptions,
     target: TargetOptions,
+    target_model: TargetModelOptions,
     at: Annotated[
         str | None,
         typer.Option(help="Which token of the name is read: its text, an index, or last.", show_default="last"),
@@ -41,26 +41,35 @@ def table3(
     """Table 3: how the name of one entity is resolved, layer by layer, in the model's own words.
 
     The state of the name's last token is patched over the placeholder of a prompt that describes entities. The last
-    row is the control: the placeholder alone.
+    row is the control: the placeholder alone. With --target-model, that model speaks, of what the state is mapped to.
     """
     read = parse_one_position(at, at_index, entity)
-    model = frame.load()
+    source_model = frame.load()
+    model = frame.load_target(target_model, source_model)
 
     import pscope
+    from pscope.experiments.cross_model import MAPPED
     from pscope.experiments.entity_resolution import EntityLayers, name_prompt
+    from pscope.experiments.sweep import Through
     from pscope.show.entity_resolution import resolution_table
 
-    pairs = names.pairs(model)
-    source = name_prompt(model, entity, names.before, read)
+    pairs = names.pairs(model, source_model)
+    source = name_prompt(source_model, entity, names.before, read)
     patched = target.prompt(model, pscope.ENTITY_DESCRIPTION)
     decoding = names.decoding(stop_at_comma=stop_at_comma)
-    experiment = EntityLayers(model, patched, source, pairs, decoding, reference, memory=frame.memory)
     frame.read([source.text, patched.text])
+    through = None
+    if model is not source_model:
+        mappings = fit_across(frame, source_model, model, pairs, controls=False)
+        through = mappings and Through(source_model, mappings[MAPPED])
+    options = {"through": through, "memory": frame.memory}
+    experiment = EntityLayers(model, patched, source, pairs, decoding, reference, **options)
     table = frame.carry_out(
         experiment,
         source=source.text,
         source_position=source.position,
         target=patched.text,
+        target_model=model.name,
         target_positions=patched.positions,
         pairs=pairs,
         stop=decoding.stop,

@@ -6,7 +6,7 @@ import torch
 from accelerate import PartialState
 
 import pscope
-from pscope.runs.provenance import fingerprint
+from pscope.models.fingerprint import fingerprint
 
 
 def said(model: pscope.LanguageModel) -> dict[str, object]:

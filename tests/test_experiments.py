@@ -8,7 +8,7 @@ from reference import hidden_states, patched_continuation, patched_logits
 
 from pscope import TOKEN_IDENTITY, DataError, PscopeError
 from pscope.experiments.layer_readout import LayerReadout
-from pscope.experiments.next_token import NextToken, summarise
+from pscope.experiments.next_token import Lens, NextToken, summarise
 from pscope.inputs.positions import draw_positions
 from pscope.inputs.texts import shipped_texts
 from pscope.models.prompts import tokenize
@@ -20,7 +20,8 @@ from pscope.show.next_token import next_token_figure
 def finding(smollm2) -> pd.DataFrame:
     """Figure 2 of the default model on some of the shipped texts, spread over their registers."""
     sampled = draw_positions(smollm2, shipped_texts()[::3], 80, seed=0)
-    return NextToken(smollm2, smollm2.prompt(TOKEN_IDENTITY), sampled, range(smollm2.n_layers + 1)).table()
+    lenses = [Lens("logit lens"), Lens("token identity", smollm2.prompt(TOKEN_IDENTITY))]
+    return NextToken(smollm2, lenses, shipped_texts()[::3], sampled, range(smollm2.n_layers + 1)).table()
 
 
 def places(sampled):
@@ -78,7 +79,8 @@ def test_next_token_rows_against_one_row_passes(tiny):
     target = tiny.prompt(TOKEN_IDENTITY)
     layers = [0, 2, 4]
     # Small batches and little memory, so that samples are decoded in several passes and run out of order.
-    experiment = NextToken(tiny, target, sampled, layers, batch_tokens=8, memory=6_000_000)
+    lenses = [Lens("logit lens"), Lens("token identity", target)]
+    experiment = NextToken(tiny, lenses, texts, sampled, layers, batch_tokens=8, memory=6_000_000)
     assert experiment.rows_per_pass() < sum(unit.rows for unit in experiment.units)
     table = experiment.table()
     assert len(table) == 7 * 3 * 2
@@ -118,9 +120,12 @@ def test_the_finding_of_figure_2(finding, smollm2):
 def test_bands_resample_whole_texts():
     # Two texts, one always right and one always wrong: resampled texts give 0, 1/2 or 1, whatever the samples.
     rows = [
-        (text, layer, "logit lens", text == 0, float(text)) for text in (0, 1) for layer in (0, 1) for _ in range(50)
+        (text, at, layer, "logit lens", text == 0, float(text))
+        for text in (0, 1)
+        for layer in (0, 1)
+        for at in range(50)
     ]
-    table = pd.DataFrame(rows, columns=["text", "layer", "lens", "correct", "surprisal"])
+    table = pd.DataFrame(rows, columns=["text", "position", "layer", "lens", "correct", "surprisal"])
     summary = summarise(table)
     assert summary["precision_at_1"].tolist() == [0.5, 0.5]
     assert summary["precision_at_1_low"].tolist() == [0, 0]

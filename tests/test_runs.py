@@ -15,10 +15,10 @@ from counting import ROW_BYTES, Counting
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pscope import PscopeError, RunError
+from pscope.models.fingerprint import fingerprint
 from pscope.runs.folder import Run, check_writable
 from pscope.runs.parts import Parts
 from pscope.runs.processes import Processes
-from pscope.runs.provenance import fingerprint
 from pscope.runs.session import Session
 
 IDENTITY = {"model": {"fingerprint": "a"}, "data_sha256": "d", "versions": {"torch": "2", "threads": "1"}}

@@ -18,8 +18,9 @@ from pscope.errors import PromptError, PscopeError
 from pscope.experiments.bands import RESAMPLES, mean_bands
 from pscope.experiments.experiment import Experiment, Work, permuted, tidy
 from pscope.experiments.grid import Pair, line_break, source_prompt
+from pscope.experiments.held_out import best_on_half
 from pscope.experiments.known import Plain, answer_plainly, by_length
-from pscope.experiments.sweep import PATCHED, Source, borrowed, decoded_rows, sweep
+from pscope.experiments.sweep import PATCHED, Source, Through, borrowed, decoded_rows, sweep
 from pscope.inputs.entities import ALL, Entity
 from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
@@ -70,6 +71,7 @@ class EntityLayers(Experiment[Source]):
         decoding: Decoding = GREEDY,
         reference: str | None = None,
         *,
+        through: Through | None = None,
         memory: int = MEMORY,
     ) -> None:
         super().__init__(model, target, memory)
@@ -78,7 +80,7 @@ class EntityLayers(Experiment[Source]):
             if not any(character.isalnum() for character in reference):
                 raise PscopeError(f"the reference {reference!r} holds no word")
         model.check_window(len(target) + decoding.new_tokens)
-        self._decoding, self._reference = decoding, reference
+        self._decoding, self._reference, self._through = decoding, reference, through
         read = replace(source, positions=(source.position,))
         self.units = [Source(source.text, len(pairs), target, read, tuple(pairs), {}, random=False)]
 
@@ -86,7 +88,7 @@ class EntityLayers(Experiment[Source]):
         return unit.work(self._decoding.new_tokens)
 
     def read(self, units: Sequence[Source]) -> pd.DataFrame:
-        rows = pd.DataFrame(sweep(self.scope(self.target), units, self._decoding, seed=0))
+        rows = pd.DataFrame(sweep(self.scope(self.target), units, self._decoding, 0, self._through))
         texts, references = rows["continuation"].tolist(), [self._reference] * len(rows)
         scores = np.nan if self._reference is None else rouge_l(texts, references)
         columns = ("condition", "layer", "target_layer", "continuation", "rouge_l")
@@ -106,7 +108,8 @@ class EntityDescriptions(Experiment[Source | Plain]):
     - "clean target": the target unpatched, and "name written out": the name in the place of the placeholder, likewise
       unpatched, as the ceiling. Neither belongs to a layer.
 
-    Raises PscopeError for an entity that cannot be read, naming it.
+    States are read in the model of `through`, if it is given, and mapped from there. Without `controls`, there is but
+    "patched" and "clean target". Raises PscopeError for an entity that cannot be read, naming it.
     """
 
     def __init__(
@@ -118,6 +121,8 @@ class EntityDescriptions(Experiment[Source | Plain]):
         decoding: Decoding = GREEDY,
         *,
         before: str | None = None,
+        through: Through | None = None,
+        controls: bool = True,
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
@@ -125,22 +130,33 @@ class EntityDescriptions(Experiment[Source | Plain]):
         if not entities:
             raise PscopeError("there is no entity to describe")
         model.check_window(len(target) + decoding.new_tokens)
-        self._decoding, self._seed = decoding, seed
+        self._decoding, self._seed, self._through, self._controls = decoding, seed, through, controls
         self._entities = {entities[index].name: entities[index] for index in permuted(seed, len(entities))}
         units = [self._units(entity, tuple(pairs), before) for entity in self._entities.values()]
-        self.units = [*(source for source, _ in units), *by_length(spelled for _, spelled in units)]
+        self.units = [source for source, _ in units]
+        if controls:
+            self.units += by_length(spelled for _, spelled in units)
 
     def _units(self, entity: Entity, pairs: tuple[Pair, ...], before: str | None) -> tuple[Source, Plain]:
         """An entity's states, and its name written out."""
         try:
-            source = name_prompt(self.model, entity.name, before)
+            read_in = self.model if self._through is None else self._through.model
+            source = name_prompt(read_in, entity.name, before)
             spelled = self.model.prompt(written_out(self.target, entity.name))
             self.model.check_window(len(spelled) + self._decoding.new_tokens)
         except PromptError as error:
             raise PromptError(f"{entity.name!r} cannot be read: {error}") from error
         about = _about(entity)
         return (
-            Source(entity.name, decoded_rows(pairs), self.target, source, pairs, about),
+            Source(
+                entity.name,
+                decoded_rows(pairs, random=self._controls),
+                self.target,
+                source,
+                pairs,
+                about,
+                random=self._controls,
+            ),
             Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**about, "condition": WRITTEN_OUT}),
         )
 
@@ -155,14 +171,14 @@ class EntityDescriptions(Experiment[Source | Plain]):
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         scope = self.scope(self.target)
         if isinstance(units[0], Source):
-            return _scored(pd.DataFrame(sweep(scope, units, self._decoding, self._seed)))
+            return _scored(pd.DataFrame(sweep(scope, units, self._decoding, self._seed, self._through)))
         options = {"memory": self.memory, "path": scope.path}
         return _scored(pd.DataFrame(answer_plainly(self.model, units, self._decoding, **options)))
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """With another entity's description for each: each lends its own to the next one, and the last to the first."""
         names = list(self._entities)
-        if len(names) == 1:
+        if len(names) == 1 or not self._controls:
             return table
         borrowers = pd.DataFrame([_about(entity) for entity in self._entities.values()])
         borrowers["lender"] = [names[-1], *names[:-1]]
@@ -210,22 +226,20 @@ def best_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     found = []
     for group, rows in _groups(table):
         scores = _by_entity(rows[rows["condition"] == PATCHED])[PATCHED]  # (entities, layer × target layer)
-        if len(scores) < 2:
+        half, means = best_on_half(scores, random), scores.mean()
+        if half is None:
             continue
-        order = random.permutation(len(scores))
-        chosen_on, reported_on = scores.iloc[order[: len(order) // 2]], scores.iloc[order[len(order) // 2 :]]
-        best, oracle = chosen_on.mean().idxmax(), scores.mean().idxmax()
         found.append(
             {
                 "group": group,
-                "layer": best[0],
-                "target_layer": best[1],
-                "chosen_on": len(chosen_on),
-                "held_out": reported_on[best].mean(),
-                "reported_on": len(reported_on),
-                "maximum_layer": oracle[0],
-                "maximum_target_layer": oracle[1],
-                "maximum": scores[oracle].mean(),
+                "layer": half.column[0],
+                "target_layer": half.column[1],
+                "chosen_on": half.chosen_on,
+                "held_out": half.reported.mean(),
+                "reported_on": len(half.reported),
+                "maximum_layer": means.idxmax()[0],
+                "maximum_target_layer": means.idxmax()[1],
+                "maximum": means.max(),
             }
         )
     return pd.DataFrame(found)

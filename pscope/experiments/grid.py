@@ -8,24 +8,27 @@ from typing import Literal
 from pscope.errors import PscopeError
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import At, Every, Nearest, Prompt
-from pscope.models.residual import check_layers
-
-Pair = tuple[int, int]
-"""A source layer ℓ and a target layer ℓ*."""
+from pscope.models.residual import Pair, check_layers
 
 
 def layer_pairs(
-    model: LanguageModel, layers: Sequence[int] | None, targets: Sequence[int] | Literal["same", "all"] = "same"
+    model: LanguageModel,
+    layers: Sequence[int] | None,
+    targets: Sequence[int] | Literal["same", "all"] = "same",
+    source: LanguageModel | None = None,
 ) -> list[Pair]:
     """Every source layer with its target layers: the same one, those given, or all of 0..L.
 
-    `layers` defaults to the lower half, 0..L/2. Raises PscopeError for a layer out of range.
+    `layers` defaults to the lower half, 0..L/2. Source layers are those of `source`, by default the same model. Raises
+    PscopeError for a layer out of range.
     """
-    layers = range(model.n_layers // 2 + 1) if layers is None else layers
+    source = model if source is None else source
+    layers = range(min(source.n_layers // 2, model.n_layers) + 1) if layers is None else layers
     if not layers or not targets:
         raise PscopeError("no layer is asked for")
-    check_layers(model, layers)
+    check_layers(source, layers)
     if targets == "same":
+        check_layers(model, layers)
         return [(layer, layer) for layer in layers]
     targets = range(model.n_layers + 1) if targets == "all" else targets
     check_layers(model, targets)

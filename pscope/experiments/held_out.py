@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import GroupKFold
+
+from pscope.models.residual import Pair
 
 FOLDS = 3
 
@@ -34,6 +37,24 @@ def found_at(rows: pd.DataFrame, condition: str, unit: list[str]) -> pd.DataFram
         .astype({**dict.fromkeys(layers, int), "found": float})
     )
     return here.pivot(index=unit, columns=layers, values="found").sort_index(axis=1)
+
+
+class Half(NamedTuple):
+    """A column chosen on `chosen_on` units, and the `reported` scores that the others have in it."""
+
+    column: Pair
+    chosen_on: int
+    reported: pd.Series
+
+
+def best_on_half(scores: pd.DataFrame, random: np.random.Generator) -> Half | None:
+    """The best column of scores (units, columns) on half of the units, drawn at random; None for a single unit."""
+    if len(scores) < 2:
+        return None
+    order = random.permutation(len(scores))
+    chosen_on, reported_on = scores.iloc[order[: len(order) // 2]], scores.iloc[order[len(order) // 2 :]]
+    best = chosen_on.mean().idxmax()
+    return Half(best, len(chosen_on), reported_on[best])
 
 
 def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:

@@ -1,14 +1,13 @@
-"""Figure 2: how early a model's next token can be read, by the logit lens and by the token-identity Patchscope.
+"""Figure 2: how early a model's next token can be read, by the logit lens, the tuned lens and token identity.
 
-The paper's section 4.1. At a random position of each text, the hidden state of every layer is decoded in both ways,
-and the decoded token is held against the model's own prediction there.
+The paper's section 4.1. At a random position of each text, the hidden state of every layer is decoded in each way, and
+the decoded token is held against the model's own prediction there. Appendix B.3 tries other target prompts.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -17,15 +16,39 @@ from torch import Tensor
 
 from pscope.engine.lens import logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.errors import PscopeError
 from pscope.experiments.bands import mean_bands, share_bands
 from pscope.experiments.experiment import Experiment, Unit, Work
 from pscope.inputs.positions import Sampled
+from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import surprisal
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
-from pscope.models.residual import capture, check_layers
+from pscope.models.residual import Pair, capture, check_layers
 
-LOGIT_LENS, TOKEN_IDENTITY = "logit lens", "token identity"
+LOGIT_LENS, TUNED_LENS, TOKEN_IDENTITY = "logit lens", "tuned lens (affine)", "token identity"
+FITTED, RANDOM_TOKENS = "fitted to the prompt", "random tokens"
+
+
+@dataclass(frozen=True)
+class Lens:
+    """A way to decode a state of layer ℓ: patched into `target` at ℓ, or, without one, into the last layer.
+
+    With `mappings`, it is mapped first, and goes to the layer to which they map: the last one is always read by the
+    model's own tail, as the logit lens reads it. Layers that they do not map are not decoded.
+    """
+
+    name: str
+    target: Prompt | None = None
+    mappings: MappingSet | None = None
+
+    def pair(self, layer: int, last: int) -> Pair | None:
+        """ℓ and the layer ℓ* at which it is read."""
+        natural = (layer, last if self.target is None else layer)
+        if self.mappings is None:
+            return natural
+        mapped = [pair for pair in sorted(self.mappings.maps) if pair[0] == layer]
+        return natural if natural in mapped else next(iter(mapped), None)
 
 
 @dataclass(frozen=True)
@@ -36,37 +59,48 @@ class Reading(Unit):
 
 
 class NextToken(Experiment[Reading]):
-    """Figure 2: the states of `layers` at every sampled position, decoded with both lenses, and what comes out scored.
+    """Figure 2: the states of `layers` at every sampled position of `texts`, decoded with every lens, and scored.
 
     A row of the table is one sample × layer × lens: `text`, `position`, `token`, `next_token_id` and `next_token` (the
-    model's own prediction), `layer`, `lens`, `decoded_id`, `decoded`, `correct` (for precision@1) and `surprisal`
-    (nats). Texts share passes of at most `batch_tokens` tokens. Raises PscopeError for a layer out of range.
+    model's own prediction), `layer`, `lens` and its `prompt`, `decoded_id`, `decoded`, `correct` (for precision@1) and
+    `surprisal` (nats). Texts share passes of at most `batch_tokens` tokens. Raises PscopeError for a layer out of
+    range, and for a lens that maps none of the layers.
     """
 
     def __init__(
         self,
         model: LanguageModel,
-        target: Prompt,
+        lenses: Sequence[Lens],
+        texts: Sequence[str],
         sampled: Sequence[Sampled],
         layers: Sequence[int],
         *,
         batch_tokens: int = 1024,
         memory: int = MEMORY,
     ) -> None:
-        super().__init__(model, target, memory)
+        tail = logit_lens(model, memory)
+        self._prompts = list(dict.fromkeys(lens.target for lens in lenses if lens.target is not None))
+        super().__init__(model, self._prompts[0] if self._prompts else tail.target, memory)
         check_layers(model, layers)
-        self._layers, self._batch_tokens = list(layers), batch_tokens
+        for lens in lenses:
+            if not any(lens.pair(layer, model.n_layers) for layer in layers):
+                raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
+        self._lenses, self._texts, self._layers, self._tail = list(lenses), texts, list(layers), tail
+        self._batch_tokens = batch_tokens
         # Of one length side by side: those share a pass without padding.
         self.units = [
-            Reading(f"text {item.text}", len(item.positions) * len(layers), target, item)
+            Reading(f"text {item.text}", len(item.positions) * len(layers), self.target, item)
             for item in sorted(sampled, key=lambda item: len(item.prompt))
         ]
 
     def work(self, unit: Reading) -> Work:
-        suffix, positions = len(self.target) - min(self.target.positions), len(unit.sampled.positions)
-        # The logit lens is an unembedding, and so is the model's own prediction.
-        lens = positions * (len(self._layers) + 1)
-        return Work(len(unit.sampled.prompt), suffix, tuple(self._layers) * positions, spoken=lens)
+        positions, last = len(unit.sampled.positions), self.model.n_layers
+        pairs = [(lens, pair) for lens in self._lenses for layer in self._layers if (pair := lens.pair(layer, last))]
+        patched = [pair[1] for lens, pair in pairs if lens.target is not None and pair[1] < last]
+        suffix = max((len(prompt) - min(prompt.positions) for prompt in self._prompts), default=1)
+        # What the tail alone reads is an unembedding, and so is the model's own prediction.
+        spoken = positions * (1 + len(pairs) - len(patched))
+        return Work(len(unit.sampled.prompt), suffix, tuple(patched) * positions, spoken=spoken)
 
     def read(self, units: Sequence[Reading]) -> pd.DataFrame:
         model, items = self.model, [unit.sampled for unit in units]
@@ -78,63 +112,87 @@ class NextToken(Experiment[Reading]):
             self._batch_tokens,
         )  # (samples, layers + 1, hidden)
         places = [(item, position) for item in items for position in item.positions]
-        identity, lens = self.scope(self.target), self._lens
-        lens.memory = self.memory
-        together = max(1, identity.rows_per_pass() // len(self._layers))
+        self._tail.memory = self.memory
+        together = max(1, self.scope(self.target).rows_per_pass() // len(self._layers))
         parts = [slice(start, start + together) for start in range(0, len(places), together)]
-        tables = [
-            _scored(lens, identity, places[part], states[part, :-1], states[part, -1], self._layers) for part in parts
-        ]
-        return pd.concat(tables, ignore_index=True)
+        return pd.concat([self._decoded(places[part], states[part]) for part in parts], ignore_index=True)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """In the order of the texts."""
         return table.sort_values(["text", "position"], kind="stable", ignore_index=True)
 
-    @cached_property
-    def _lens(self) -> Patchscope:
-        return logit_lens(self.model, self.memory)
-
-
-def _scored(
-    lens: Patchscope,
-    identity: Patchscope,
-    places: list[tuple[Sampled, int]],
-    states: Tensor,
-    last_states: Tensor,
-    layers: Sequence[int],
-) -> pd.DataFrame:
-    model = identity.model
-    samples, n_layers, hidden = states.shape
-    rows = states.reshape(samples * n_layers, hidden)
-    own_logits = torch.cat([part.patched for part in lens.logits(last_states, model.n_layers)])  # (samples, vocab)
-    own = own_logits.argmax(dim=-1)
-    frames = []
-    for name, logits in (
-        (LOGIT_LENS, lens.logits(rows, model.n_layers)),
-        (TOKEN_IDENTITY, identity.logits(rows, list(layers) * samples)),
-    ):
-        decoded = torch.cat([part.patched.argmax(dim=-1) for part in logits]).reshape(samples, n_layers)
-        frames.append(
-            pd.DataFrame(
-                {
-                    "text": np.repeat([item.text for item, _ in places], n_layers),
-                    "position": np.repeat([position for _, position in places], n_layers),
-                    "token": np.repeat([item.prompt.tokens[position] for item, position in places], n_layers),
-                    "next_token_id": np.repeat(own.tolist(), n_layers),
-                    "layer": np.tile(layers, samples),
-                    "lens": name,
-                    "decoded_id": decoded.flatten().tolist(),
-                    "correct": (decoded == own[:, None]).flatten().tolist(),
-                    "surprisal": surprisal(decoded, own_logits).flatten().tolist(),
-                }
+    def _decoded(self, places: list[tuple[Sampled, int]], states: Tensor) -> pd.DataFrame:
+        """The rows of some samples, from their states (samples, layers + 1, hidden)."""
+        model, samples = self.model, len(places)
+        texts = [self._texts[item.text] for item, _ in places]
+        own_logits = _all_logits(self._tail, states[:, -1], [model.n_layers] * samples)  # (samples, vocab)
+        own = own_logits.argmax(dim=-1)
+        frames = []
+        for lens in self._lenses:
+            pairs = [lens.pair(layer, model.n_layers) for layer in self._layers]
+            columns = [column for column, pair in enumerate(pairs) if pair is not None]
+            pairs = [pairs[column] for column in columns]
+            mapped = states[:, columns]
+            if lens.mappings is not None:
+                mapped = lens.mappings.apply(mapped, pairs, texts)
+            decoded = self._read_by(lens, mapped, [target for _, target in pairs])  # (samples, pairs)
+            frames.append(
+                pd.DataFrame(
+                    {
+                        "text": np.repeat([item.text for item, _ in places], len(pairs)),
+                        "position": np.repeat([position for _, position in places], len(pairs)),
+                        "token": np.repeat([item.prompt.tokens[position] for item, position in places], len(pairs)),
+                        "next_token_id": np.repeat(own.tolist(), len(pairs)),
+                        "layer": np.tile([layer for layer, _ in pairs], samples),
+                        "lens": lens.name,
+                        "prompt": pd.Series(lens.target and lens.target.text, range(decoded.numel()), dtype="string"),
+                        "decoded_id": decoded.flatten().tolist(),
+                        "correct": (decoded == own[:, None]).flatten().tolist(),
+                        "surprisal": surprisal(decoded, own_logits).flatten().tolist(),
+                    }
+                )
             )
-        )
-    table = pd.concat(frames, ignore_index=True)
-    for column in ("next_token", "decoded"):
-        spelled = {token: model.tokenizer.decode([token]) for token in table[f"{column}_id"].unique().tolist()}
-        table.insert(table.columns.get_loc(f"{column}_id") + 1, column, table[f"{column}_id"].map(spelled))
-    return table
+        table = pd.concat(frames, ignore_index=True)
+        for column in ("next_token", "decoded"):
+            spelled = {token: model.tokenizer.decode([token]) for token in table[f"{column}_id"].unique().tolist()}
+            table.insert(table.columns.get_loc(f"{column}_id") + 1, column, table[f"{column}_id"].map(spelled))
+        return table
+
+    def _read_by(self, lens: Lens, states: Tensor, targets: list[int]) -> Tensor:
+        """The tokens that states (samples, pairs, hidden) are decoded as."""
+        # At the last layer the target plays no part any more.
+        by_tail = lens.target is None or set(targets) == {self.model.n_layers}
+        scope = self._tail if by_tail else self.scope(lens.target)
+        rows = states.flatten(0, 1)
+        decoded = [part.patched.argmax(dim=-1) for part in scope.logits(rows, targets * len(states))]
+        return torch.cat(decoded).reshape(states.shape[:2])
+
+
+def random_prompts(model: LanguageModel, count: int, seed: int) -> list[Prompt]:
+    """Target prompts that repeat tokens drawn at random, as `TOKEN_IDENTITY` does with chosen ones (appendix B.3).
+
+    Each shows 1 to 10 tokens, "tok -> tok" on a line of its own, and ends with the placeholder "?".
+    """
+    random = np.random.default_rng(seed)
+    special = {*model.tokenizer.all_special_ids, *model.tokenizer.get_added_vocab().values()}
+    prompts: list[Prompt] = []
+    while len(prompts) < count:
+        shown = [_drawn(model, random, special) for _ in range(random.integers(1, 11))]
+        prompts.append(model.prompt("".join(f"{token} -> {token}\n" for token in shown) + "?"))
+    return prompts
+
+
+def _drawn(model: LanguageModel, random: np.random.Generator, special: set[int]) -> str:
+    """A token that can be written on a line: one that is a piece of Unicode, and not only blanks."""
+    while True:
+        token = int(random.integers(len(model.tokenizer)))
+        text = model.tokenizer.decode([token]).strip()
+        if token not in special and text.isprintable() and text and "\ufffd" not in text:
+            return text
+
+
+def _all_logits(scope: Patchscope, states: Tensor, targets: list[int]) -> Tensor:
+    return torch.cat([part.patched for part in scope.logits(states, targets)])
 
 
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -145,9 +203,14 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     text has none (NaN). Where all texts agree on precision@1, its band is exact, even of one.
     """
     measures = table.assign(precision_at_1=table["correct"].astype(float))
-    measures = measures.groupby(["text", "lens", "layer"])[["precision_at_1", "surprisal"]]
-    sums = measures.sum().unstack(["lens", "layer"])  # (texts, measure × lens × layer)
-    counts = table.groupby("text").size() / table.groupby(["lens", "layer"]).ngroups
+    # A sample that several prompts of one lens have read is one sample still.
+    samples = measures.groupby(["text", "position", "lens", "layer"], sort=False)[
+        ["precision_at_1", "surprisal"]
+    ].mean()
+    sums = (
+        samples.groupby(["text", "lens", "layer"]).sum().unstack(["lens", "layer"])
+    )  # (texts, measure × lens × layer)
+    counts = table.groupby("text")["position"].nunique()
     bands = {"precision_at_1": share_bands, "surprisal": mean_bands}
     each = [of(sums[measure].to_numpy(), counts.loc[sums.index].to_numpy(), seed) for measure, of in bands.items()]
     low, high = (np.concatenate(bounds) for bounds in zip(*each, strict=True))
@@ -160,4 +223,6 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     ).unstack(0)
     result.columns = [f"{measure}{bound}" for bound, measure in result.columns]
     columns = [f"{m}{b}" for m in ("precision_at_1", "surprisal") for b in ("", "_low", "_high")]
-    return result[columns].reset_index()
+    order = {lens: place for place, lens in enumerate(table["lens"].unique())}
+    summary = result[columns].reset_index()
+    return summary.sort_values(["lens", "layer"], key=lambda column: column.replace(order), ignore_index=True)

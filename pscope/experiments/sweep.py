@@ -19,7 +19,9 @@ from pscope.engine.patchscope import Patchscope
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.experiment import Unit, Work
 from pscope.experiments.grid import Pair, source_layers
+from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import answer_found, answer_settled
+from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, continuing_token
 from pscope.models.residual import capture
 
@@ -71,7 +73,17 @@ def decoded_rows(pairs: Sequence[Pair], *, random: bool = True) -> int:
     return (1 + random) * len(pairs)
 
 
-def sweep(scope: Patchscope, sources: Sequence[Source], decoding: Decoding, seed: int) -> Iterator[dict[str, object]]:
+@dataclass(frozen=True)
+class Through:
+    """Another model, in which the states are read, and the mappings to the one that is patched."""
+
+    model: LanguageModel
+    mappings: MappingSet
+
+
+def sweep(
+    scope: Patchscope, sources: Sequence[Source], decoding: Decoding, seed: int, through: Through | None = None
+) -> Iterator[dict[str, object]]:
     """The rows of the table, by their columns, for sources that share a target and their pairs.
 
     A row is one source × pair × condition: what the source is `about`, the columns of `TYPES`. `position` and `token`
@@ -81,13 +93,16 @@ def sweep(scope: Patchscope, sources: Sequence[Source], decoding: Decoding, seed
     """
     pairs = sources[0].pairs
     layers, columns = source_layers(pairs)
-    states = capture(scope.model, [source.source for source in sources], layers=layers)  # (sources, layers, hidden)
+    read_in = scope.model if through is None else through.model
+    states = capture(read_in, [source.source for source in sources], layers=layers)  # (sources, layers, hidden)
+    if through is not None:
+        states, columns = through.mappings.apply(states[:, columns], pairs, [None] * len(sources)), range(len(pairs))
     drawn = [place for place, source in enumerate(sources) if source.random]
     read = [(source, PATCHED) for source in sources] + [(sources[place], RANDOM) for place in drawn]
     if drawn:
         random = same_norm(states[drawn], [sources[place].name for place in drawn], seed)
         states = torch.cat([states, random])
-    states = states[:, columns]  # (read, pairs, hidden)
+    states = states[:, list(columns)]  # (read, pairs, hidden)
     names = [f"{source.name!r} ({condition})" for source, condition in read]
     wanted = [(source.answers, *(source.lent_to if condition == PATCHED else ())) for source, condition in read]
     settles = any(answers for group in wanted for answers in group)

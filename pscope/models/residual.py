@@ -22,6 +22,9 @@ from pscope.errors import ModelError, PscopeError
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, check_prompts
 
+Pair = tuple[int, int]
+"""A source layer ℓ and a target layer ℓ*."""
+
 Edit = Callable[[Tensor], Tensor | None] | Callable[[Tensor, range], Tensor | None]
 """Gets the residual stream (batch, tokens, hidden) of one forward pass and, if it needs a second argument, where
 its tokens stand in the text, a range; what it returns, unless None, replaces the stream."""

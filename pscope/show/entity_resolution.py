@@ -10,7 +10,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from rich.table import Table
 
+from pscope.experiments.cross_model import MEAN, SHUFFLED
 from pscope.experiments.entity_resolution import ANOTHER, WRITTEN_OUT
+from pscope.experiments.entity_resolution_across import SOURCE_ITSELF, TARGET_ITSELF
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.entities import ALL
 from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
@@ -49,6 +51,10 @@ def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
             (ANOTHER, colours[3], "-"),
             (RANDOM, colours[4], "-"),
             (CLEAN, colours[7], ":"),
+            (SOURCE_ITSELF, colours[0], "-."),
+            (TARGET_ITSELF, colours[1], "-."),
+            (MEAN, colours[5], "-"),
+            (SHUFFLED, colours[6], "-"),
         ):
             _line(by_condition, everything, condition, colour, condition, linestyle=style)
         by_group.set(title="groups", ylabel="ROUGE-L")
@@ -136,6 +142,23 @@ def layers_tables(summary: pd.DataFrame) -> list[Table]:
             shown.add_row(label, *(_banded(level[condition, group]) for group in part), style="dim")
         tables.append(shown)
     return tables
+
+
+def across_table(summary: pd.DataFrame) -> Table:
+    """Layers down; one model that describes from states of another, beside each by itself, and its own controls."""
+    everything = summary[(summary["group"] == ALL) & summary["layer"].notna()]
+    conditions = [PATCHED, SOURCE_ITSELF, TARGET_ITSELF, MEAN, SHUFFLED]
+    rows = everything.set_index(["layer", "target_layer", "condition"])["rouge_l"].to_dict()
+    shown = narrow_table("mean ROUGE-L of all entities")
+    shown.add_column("layer", justify="right", no_wrap=True)
+    for condition in conditions:
+        shown.add_column(condition.replace(" ", "\n", 1), justify="right")
+    patched = everything[everything["condition"] == PATCHED]
+    for layer, target in sorted(set(zip(patched["layer"], patched["target_layer"], strict=True))):
+        at = {SOURCE_ITSELF: (layer, layer), TARGET_ITSELF: (target, target)}
+        means = [rows[(*at.get(condition, (layer, target)), condition)] for condition in conditions]
+        shown.add_row(_pair(layer, target), *(f"{mean:.3f}" for mean in means))
+    return shown
 
 
 def best_table(best: pd.DataFrame) -> Table:

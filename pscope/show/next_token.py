@@ -8,7 +8,10 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from pscope.show.common import drawable, fill, label_layers
-from pscope.show.tables import narrow_table, with_band
+from pscope.show.tables import literal, narrow_table, with_band
+
+BANDED = 3
+"""So many lenses have room for their bands in 80 columns."""
 
 _MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
 
@@ -28,20 +31,25 @@ def next_token_figure(summary: pd.DataFrame, title: str) -> Figure:
     return figure
 
 
-def next_token_table(summary: pd.DataFrame) -> Table:
-    """Layers down, for each measure the two lenses side by side, each with its band."""
-    by_layer = summary.pivot(index="layer", columns="lens")
+def next_token_tables(summary: pd.DataFrame) -> list[Table]:
+    """For each measure, layers down and the lenses side by side, each with its band where there is room for it."""
     lenses = list(dict.fromkeys(summary["lens"]))
-    measures = {"precision_at_1": ("precision@1", 2), "surprisal": ("surprisal", 1)}
-    shown = narrow_table("mean (95 % band from resampling texts); surprisal in nats")
-    shown.add_column("layer", justify="right", no_wrap=True)
-    for label, _ in measures.values():
+    banded = len(lenses) <= BANDED
+    told = "mean (95 % band from resampling texts)" if banded else "mean; bands are in summary.csv"
+    tables = []
+    for measure, label, digits in (("precision_at_1", "precision@1", 2), ("surprisal", "surprisal in nats", 1)):
+        shown = narrow_table(f"{label}: {told}")
+        shown.add_column("layer", justify="right", no_wrap=True)
         for lens in lenses:
-            shown.add_column(f"{label}\n{lens}", justify="right", no_wrap=True)
-    for layer, row in by_layer.iterrows():
-        cells = []
-        for measure, (_, digits) in measures.items():
+            shown.add_column(literal(lens), justify="right")
+        columns = [f"{measure}{bound}" for bound in ("", "_low", "_high")]
+        for layer, row in summary.pivot(index="layer", columns="lens", values=columns).iterrows():
+            cells = []
             for lens in lenses:
-                cells.append(with_band(*(row[f"{measure}{bound}", lens] for bound in ("", "_low", "_high")), digits))
-        shown.add_row(str(layer), *cells)
-    return shown
+                mean, *band = (row[column, lens] for column in columns)
+                cell = with_band(mean, *(band if banded else (float("nan"),) * 2), digits)
+                # A lens need not read all layers.
+                cells.append(cell if mean == mean else "")
+            shown.add_row(str(layer), *cells)
+        tables.append(shown)
+    return tables

@@ -1,0 +1,136 @@
+"""What `pscope fig2`, `fig3` and `table3` do with another model: fit the maps to it, and read through them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from pscope.cli.console import out, tell
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from pscope.cli.frame import Frame
+    from pscope.cli.prompts import TargetOptions
+
+    from pscope.inputs.positions import Sampled
+    from pscope.mappings.mapping_set import MappingSet
+    from pscope.models.model import LanguageModel
+    from pscope.models.prompts import Prompt
+    from pscope.models.residual import Pair
+
+SOURCE_LAYERS = (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
+TARGET_LAYERS = (0, 0.2, 0.4, 0.6, 0.8, 1)
+"""Fractions of the depth: a pair of layers takes as much memory as a map between them, in each fold."""
+
+
+def fit_across(
+    frame: Frame,
+    model: LanguageModel,
+    other: LanguageModel,
+    pairs: Sequence[Pair],
+    named: str | None = None,
+    *,
+    controls: bool = True,
+) -> dict[str, MappingSet] | None:
+    """The maps from one model to another, and the controls: those of shuffled pairs, and the mean state.
+
+    They are fitted on the texts that come with pscope, or read from where they are `named`. None in a dry run.
+    """
+    from pscope.experiments.cross_model import MAPPED, MEAN, SHUFFLED
+    from pscope.inputs.positions import draw_paired
+    from pscope.inputs.texts import shipped_texts
+    from pscope.mappings.fit import Fit
+    from pscope.mappings.storage import digest_of, read_mappings
+    from pscope.models.fingerprint import fingerprint
+
+    texts = shipped_texts()
+    paired, share = draw_paired(model, other, texts, None, seed=0)
+    tell(f"{share:.0%} of positions of the texts to fit on are cut at the same character by both tokenizers")
+    fit = Fit(model, other, tuple(pairs))
+    what = f"maps to {other.name}"
+    if named is None:
+        mapped = frame.fitted(fit, texts, paired, what)
+    else:
+        mapped = read_mappings(named, model, other)
+        frame.read([digest_of(mapped)])
+        for pair in pairs:
+            mapped.at(pair)
+    frame.read([fingerprint(other)])
+    if not controls:
+        return mapped and {MAPPED: mapped}
+    shuffled = frame.fitted(replace(fit, shuffled=0), texts, paired, f"{what} of shuffled pairs, the control,")
+    if mapped is None or shuffled is None:
+        return None
+    return {MAPPED: mapped, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
+
+
+def across(
+    frame: Frame,
+    model: LanguageModel,
+    other: LanguageModel,
+    passages: list[str],
+    texts: str,
+    target: TargetOptions,
+    layers: tuple[list[int] | None, list[int] | str | None],
+    lens: list[str],
+    samples: int,
+    seed: int,
+) -> None:
+    """Figures 10 and 11."""
+    import pscope
+    from pscope.experiments.cross_model import MAPPED, CrossModel, best_pairs, summarise
+    from pscope.experiments.grid import layer_pairs, spread_layers
+    from pscope.experiments.together import Together
+    from pscope.inputs.positions import draw_paired
+    from pscope.mappings.mapping_set import MappingSet
+    from pscope.show.cross_model import best_pairs_table, cross_model_figure
+
+    if len(lens) > 1:
+        raise PscopeError("one --lens leads from --model to --target-model, not several")
+    read, reached = layers
+    read = spread_layers(model, SOURCE_LAYERS) if read is None else read
+    pairs = layer_pairs(other, read, reached or spread_layers(other, TARGET_LAYERS), model)
+    patched, own = (target.prompt(each, pscope.TOKEN_IDENTITY) for each in (other, model))
+    paired, share = draw_paired(model, other, passages, samples, seed)
+    frame.read([*passages, patched.text])
+    mappings = fit_across(frame, model, other, pairs, *lens)
+    themselves = MappingSet.identity
+    dry = mappings is None
+    mappings = {MAPPED: themselves(model, pairs)} if dry else mappings
+    theirs, ours = [each.target for each in paired], [each.source for each in paired]
+    diagonals = [[(layer, layer) for layer in sorted({pair[end] for pair in pairs})] for end in (0, 1)]
+
+    def itself(reader: LanguageModel, prompt: Prompt, sampled: list[Sampled], diagonal: list[Pair]) -> CrossModel:
+        unmapped = {MAPPED: themselves(reader, diagonal)}
+        return CrossModel(reader, reader, prompt, unmapped, passages, sampled, diagonal, memory=frame.memory)
+
+    readers = {
+        f"{other.name} reads {model.name}": CrossModel(
+            model, other, patched, mappings, passages, ours, pairs, memory=frame.memory
+        ),
+        f"{model.name} reads itself": itself(model, own, ours, diagonals[0]),
+        f"{other.name} reads itself": itself(other, patched, theirs, diagonals[1]),
+    }
+    table = frame.carry_out(
+        Together(readers),
+        texts=texts,
+        samples=samples,
+        seed=seed,
+        pairs=pairs,
+        target=patched.text,
+        target_model=other.name,
+        positions_paired=share,
+    )
+    summary, best = summarise(table, seed), best_pairs(table, seed)
+    frame.note("summary", summary)
+    frame.note("best_pairs", best)
+    first, title = next(iter(readers)), f"{other.name} reads {model.name}, {samples} samples"
+    figure = frame.draw(cross_model_figure(summary, first, "precision_at_1", title))
+    frame.draw(cross_model_figure(summary, first, "surprisal", title), "figure-surprisal")
+    frame.finish()
+    out.print(best_pairs_table(best))
+    tell(f"{share:.0%} of positions of the texts that were read could be paired")
+    tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")

@@ -1,0 +1,215 @@
+"""`pscope fit`: maps from the states of one layer, or one model, to those of another."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from enum import Enum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from pscope.cli.console import out, tell
+from pscope.cli.frame import Loader, command
+from pscope.cli.options import TargetModelOptions, layers_option, parse_layers, seed_option
+from pscope.cli.progress import progress
+from pscope.cli.prompts import TargetOptions
+from pscope.cli.texts import TextOptions
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from pscope.mappings.fit import Fit
+    from pscope.mappings.mapping_set import MappingSet
+    from pscope.models.model import LanguageModel
+
+MOST_TEXTS = 10_000
+"""Of a dataset, which may have no end; as many as the paper fits on."""
+
+
+class Optimiser(str, Enum):
+    """How the tuned lens is trained."""
+
+    adam = "adam"
+    published = "published"
+
+
+@command
+def fit(
+    frame: Loader,
+    to: Annotated[
+        str,
+        typer.Option(
+            metavar="last|N|same|prompt",
+            help="The layer that is mapped to: the last, a number, the one that is read; or, at that layer, the state "
+            "of a prompt in which the model's next token is written.",
+        ),
+    ] = "last",
+    *,
+    target_model: TargetModelOptions,
+    target: TargetOptions,
+    texts: TextOptions,
+    most: Annotated[
+        int | None, typer.Option(min=1, help="So many of the texts, from the first on.", show_default="all")
+    ] = None,
+    positions: Annotated[
+        int | None, typer.Option(min=1, help="Positions to fit on, spread over the texts.", show_default="all")
+    ] = None,
+    layers: Annotated[str | None, layers_option("all")] = None,
+    ridge: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|NUMBER", help="Ridge, beside features of variance 1; auto is the best on texts held out."
+        ),
+    ] = "auto",
+    tuned: Annotated[
+        bool, typer.Option("--tuned", help="Go on from there to the tuned lens: least KL to what the model says.")
+    ] = False,
+    optimiser: Annotated[
+        Optimiser, typer.Option(help="How the tuned lens is trained: by Adam, or by the published recipe.")
+    ] = Optimiser.adam,
+    steps: Annotated[int, typer.Option(min=1, help="Steps of the tuned lens.")] = 250,
+    jacobian: Annotated[
+        bool,
+        typer.Option("--jacobian", help="The Jacobian lens instead: how the last layer answers to small changes."),
+    ] = False,
+    seed: Annotated[int, seed_option("the positions, and the texts of a step")] = 0,
+    folder: Annotated[
+        Path | None,
+        typer.Option("--out", help="Folder for the maps, new or empty.", show_default="mappings/MODEL-TO-DATE-TIME"),
+    ] = None,
+) -> None:
+    """Fit maps f from the states of one layer to those of another, or of another model: affine, in closed form.
+
+    All layers in one pass over the texts, in memory that does not grow with them. Every map is fitted six times: on all
+    texts, and without each of five folds of them, so that no text is ever read by a map that has seen it. The folder
+    holds safetensors and a card, and can be uploaded to a hub as it is; `pscope fig2 --lens FOLDER` draws its line.
+    Long fits (`--tuned`, `--jacobian`) go on where they were stopped when the same command is given again.
+    """
+    chosen, penalty = parse_layers(layers), _parse_ridge(ridge)
+    if to not in ("last", "same", "prompt") and not to.isdecimal():
+        raise PscopeError(f"--to {to}: last, same, prompt, or the number of a layer is meant")
+    _refuse_mixed(to, target_model.target_model, target.target, tuned=tuned, jacobian=jacobian)
+    passages = texts.read(most or MOST_TEXTS)[:most]
+    model = frame.load()
+    other = frame.load_target(target_model, model)
+
+    from pscope.mappings.storage import check_new, save_mappings
+    from pscope.show.mappings import mappings_table
+
+    last = min(model.n_layers, other.n_layers) if to == "same" else model.n_layers
+    chosen = list(range(last + 1)) if chosen is None else chosen
+    short = f"{model.name.rstrip('/').rpartition('/')[2]}-{to}"
+    folder = folder or Path("mappings") / f"{short}-{datetime.now():%Y%m%d-%H%M%S}"
+    check_new(folder)
+    checkpoint = folder.with_name(f"{folder.name}.checkpoint.safetensors")
+    kl = None
+    with _kept(checkpoint):
+        if jacobian:
+            mappings = _jacobian(model, passages, chosen, checkpoint)
+        else:
+            mappings = _affine(_fit_of(model, other, to, chosen, target, penalty), passages, positions, seed)
+        if tuned:
+            mappings, kl = _tuned(model, passages, mappings, optimiser, steps, seed, checkpoint)
+    save_mappings(mappings, folder)
+    checkpoint.unlink(missing_ok=True)
+    out.print(mappings_table(mappings, kl))
+    tell(f"mappings: {folder}")
+
+
+def _parse_ridge(text: str) -> float | None:
+    try:
+        ridge = None if text == "auto" else float(text)
+    except ValueError:
+        ridge = -1.0
+    if ridge is not None and not 0 <= ridge < float("inf"):
+        raise PscopeError(f"--ridge {text}: auto, or a number from 0 on, is meant")
+    return ridge
+
+
+def _refuse_mixed(to: str, target_model: str | None, target: str | None, *, tuned: bool, jacobian: bool) -> None:
+    if tuned and jacobian:
+        raise PscopeError("--tuned and --jacobian are two lenses; choose one")
+    if (tuned or jacobian) and (to != "last" or target_model is not None):
+        raise PscopeError("--tuned and --jacobian lead to the last layer of the same model; leave out the rest")
+    if to == "prompt" and target_model is not None:
+        raise PscopeError("--to prompt writes the model's own next token, so that --target-model cannot read it")
+    if target is not None and to != "prompt":
+        raise PscopeError(f"--target is for --to prompt, not for --to {to}")
+
+
+def _fit_of(
+    model: LanguageModel, other: LanguageModel, to: str, layers: list[int], target: TargetOptions, ridge: float | None
+) -> Fit:
+    import pscope
+    from pscope.mappings.fit import Fit
+
+    into = target.prompt(model, pscope.TOKEN_IDENTITY) if to == "prompt" else None
+    fixed = {"last": other.n_layers, "same": None, "prompt": None}
+    reached = fixed[to] if to in fixed else int(to)
+    return Fit(model, other, tuple((layer, layer if reached is None else reached) for layer in layers), into, ridge)
+
+
+def _affine(fit: Fit, passages: list[str], positions: int | None, seed: int) -> MappingSet:
+    from pscope.inputs.positions import Paired, draw_paired, draw_positions
+
+    if fit.source is fit.target:
+        paired = [Paired(each, each) for each in draw_positions(fit.source, passages, positions, seed)]
+    else:
+        paired, share = draw_paired(fit.source, fit.target, passages, positions, seed)
+        tell(f"{share:.0%} of positions are cut at the same character by both tokenizers")
+    fit.check(paired)
+    with progress(sum(len(each.source.positions) for each in paired), what="positions") as meter:
+        return fit.run(passages, paired, meter)
+
+
+def _tuned(
+    model: LanguageModel,
+    passages: list[str],
+    start: MappingSet,
+    optimiser: Optimiser,
+    steps: int,
+    seed: int,
+    checkpoint: Path,
+) -> tuple[MappingSet, pd.DataFrame]:
+    from dataclasses import replace
+
+    from pscope.mappings.tuned import ADAM, PUBLISHED, fit_tuned
+
+    recipe = replace(ADAM if optimiser is Optimiser.adam else PUBLISHED, steps=steps)
+    with progress(steps, what="steps") as meter:
+        return fit_tuned(model, passages, start, recipe, seed=seed, checkpoint=checkpoint, progress=meter)
+
+
+def _jacobian(model: LanguageModel, passages: list[str], layers: list[int], checkpoint: Path) -> MappingSet:
+    from pscope.mappings.jacobian import fit_jacobian
+
+    with progress(len(passages), what="texts") as meter:
+        mappings, _ = fit_jacobian(
+            model,
+            passages,
+            [layer for layer in layers if layer < model.n_layers],
+            checkpoint=checkpoint,
+            progress=meter,
+        )
+    settled = mappings.origin.settings["settled_at"]
+    tell(
+        "the mean still moved with the last text; give more"
+        if settled is None
+        else f"the mean settled at {settled} of {mappings.origin.texts} texts"
+    )
+    return mappings
+
+
+@contextmanager
+def _kept(checkpoint: Path) -> Iterator[None]:
+    """What is told of a long fit that ends before its time."""
+    try:
+        yield
+    except BaseException as error:
+        if checkpoint.exists():
+            error.add_note(f"kept how far it has come in {checkpoint}; the same command, with this --out, goes on")
+        raise

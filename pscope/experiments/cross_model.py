@@ -1,0 +1,218 @@
+"""Figures 10 and 11: what a model will say next, read by another model from the states of the first.
+
+The paper's section 4.4. States of layer ℓ of M are mapped to layer ℓ* of M*, patched there into a target prompt, and
+what M* decodes is held against M's own prediction, as text: the two may cut it differently.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pandas as pd
+import torch
+
+from pscope.engine.lens import logit_lens
+from pscope.engine.patchscope import MEMORY
+from pscope.experiments.bands import mean_bands, share_bands
+from pscope.experiments.experiment import Experiment, Unit, Work, tidy
+from pscope.experiments.held_out import best_on_half
+from pscope.inputs.positions import Sampled
+from pscope.mappings.mapping_set import MappingSet
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import Pair, capture, check_layers
+
+MAPPED, SHUFFLED, MEAN, ANOTHER = "mapped", "shuffled pairs", "mean state", "another text"
+"""The states of the text, and the controls: maps fitted on pairs that do not belong together, the mean state whatever
+the text, and what another text's state said."""
+
+_TYPES = {
+    "text": "int64",
+    "position": "int64",
+    "token": "string",
+    "condition": "string",
+    "layer": "int64",
+    "target_layer": "int64",
+    "next_token": "string",
+    "decoded": "string",
+    "correct": "bool",
+    "surprisal": "float64",
+}
+
+
+@dataclass(frozen=True)
+class Reading(Unit):
+    """The sampled positions of one text, read at every pair of layers."""
+
+    sampled: Sampled
+
+
+class CrossModel(Experiment[Reading]):
+    """States of `source` at sampled positions of `texts`, read by `model` through mappings, at every pair of layers.
+
+    `mappings` are, by the condition that they stand for, sets that map the same `pairs`. A row of the table is one
+    sample × pair × condition: `text`, `position`, `token`, `condition`, `layer`, `target_layer`, `next_token` (the
+    source's own prediction), `decoded`, `correct` (one of the two texts begins with the other) and `surprisal`, in
+    nats: that of the source at the first of its own tokens of what was decoded. Raises PscopeError for a layer out of
+    range.
+    """
+
+    def __init__(
+        self,
+        source: LanguageModel,
+        model: LanguageModel,
+        target: Prompt,
+        mappings: Mapping[str, MappingSet],
+        texts: Sequence[str],
+        sampled: Sequence[Sampled],
+        pairs: Sequence[Pair],
+        *,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, target, memory)
+        for layers, of in zip(zip(*pairs, strict=True), (source, model), strict=True):
+            check_layers(of, layers)
+        self._source, self._mappings, self._texts, self._pairs = source, dict(mappings), texts, list(pairs)
+        self._tail = logit_lens(source, memory)
+        rows = len(pairs) * len(mappings)
+        self.units = [Reading(f"text {each.text}", len(each.positions) * rows, target, each) for each in sampled]
+
+    def work(self, unit: Reading) -> Work:
+        positions, suffix = len(unit.sampled.positions), len(self.target) - min(self.target.positions)
+        targets = [target for _, target in self._pairs] * len(self._mappings)
+        return Work(len(unit.sampled.prompt), suffix, tuple(targets) * positions, spoken=positions)
+
+    def read(self, units: Sequence[Reading]) -> pd.DataFrame:
+        items, source = [unit.sampled for unit in units], self._source
+        layers = sorted({layer for layer, _ in self._pairs})
+        states = capture(
+            source,
+            [item.prompt for item in items],
+            [item.positions for item in items],
+            [*layers, source.n_layers],
+        )  # (samples, layers + 1, hidden)
+        places = [(item, position) for item in items for position in item.positions]
+        own = torch.cat([part.patched for part in self._tail.logits(states[:, -1], source.n_layers)]).log_softmax(-1)
+        said = [_decoded(source, token) for token in own.argmax(dim=-1).tolist()]
+        states = states[:, [layers.index(layer) for layer, _ in self._pairs]]
+        frames = []
+        for condition, mappings in self._mappings.items():
+            mapped = mappings.apply(states, self._pairs, [self._texts[item.text] for item, _ in places])
+            tokens = self._tokens(mapped)
+            spelled = {token: _decoded(self.model, token) for token in set(tokens)}
+            decoded = [spelled[token] for token in tokens]
+            first = {text: _first_token(source, text) for text in spelled.values()}
+            each = len(self._pairs)
+            rows = {
+                "text": np.repeat([item.text for item, _ in places], each),
+                "position": np.repeat([position for _, position in places], each),
+                "token": np.repeat([item.prompt.tokens[position] for item, position in places], each),
+                "condition": condition,
+                "layer": np.tile([layer for layer, _ in self._pairs], len(places)),
+                "target_layer": np.tile([target for _, target in self._pairs], len(places)),
+                "next_token": np.repeat(said, each),
+                "decoded": decoded,
+                "correct": [agree(text, said[row // each]) for row, text in enumerate(decoded)],
+                "surprisal": [
+                    float("nan") if first[text] is None else -own[row // each, first[text]].item()
+                    for row, text in enumerate(decoded)
+                ],
+            }
+            frames.append(tidy(pd.DataFrame(rows), _TYPES))
+        return pd.concat(frames, ignore_index=True)
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """In the order of the texts; and what the state of a sample half-way round said, as a control of each one.
+
+        Its surprisal is not known; samples of the same text are passed over.
+        """
+        keys = ["text", "position"]
+        table = table.sort_values(keys, kind="stable", ignore_index=True)
+        samples = table[keys].drop_duplicates(ignore_index=True)
+        lenders = samples.iloc[np.roll(np.arange(len(samples)), len(samples) // 2)].reset_index(drop=True)
+        lent = samples.assign(lender=lenders["text"], lender_position=lenders["position"])
+        mapped = table[table["condition"] == MAPPED]
+        said = mapped[[*keys, "layer", "target_layer", "decoded"]].rename(columns=_lender)
+        theirs = mapped.drop(columns="decoded").merge(lent[lent["lender"] != lent["text"]], on=keys)
+        theirs = theirs.merge(said, on=["lender", "lender_position", "layer", "target_layer"])
+        right = [agree(decoded, own) for decoded, own in zip(theirs["decoded"], theirs["next_token"], strict=True)]
+        theirs = theirs.assign(condition=ANOTHER, correct=right, surprisal=np.nan)
+        return pd.concat([table, tidy(theirs, _TYPES)], ignore_index=True)
+
+    def _tokens(self, mapped: torch.Tensor) -> list[int]:
+        targets = [target for _, target in self._pairs] * len(mapped)
+        parts = self.scope(self.target).logits(mapped.flatten(0, 1), targets)
+        return torch.cat([part.patched.argmax(dim=-1) for part in parts]).tolist()
+
+
+def agree(decoded: str, said: str) -> bool:
+    """Whether tokens of two models say the same: one's text begins with the other's, blanks around them apart."""
+    bare, own = decoded.strip(), said.strip()
+    return decoded == said or (bool(bare) and bool(own) and (bare.startswith(own) or own.startswith(bare)))
+
+
+def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Precision@1 and surprisal of every reader, condition and pair of layers, with 95 % bands from resampled texts.
+
+    One row per `reader` × `condition` × `layer` × `target_layer`: the means `precision_at_1` and `surprisal`, and for
+    each its band, `…_low` and `…_high` (NaN for a single text, but for a share on which all agree).
+    """
+    keys, parts = ["reader", "condition", "layer", "target_layer"], []
+    for group, rows in table.groupby(keys[:2], sort=False):
+        by_text = rows.groupby(["text", *keys[2:]])
+        sums = by_text[["correct", "surprisal"]].sum().unstack(keys[2:]).astype(float)
+        counts = (rows.groupby("text").size() / rows.groupby(keys[2:]).ngroups).loc[sums.index].to_numpy()
+        found = {}
+        for measure, column, bands in (
+            ("precision_at_1", "correct", share_bands),
+            ("surprisal", "surprisal", mean_bands),
+        ):
+            low, high = bands(sums[column].to_numpy(), counts, seed)
+            means = sums[column].sum() / counts.sum() if rows[column].notna().any() else sums[column].sum() * np.nan
+            found |= {measure: means, f"{measure}_low": low, f"{measure}_high": high}
+        parts.append(pd.DataFrame(found).reset_index().assign(reader=group[0], condition=group[1]))
+    summary = pd.concat(parts, ignore_index=True)
+    return summary[[*keys, *(column for column in summary if column not in keys)]]
+
+
+def best_pairs(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """Of every reader and condition, the pair of layers that is read best, chosen on half of the texts.
+
+    One row per `reader` × `condition`: `layer` and `target_layer`, the best precision@1 on that half; `held_out`, that
+    of the other half there, with its band `low` and `high`; and the oracle, `maximum`, the best of all pairs on all.
+    """
+    found = []
+    for (reader, condition), rows in table.groupby(["reader", "condition"], sort=False):
+        scores = rows.groupby(["text", "layer", "target_layer"])["correct"].mean().unstack(["layer", "target_layer"])
+        half = best_on_half(scores, np.random.default_rng(seed))
+        if half is None:
+            continue
+        low, high = mean_bands(half.reported.to_numpy()[:, None], np.ones(len(half.reported)), seed)
+        found.append(
+            {
+                "reader": reader,
+                "condition": condition,
+                "layer": half.column[0],
+                "target_layer": half.column[1],
+                "held_out": half.reported.mean(),
+                "low": low[0],
+                "high": high[0],
+                "maximum": scores.mean().max(),
+            }
+        )
+    return pd.DataFrame(found)
+
+
+def _decoded(model: LanguageModel, token: int) -> str:
+    return model.tokenizer.decode([token])
+
+
+def _first_token(model: LanguageModel, text: str) -> int | None:
+    """The first of a model's own tokens of what another's token says, if it says anything."""
+    return next(iter(model.tokenizer(text, add_special_tokens=False)["input_ids"]), None)
+
+
+def _lender(column: str) -> str:
+    return {"text": "lender", "position": "lender_position"}.get(column, column)

@@ -1,0 +1,78 @@
+"""Figure 3's other line: entities described by one model from the states of another (the paper's section 4.4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import pandas as pd
+
+from pscope.engine.generate import GREEDY, Decoding
+from pscope.engine.patchscope import MEMORY
+from pscope.experiments.cross_model import MAPPED, MEAN, SHUFFLED
+from pscope.experiments.entity_resolution import EntityDescriptions
+from pscope.experiments.sweep import PATCHED, Through
+from pscope.experiments.together import Together
+from pscope.inputs.entities import Entity
+from pscope.mappings.mapping_set import MappingSet
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import Pair
+
+SOURCE_ITSELF, TARGET_ITSELF = "source model itself", "target model itself"
+
+
+class DescriptionsAcross(Together):
+    """Entities described by `model` from states of `source`, as in `EntityDescriptions`, with further conditions:
+
+    - "source model itself" and "target model itself": each model describes from its own states, at its layers of
+      `pairs`, patched where they were read;
+    - "mean state" and "shuffled pairs": `model` describes from the mean of its states, whatever the entity, and from
+      what maps that were fitted on pairs which do not belong together make of the entity's state.
+
+    `targets` are the prompts of the two models, `mappings` those from one to the other by condition; None for a dry
+    run, in which nothing is read.
+    """
+
+    def __init__(
+        self,
+        source: LanguageModel,
+        model: LanguageModel,
+        targets: tuple[Prompt, Prompt],
+        mappings: Mapping[str, MappingSet] | None,
+        entities: Sequence[Entity],
+        pairs: Sequence[Pair],
+        decoding: Decoding = GREEDY,
+        *,
+        before: str | None = None,
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        options = {"before": before, "seed": seed, "memory": memory}
+
+        def across(condition: str, *, controls: bool) -> EntityDescriptions:
+            through = Through(source, mappings[condition]) if mappings is not None else None
+            return EntityDescriptions(
+                model, targets[1], entities, pairs, decoding, through=through, controls=controls, **options
+            )
+
+        def itself(end: int) -> EntityDescriptions:
+            diagonal = [(layer, layer) for layer in sorted({pair[end] for pair in pairs})]
+            return EntityDescriptions(
+                (source, model)[end], targets[end], entities, diagonal, decoding, controls=False, **options
+            )
+
+        self._across = across(MAPPED, controls=True)
+        others = {MEAN: across(MEAN, controls=False), SHUFFLED: across(SHUFFLED, controls=False)}
+        super().__init__({PATCHED: self._across, SOURCE_ITSELF: itself(0), TARGET_ITSELF: itself(1), **others})
+
+    @property
+    def names_at_sink(self) -> int:
+        """How many names are read at the very first token."""
+        return self._across.names_at_sink
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """The table of `EntityDescriptions`, in which the readers are conditions."""
+        joined = super().join(table)
+        main, patched = joined["reader"] == PATCHED, joined["condition"] == PATCHED
+        named = joined.assign(condition=joined["condition"].mask(~main & patched, joined["reader"]))
+        return named[main | patched].drop(columns="reader").reset_index(drop=True)

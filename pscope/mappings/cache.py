@@ -1,0 +1,51 @@
+"""Fitted mappings that are kept in the user's cache folder, by what they were fitted on and between what."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from tempfile import mkdtemp
+
+from pscope.errors import PscopeError
+from pscope.inputs.positions import Paired
+from pscope.mappings.fit import Fit
+from pscope.mappings.mapping_set import MappingSet
+from pscope.mappings.storage import read_mappings, save_mappings
+from pscope.models.fingerprint import digest, fingerprint
+from pscope.models.packaged import cache_folder
+
+
+def place(fit: Fit, texts: Sequence[str], paired: Sequence[Paired]) -> Path:
+    """Where the maps of a fit are kept: another model, other texts, positions, layers or settings, another place."""
+    positions = [(each.source.text, each.source.positions, each.target.positions) for each in paired]
+    prompt = fit.into and (fit.into.ids, fit.into.positions)
+    models = (fingerprint(fit.source), fingerprint(fit.target))
+    what = (*models, digest(texts), repr(positions), repr((fit.pairs, prompt, fit.ridge, fit.shuffled)))
+    return cache_folder() / "mappings" / digest(what)
+
+
+def fitted(
+    fit: Fit,
+    texts: Sequence[str],
+    paired: Sequence[Paired],
+    progress: Callable[[int], None] = lambda done: None,
+    *,
+    keep: bool = True,
+) -> MappingSet:
+    """The maps of a fit, from the cache if they are there whole; else fitted now and, if they are to be, kept."""
+    folder = place(fit, texts, paired)
+    try:
+        return read_mappings(folder, fit.source, fit.target)
+    except PscopeError:
+        mappings = fit.run(texts, paired, progress)
+    if keep:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        beside = Path(mkdtemp(dir=folder.parent, prefix="."))
+        try:
+            save_mappings(mappings, beside)
+            shutil.rmtree(folder, ignore_errors=True)
+            beside.replace(folder)
+        finally:
+            shutil.rmtree(beside, ignore_errors=True)
+    return mappings

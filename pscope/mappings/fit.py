@@ -1,0 +1,153 @@
+"""Affine mappings fitted in closed form: one pass over texts for all layers, in memory that their number leaves alone.
+
+The paper's section 4.1 (to the last layer: the "tuned lens" of Figure 2) and 4.4 (into another model).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pscope.engine.lens import logit_lens
+from pscope.engine.patchscope import Patchscope
+from pscope.errors import PscopeError
+from pscope.inputs.positions import Paired
+from pscope.mappings.mapping import IDENTITY, Affine, Mapping
+from pscope.mappings.mapping_set import End, MappingSet, Origin, fold_of
+from pscope.mappings.moments import Moments, check_enough
+from pscope.models.fingerprint import digest
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import Pair, capture, check_layers
+
+CHUNK = 2**28
+"""About how many bytes of states are held while they are added up."""
+
+
+@dataclass(frozen=True)
+class Fit:
+    """What is fitted: affine maps of least squares for `pairs` of layers, from `source` to `target`.
+
+    With `into`, the state that is to come out is not that of the text: it is the state at the marked position of this
+    prompt, in the place of whose token the model's own next token stands. With `shuffled`, a seed, states are paired
+    with others' than their own: a control. `ridge` is beside features of variance 1; None chooses it.
+    """
+
+    source: LanguageModel
+    target: LanguageModel
+    pairs: tuple[Pair, ...]
+    into: Prompt | None = None
+    ridge: float | None = None
+    shuffled: int | None = None
+
+    def __post_init__(self) -> None:
+        for end, model in ((0, self.source), (1, self.target)):
+            check_layers(model, [pair[end] for pair in self.pairs])
+        if self.ridge is not None and not 0 <= self.ridge < float("inf"):
+            raise PscopeError(f"a ridge of {self.ridge} cannot be meant; give a number from 0 on")
+
+    @property
+    def same(self) -> bool:
+        """Whether states are those of one model at one place."""
+        return self.source is self.target and self.into is None and self.shuffled is None
+
+    def check(self, paired: Sequence[Paired]) -> None:
+        """Raise PscopeError if the positions are too few, before any is read."""
+        check_enough(sum(len(each.source.positions) for each in paired), self.source.hidden_size)
+
+    def run(
+        self, texts: Sequence[str], paired: Sequence[Paired], progress: Callable[[int], None] = lambda done: None
+    ) -> MappingSet:
+        """The maps, fitted on `paired` positions of `texts`, cross-fitted over folds of whole texts.
+
+        `progress` is told how many positions have been read. A layer is mapped to itself by the identity. Raises
+        PscopeError for too few positions, states that are not finite, and what else `Moments.fit` refuses.
+        """
+        self.check(paired)
+        fitted = [pair for pair in self.pairs if not (self.same and pair[0] == pair[1])]
+        moments = Moments(fitted, self.source.hidden_size, self.target.hidden_size, self.source.device)
+        for x, y, of in self._states(paired if fitted else [], moments.sources, moments.targets):
+            moments.add(x, y, torch.tensor([fold_of(texts[text]) for text in of]))
+            progress(moments.positions)
+        found = {pair: moments.fit(pair, self.ridge) for pair in fitted}
+        themselves: dict[Pair, Mapping] = {pair: IDENTITY for pair in self.pairs if pair not in found}
+        origin = Origin(
+            kind="affine",
+            source=End.of(self.source),
+            target=End.of(self.target),
+            texts=len(paired),
+            positions=moments.positions,
+            data_sha256=digest(texts),
+            ridge={pair: of.ridge for pair, of in found.items()},
+            r2={pair: of.r2 for pair, of in found.items()},
+            settings={"into": self.into and self.into.text, "shuffled": self.shuffled is not None},
+        )
+        folds = zip(*([(pair, _single(fold)) for fold in of.folds] for pair, of in found.items()), strict=True)
+        whole = {pair: _single(of.whole) for pair, of in found.items()}
+        means = {layer: moments.mean(layer).float().cpu() for layer in moments.targets}
+        return MappingSet(themselves | whole, origin, tuple(themselves | dict(fold) for fold in folds), means)
+
+    def _states(
+        self, paired: Sequence[Paired], sources: list[int], targets: list[int]
+    ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
+        """States x and y, (positions, layers, width), and the text of each, chunk by chunk."""
+        bytes_each = 4 * (len(sources) * self.source.hidden_size + len(targets) * self.target.hidden_size)
+        lens = logit_lens(self.source)
+        random = None if self.shuffled is None else torch.Generator().manual_seed(self.shuffled)
+        for part in _chunks(paired, max(1, CHUNK // bytes_each)):
+            own = [each.source for each in part]
+            x, y = self._read(own, [each.target for each in part], sources, targets, lens)
+            if random is not None:
+                y = y[torch.randperm(len(y), generator=random).to(y.device)]
+            yield x, y, [each.text for each in own for _ in each.positions]
+
+    def _read(
+        self, own: list, theirs: list, sources: list[int], targets: list[int], lens: Patchscope
+    ) -> tuple[Tensor, Tensor]:
+        def states(model: LanguageModel, items: list, layers: list[int]) -> Tensor:
+            return capture(model, [item.prompt for item in items], [item.positions for item in items], layers)
+
+        if self.into is not None:
+            last = self.source.n_layers
+            both = states(self.source, own, [*sources, last])
+            return both[:, :-1], _written_into(self.target, self.into, _next_tokens(lens, both[:, -1]), targets)
+        if self.source is self.target:
+            union = sorted({*sources, *targets})
+            both = states(self.source, own, union)
+            return tuple(both[:, [union.index(layer) for layer in layers]] for layers in (sources, targets))
+        return states(self.source, own, sources), states(self.target, theirs, targets)
+
+
+def _next_tokens(lens: Patchscope, last_states: Tensor) -> list[int]:
+    """What the model itself goes on with, from the states of its last layer."""
+    logits = lens.logits(last_states, lens.model.n_layers)
+    return torch.cat([part.patched.argmax(dim=-1) for part in logits]).tolist()
+
+
+def _written_into(model: LanguageModel, target: Prompt, tokens: list[int], layers: list[int]) -> Tensor:
+    """The states at the target's marked position with each token in its place: (tokens, layers, width)."""
+    place, each = target.position, sorted(set(tokens))
+    # What follows cannot be seen from there.
+    before, shown = target.ids[:place], target.tokens[:place]
+    prompts = [Prompt(target.text, (*before, token), (*shown, ""), (place,)) for token in each]
+    states = capture(model, prompts, layers=layers)
+    return states[[each.index(token) for token in tokens]]
+
+
+def _chunks(paired: Sequence[Paired], positions: int) -> Iterator[list[Paired]]:
+    """Texts of like lengths with about so many positions together."""
+    chunk: list[Paired] = []
+    for each in sorted(paired, key=lambda each: len(each.source.prompt)):
+        if chunk and sum(len(one.source.positions) for one in [*chunk, each]) > positions:
+            yield chunk
+            chunk = []
+        chunk.append(each)
+    if chunk:
+        yield chunk
+
+
+def _single(mapping: Affine) -> Affine:
+    return Affine(mapping.weight.float().cpu(), mapping.bias.float().cpu())

@@ -1,0 +1,157 @@
+"""A mapping f: states of one layer in, states for another layer out, perhaps of another model and another width.
+
+A Patchscope knows nothing of it: states are mapped before they are patched.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear
+
+from pscope.errors import PscopeError
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+from pscope.models.residual import capture
+
+
+@dataclass(frozen=True, eq=False)
+class Mapping(ABC):
+    """States (…, width) in, states (…, width of the target) out, computed as precisely as the mapping's own numbers.
+
+    Raises PscopeError for states of a width that it was not made for.
+    """
+
+    @abstractmethod
+    def __call__(self, states: Tensor) -> Tensor: ...
+
+    def then(self, after: Mapping) -> Mapping:
+        """This mapping, and what comes out of it mapped by another."""
+        return Composed((self, after))
+
+    def to(self, device: torch.device | str) -> Mapping:
+        """The same mapping with its numbers on a device."""
+        own = {field.name: getattr(self, field.name) for field in fields(self)}
+        moved = {name: value.to(device) for name, value in own.items() if isinstance(value, (Tensor, Mapping))}
+        steps = {name: tuple(each.to(device) for each in value) for name, value in own.items() if _is_steps(value)}
+        return replace(self, **moved, **steps)
+
+
+@dataclass(frozen=True, eq=False)
+class Identity(Mapping):
+    """f(h) = h."""
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return states
+
+
+IDENTITY = Identity()
+
+
+@dataclass(frozen=True, eq=False)
+class Affine(Mapping):
+    """f(h) = W h + b, with `weight` (width out, width in) and `bias` (width out,), if there is one."""
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def __call__(self, states: Tensor) -> Tensor:
+        _check_width(states, self.weight.shape[1])
+        return linear(states.to(self.weight), self.weight, self.bias)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRank(Mapping):
+    """f(h) = s h + U D h + b, with `up` (width out, rank), `down` (rank, width in), `bias` (width out,) if any.
+
+    The `scale` s of what is kept of h itself is a number, or one for each dimension; with 0 nothing is.
+    """
+
+    up: Tensor
+    down: Tensor
+    bias: Tensor | None = None
+    scale: float | Tensor = 0.0
+
+    def __call__(self, states: Tensor) -> Tensor:
+        _check_width(states, self.down.shape[1])
+        states = states.to(self.up)
+        mapped = linear(linear(states, self.down), self.up, self.bias)
+        return mapped if isinstance(self.scale, float) and self.scale == 0 else self.scale * states + mapped
+
+
+@dataclass(frozen=True, eq=False)
+class Scale(Mapping):
+    """f(h) = s h + b: `factor` is a number, or one for each dimension, as is `bias`."""
+
+    factor: float | Tensor
+    bias: float | Tensor = 0.0
+
+    def __call__(self, states: Tensor) -> Tensor:
+        for numbers in (self.factor, self.bias):
+            if isinstance(numbers, Tensor) and numbers.ndim:
+                _check_width(states, numbers.shape[0])
+        return self.factor * states + self.bias
+
+
+@dataclass(frozen=True, eq=False)
+class Constant(Mapping):
+    """f(h) = c: the same `state` (width out,) whatever goes in. A control."""
+
+    state: Tensor
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return self.state.expand(*states.shape[:-1], -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Norm(Mapping):
+    """The same direction, of the Euclidean `length`; a state of no length has no direction, and stays."""
+
+    length: float
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return _of_length(states, self.length)
+
+
+@dataclass(frozen=True, eq=False)
+class KeepNorm(Mapping):
+    """What comes out of a mapping, made as long as what went in."""
+
+    mapping: Mapping
+
+    def __call__(self, states: Tensor) -> Tensor:
+        return _of_length(self.mapping(states), states.norm(dim=-1, keepdim=True))
+
+
+@dataclass(frozen=True, eq=False)
+class Composed(Mapping):
+    """One mapping after another, the first one first."""
+
+    steps: tuple[Mapping, ...]
+
+    def __call__(self, states: Tensor) -> Tensor:
+        for step in self.steps:
+            states = step(states)
+        return states
+
+
+def norm_of_clean(model: LanguageModel, target: Prompt, layer: int) -> Norm:
+    """The mapping to the length that the state has which a patch overwrites: the clean target's at ℓ*."""
+    return Norm(capture(model, [target], [[target.position]], [layer]).norm().item())
+
+
+def _of_length(states: Tensor, length: float | Tensor) -> Tensor:
+    own = states.norm(dim=-1, keepdim=True)
+    return states * (length / torch.where(own == 0, 1, own))
+
+
+def _check_width(states: Tensor, width: int) -> None:
+    if states.shape[-1] != width:
+        raise PscopeError(f"states of width {states.shape[-1]} were given to a mapping from width {width}")
+
+
+def _is_steps(value: object) -> bool:
+    return isinstance(value, tuple) and all(isinstance(each, Mapping) for each in value)

@@ -1,0 +1,145 @@
+"""Mappings that belong together: one for each pair of layers, with where they come from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+
+import torch
+from torch import Tensor
+
+from pscope.errors import PscopeError
+from pscope.mappings.mapping import IDENTITY, Constant, Mapping
+from pscope.models.fingerprint import fingerprint
+from pscope.models.model import LanguageModel
+from pscope.models.residual import Pair
+
+FOLDS = 5
+"""Into so many groups of whole texts a fit is divided, so that each text can be read by a map that never saw it."""
+
+
+@dataclass(frozen=True)
+class End:
+    """One end of mappings: a model, as far as it is known. Where the fingerprint is None, any of its kind fits."""
+
+    name: str
+    layers: int
+    width: int
+    fingerprint: str | None = None
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> End:
+        """That of a model in memory."""
+        return cls(model.name, model.n_layers, model.hidden_size, fingerprint(model))
+
+
+@dataclass(frozen=True)
+class Origin:
+    """Where mappings come from: what they do, between which models, and what they were fitted on.
+
+    `ridge` and `r2`, the share of the variance that is explained on texts held out, are those of each pair of layers.
+    `settings` are what else a reader of the mappings should know.
+    """
+
+    kind: str
+    source: End
+    target: End
+    texts: int = 0
+    positions: int = 0
+    data_sha256: str = ""
+    ridge: dict[Pair, float] = field(default_factory=dict)
+    r2: dict[Pair, float] = field(default_factory=dict)
+    settings: dict[str, object] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class MappingSet:
+    """A mapping for each pair (ℓ, ℓ*) of layers. Those of `folds` have not seen the texts of that fold.
+
+    `means` are the mean states, (width out,), of target layers ℓ* over what was fitted on.
+    """
+
+    maps: dict[Pair, Mapping]
+    origin: Origin
+    folds: tuple[dict[Pair, Mapping], ...] = ()
+    means: dict[int, Tensor] = field(default_factory=dict)
+
+    def at(self, pair: Pair, text: str | None = None) -> Mapping:
+        """The mapping between two layers: for a state of `text`, one that was not fitted on that text.
+
+        Raises PscopeError for a pair that there is none for.
+        """
+        maps = self.folds[fold_of(text)] if text is not None and self.folds else self.maps
+        if pair not in maps:
+            raise PscopeError(f"there is no map from layer {pair[0]} to layer {pair[1]}; {self.covered}")
+        return maps[pair]
+
+    def apply(self, states: Tensor, pairs: Sequence[Pair], texts: Sequence[str | None]) -> Tensor:
+        """States (samples, pairs, width), each by a map that has not seen its text: (samples, pairs, width out)."""
+        mapped = []
+        for number, pair in enumerate(pairs):
+            groups: dict[int, list[int]] = {}
+            for row, text in enumerate(texts):
+                groups.setdefault(fold_of(text) if text is not None and self.folds else -1, []).append(row)
+            rows = [row for group in groups.values() for row in group]
+            parts = [self.at(pair, texts[group[0]])(states[group, number]) for group in groups.values()]
+            mapped.append(torch.cat(parts)[torch.tensor(rows).argsort().to(states.device)])
+        return torch.stack(mapped, dim=1)
+
+    @classmethod
+    def identity(cls, model: LanguageModel, pairs: Sequence[Pair]) -> MappingSet:
+        """No mapping at all, as mappings within a model."""
+        end = End.of(model)
+        return cls(dict.fromkeys(pairs, IDENTITY), Origin("identity", end, end))
+
+    @property
+    def covered(self) -> str:
+        """Which layers there are maps between, in words."""
+        sources, targets = (sorted({pair[end] for pair in self.maps}) for end in (0, 1))
+        return f"these map {_layers(sources)} to {_layers(targets)}"
+
+    def check(self, source: LanguageModel, target: LanguageModel) -> None:
+        """Raise PscopeError unless the mappings lead from one model to the other, naming what does not fit."""
+        for role, end, model in (("from", self.origin.source, source), ("to", self.origin.target, target)):
+            now = End.of(model)
+            for what in ("layers", "width"):
+                if getattr(end, what) != getattr(now, what):
+                    raise PscopeError(
+                        f"these mappings lead {role} {end.name}, with {getattr(end, what)} {what}; {model.name} has "
+                        f"{getattr(now, what)}"
+                    )
+            if end.fingerprint not in (None, now.fingerprint):
+                raise PscopeError(
+                    f"these mappings lead {role} {end.name} of other weights than {model.name} has now; fit them anew"
+                )
+
+    def to_means(self) -> MappingSet:
+        """Mappings between the same layers that say nothing of the state: all become the mean of the target layer."""
+        maps: dict[Pair, Mapping] = {pair: Constant(self.means[pair[1]]) for pair in self.maps}
+        return MappingSet(maps, replace(self.origin, kind="mean state", ridge={}, r2={}))
+
+    def to(self, device: torch.device | str) -> MappingSet:
+        """The same mappings with their numbers on a device."""
+        return self._each(lambda mapping: mapping.to(device))
+
+    def then(self, after: Mapping) -> MappingSet:
+        """The same mappings, each followed by another."""
+        return self._each(lambda mapping: mapping.then(after))
+
+    def _each(self, change: Callable[[Mapping], Mapping]) -> MappingSet:
+        def all_of(maps: dict[Pair, Mapping]) -> dict[Pair, Mapping]:
+            return {pair: change(mapping) for pair, mapping in maps.items()}
+
+        return replace(self, maps=all_of(self.maps), folds=tuple(map(all_of, self.folds)))
+
+
+def fold_of(text: str) -> int:
+    """The fold of a text, which its characters decide: equal texts never stand on both sides of a division."""
+    return int.from_bytes(sha256(text.encode("utf-8", "backslashreplace")).digest()[:8], "big") % FOLDS
+
+
+def _layers(layers: list[int]) -> str:
+    if layers == list(range(layers[0], layers[-1] + 1)) and len(layers) > 1:
+        return f"layers {layers[0]} to {layers[-1]}"
+    return f"layer{'s' if len(layers) > 1 else ''} {', '.join(map(str, layers))}"
