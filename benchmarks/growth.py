@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import pscope
 from benchmarks.sweep import sweep_of
 from benchmarks.timing import Contestant, against, in_turn
-from pscope.experiments.next_token import NextToken
+from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens, NextToken
 from pscope.inputs.positions import draw_positions
 from pscope.inputs.texts import shipped_texts
 from pscope.models.residual import length_batches
@@ -76,10 +76,11 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole_figure(model: pscope.LanguageModel, samples: int, seconds: float) -> pd.DataFrame:
-    """All of `fig2` (both lenses, all layers) against plain forward passes over the same source texts."""
+    """`fig2` without its fit (logit lens and token identity, all layers) against plain forward passes over the same source texts."""
     texts = shipped_texts()
     sampled = draw_positions(model, texts, samples, seed=0)
-    experiment = NextToken(model, model.prompt(pscope.TOKEN_IDENTITY), sampled, range(model.n_layers + 1))
+    lenses = [Lens(LOGIT_LENS), Lens(TOKEN_IDENTITY, model.prompt(pscope.TOKEN_IDENTITY))]
+    experiment = NextToken(model, lenses, texts, sampled, range(model.n_layers + 1))
     whole = [model.prompt(texts[item.text]) for item in sampled]
 
     def forward() -> None:

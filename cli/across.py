@@ -81,7 +81,7 @@ def across(
 ) -> None:
     """Figures 10 and 11."""
     import pscope
-    from pscope.experiments.cross_model import MAPPED, CrossModel, best_pairs, summarise
+    from pscope.experiments.cross_model import MAPPED, MEAN, SHUFFLED, CrossModel, best_pairs, summarise
     from pscope.experiments.grid import layer_pairs, spread_layers
     from pscope.experiments.together import Together
     from pscope.inputs.positions import draw_paired
@@ -98,8 +98,8 @@ def across(
     frame.read([*passages, patched.text])
     mappings = fit_across(frame, model, other, pairs, *lens)
     themselves = MappingSet.identity
-    dry = mappings is None
-    mappings = {MAPPED: themselves(model, pairs)} if dry else mappings
+    if mappings is None:
+        mappings = dict.fromkeys((MAPPED, SHUFFLED, MEAN), themselves(model, pairs))
     theirs, ours = [each.target for each in paired], [each.source for each in paired]
     diagonals = [[(layer, layer) for layer in sorted({pair[end] for pair in pairs})] for end in (0, 1)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -80,10 +81,12 @@ def fig2(
     import pscope
     from pscope.experiments.next_token import NextToken, summarise
     from pscope.inputs.positions import draw_positions
+    from pscope.models.residual import check_layers
     from pscope.show.next_token import next_token_figure, next_token_tables
 
     patched = target.prompt(model, pscope.TOKEN_IDENTITY)
     chosen = list(range(model.n_layers + 1)) if chosen is None else chosen
+    check_layers(model, chosen)
     sampled = draw_positions(model, passages, samples, seed)
     frame.read([*passages, patched.text])
     lenses = _lenses(frame, model, patched, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
@@ -133,7 +136,7 @@ def _lenses(
         mappings = read_mappings(name, model)
         frame.read([digest_of(mappings)])
         to_last = all(pair[1] == model.n_layers for pair in mappings.maps)
-        lenses.append(Lens(f"{mappings.origin.kind}, {name}", None if to_last else target, mappings))
+        lenses.append(Lens(f"{mappings.origin.kind}, {Path(name).name}", None if to_last else target, mappings))
     return lenses
 
 

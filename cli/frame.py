@@ -203,9 +203,11 @@ class Frame(Loader):
         """Mappings that are fitted once and then kept in the cache; None in a dry run, which has no states."""
         from pscope.mappings.cache import fitted, place
 
+        held = sum(len(each.source.positions) for each in paired)
         if self._run.dry_run:
+            tell(f"{what}: to be fitted first, on {held} positions of {len(paired)} texts, unless the cache has it")
             return None
-        processes, held = self._processes, sum(len(each.source.positions) for each in paired)
+        processes = self._processes
         there = processes.from_main(place(fit, texts, paired).exists())
         if not there:
             tell(f"fitting {what} on {held} positions of {len(paired)} texts; this once, then it is kept")
@@ -305,7 +307,9 @@ def _plain(name: str, value: object) -> object:
         return str(value.absolute())
     if name == "target" and value is not None and os.path.isfile(value):
         return str(Path(value).absolute())
-    if name in ("model", "dataset") and value is not None:
+    if name == "lens" and value is not None:
+        return [str(Path(each).absolute()) if os.path.exists(each) else each for each in value]
+    if name in ("model", "target_model", "dataset") and value is not None:
         # A packaged model goes before a folder of its name; of a dataset there may be more after a colon.
         path, *more = value.split(":") if name == "dataset" else [value]
         return ":".join([str(Path(path).absolute()), *more]) if os.path.exists(path) and not _packaged(value) else value

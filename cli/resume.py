@@ -54,6 +54,8 @@ def _arguments(params: list, options: dict[str, object]) -> list[str]:
             continue
         if isinstance(value, bool):
             named += param.opts if value else param.secondary_opts
+        elif isinstance(value, list) and param.multiple:
+            named += [f"{param.opts[0]}={each}" for each in value]
         elif isinstance(value, list):
             named += [param.opts[0], *map(str, value)]
         elif param.param_type_name == "argument":

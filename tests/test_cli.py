@@ -184,7 +184,7 @@ def test_what_marks_a_position():
 
 
 def test_fig2_on_the_users_texts(texts, tmp_path):
-    command = ["fig2", "--texts", texts, "--samples", 5, "--layers", "20,30", "--seed", 1]
+    command = ["fig2", "--no-fit", "--texts", texts, "--samples", 5, "--layers", "20,30", "--seed", 1]
     result = run(*command, "--out", tmp_path / "a")
     assert result.exit_code == 0, result.output
     table = pd.read_parquet(tmp_path / "a" / "table.parquet")
@@ -213,7 +213,7 @@ def test_fig2_on_the_users_texts(texts, tmp_path):
 def test_fig2_options_reach_the_model(tiny_folder, texts, tmp_path):
     result = run(
         *("fig2", "--model", tiny_folder, "--texts", texts, "--samples", 4, "--dtype", "bfloat16"),
-        *("--batch-tokens", 10, "--memory", 0.001, "--out", tmp_path / "run"),
+        *("--no-fit", "--batch-tokens", 10, "--memory", 0.001, "--out", tmp_path / "run"),
     )
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))
@@ -410,9 +410,8 @@ def test_fig4_walks_through_a_query(tiny_folder):
 def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
-    result = run(
-        "fig2", "--model", tiny_folder, "--dataset", tmp_path / "set", "--samples", 3, "--out", tmp_path / "run"
-    )
+    source = ("--dataset", tmp_path / "set")
+    result = run("fig2", "--no-fit", "--model", tiny_folder, *source, "--samples", 3, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert pd.read_parquet(tmp_path / "run" / "table.parquet")["text"].nunique() == 3
 
@@ -476,7 +475,7 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["fig2", "--texts", "latin.txt", "--dataset", "a"], "--texts and --dataset were both given"),
         (["fig2", "--dataset", "no/such-set"], "cannot read the dataset no/such-set"),
         (["fig2", "--model", "TINY", "--texts", "short.txt", "--samples", "9"], "have only 2 positions to give"),
-        (["fig2", "--model", "TINY", "--layers", "0-5"], "layer 5 is out of range"),
+        (["fig2", "--no-fit", "--model", "TINY", "--layers", "0-5"], "layer 5 is out of range"),
         (["fig2", "--out", "empty.txt"], "empty.txt is a file"),
         (["fig2", "--out", "empty.txt/below"], "cannot write to empty.txt/below"),
         (["fig2", "--out", "full"], "full is not empty"),
@@ -593,7 +592,7 @@ def test_help_names_every_option_and_command():
         assert shown.exit_code == 0
         for option in ("--model", "--layers", "--out", "--dtype", "--memory"):
             assert option in shown.stdout
-        assert ("--target-layers" in shown.stdout) == (command not in ("fig1", "fig2"))
+        assert ("--target-layers" in shown.stdout) == (command != "fig1")
 
 
 def test_help_tells_defaults_that_are_not_constants(monkeypatch):
@@ -641,7 +640,8 @@ def test_a_full_disk_in_the_middle_of_a_run_is_told_and_the_run_resumed(tiny_fol
 
     pq_write_table = pq.write_table
     out = tmp_path / "run"
-    command = ["fig2", "--model", tiny_folder, "--texts", texts, "--samples", 6, "--layers", "1,3", "--memory", 0.001]
+    options = ["--no-fit", "--texts", texts, "--samples", 6, "--layers", "1,3", "--memory", 0.001]
+    command = ["fig2", "--model", tiny_folder, *options]
     with monkeypatch.context() as patched:
         patched.setattr(pq, "write_table", full)
         result = run(*command, "--out", out)
@@ -731,7 +731,7 @@ def test_a_stream_that_cannot_take_what_is_printed(arguments, encoding, device, 
 @pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP, signal.SIGTERM]])
 def test_a_stopped_command_says_what_was_kept(sent, tmp_path, smollm2):
     out = tmp_path / "run"
-    command = ["fig2", "--samples", "2000", "--batch-tokens", "128", "--layers", "10", "--out", str(out)]
+    command = ["fig2", "--no-fit", "--samples", "2000", "--batch-tokens", "128", "--layers", "10", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "pscope", *command],
         stderr=subprocess.PIPE,

@@ -69,7 +69,7 @@ def test_two_processes_leave_the_table_of_one(tiny_folder, tmp_path):
 @pytest.mark.parametrize("killed", [0, 1])
 def test_a_process_that_dies_ends_the_others_with_one_line(killed, tmp_path, smollm2):
     out = tmp_path / "run"
-    process = together("fig2", "--samples", 400, "--layers", "10,20", "--out", out, start_new_session=True)
+    process = together("fig2", "--no-fit", "--samples", 400, "--layers", "10,20", "--out", out, start_new_session=True)
     while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
         assert process.poll() is None
         time.sleep(0.1)
@@ -113,7 +113,7 @@ if os.environ["RANK"] == "1":
     pathlib.Path("elsewhere").mkdir()
     os.chdir("elsewhere")
 from pscope.cli import main
-sys.argv = ["pscope", "fig2", "--model", sys.argv[1], "--samples", "3", "--out", "run"]
+sys.argv = ["pscope", "fig2", "--no-fit", "--model", sys.argv[1], "--samples", "3", "--out", "run"]
 main()
 """
     Path(tmp_path / "code.py").write_text(code)

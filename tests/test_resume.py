@@ -49,7 +49,7 @@ def commands(relations, tiny_folder, names):
     grid = ("--layers", "1,3", "--target-layers", "0,2", *model)
     return {
         "fig1": ("fig1", "--layers", "0-4", *model),
-        "fig2": ("fig2", "--samples", 9, "--layers", "1,3", "--model", tiny_folder),
+        "fig2": ("fig2", "--no-fit", "--samples", 9, "--layers", "1,3", "--model", tiny_folder),
         "fig3": ("fig3", names, *grid),
         # On a model that knows something.
         "table2": ("table2", relations, "--quick", "--layers", "4", "--target-layers", "1", "--new-tokens", 6),
@@ -175,7 +175,7 @@ def test_what_an_option_names_is_found_again(tiny_folder, names, tmp_path):
         (
             ("table3", *model, "--target", "say", "--layers", 1, "--new-tokens", 2),
             ("table3", *model, "--target", "target.txt", "--target-at", "x", "--layers", 1, "--new-tokens", 2),
-            ("fig2", *model, "--dataset", "set::test", "--samples", 2, "--layers", 1),
+            ("fig2", *model, "--no-fit", "--dataset", "set::test", "--samples", 2, "--layers", 1),
         )
     ):
         name = ("--", "-Nile") if command == "table3" else ()
@@ -241,7 +241,7 @@ def test_a_run_that_cannot_be_resumed(changed, message, tiny_folder, names):
     ],
 )
 def test_options_that_cannot_be_meant(arguments, message, tiny_folder):
-    result = run("fig2", "--model", tiny_folder, "--samples", 3, *arguments)
+    result = run("fig2", "--no-fit", "--model", tiny_folder, "--samples", 3, *arguments)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert message in result.stderr
     assert list(Path().iterdir()) == []

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
 
 from pscope.engine.lens import logit_lens
-from pscope.engine.patchscope import MEMORY
+from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.experiments.bands import mean_bands, share_bands
 from pscope.experiments.experiment import Experiment, Unit, Work, tidy
 from pscope.experiments.held_out import best_on_half
@@ -75,7 +76,6 @@ class CrossModel(Experiment[Reading]):
         for layers, of in zip(zip(*pairs, strict=True), (source, model), strict=True):
             check_layers(of, layers)
         self._source, self._mappings, self._texts, self._pairs = source, dict(mappings), texts, list(pairs)
-        self._tail = logit_lens(source, memory)
         rows = len(pairs) * len(mappings)
         self.units = [Reading(f"text {each.text}", len(each.positions) * rows, target, each) for each in sampled]
 
@@ -99,8 +99,10 @@ class CrossModel(Experiment[Reading]):
         states = states[:, [layers.index(layer) for layer, _ in self._pairs]]
         frames = []
         for condition, mappings in self._mappings.items():
-            mapped = mappings.apply(states, self._pairs, [self._texts[item.text] for item, _ in places])
-            tokens = self._tokens(mapped)
+            texts = [self._texts[item.text] for item, _ in places]
+            # What is the same for all samples is read once.
+            read, times = (states[:1], len(places)) if mappings.constant else (states, 1)
+            tokens = self._tokens(mappings.apply(read, self._pairs, texts[: len(read)])) * times
             spelled = {token: _decoded(self.model, token) for token in set(tokens)}
             decoded = [spelled[token] for token in tokens]
             first = {text: _first_token(source, text) for text in spelled.values()}
@@ -140,6 +142,10 @@ class CrossModel(Experiment[Reading]):
         right = [agree(decoded, own) for decoded, own in zip(theirs["decoded"], theirs["next_token"], strict=True)]
         theirs = theirs.assign(condition=ANOTHER, correct=right, surprisal=np.nan)
         return pd.concat([table, tidy(theirs, _TYPES)], ignore_index=True)
+
+    @cached_property
+    def _tail(self) -> Patchscope:
+        return logit_lens(self._source, self.memory)
 
     def _tokens(self, mapped: torch.Tensor) -> list[int]:
         targets = [target for _, target in self._pairs] * len(mapped)

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.engine.lens import logit_lens
+from pscope.engine.lens import ANY_TOKEN, logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
 from pscope.experiments.bands import mean_bands, share_bands
@@ -78,18 +79,19 @@ class NextToken(Experiment[Reading]):
         batch_tokens: int = 1024,
         memory: int = MEMORY,
     ) -> None:
-        tail = logit_lens(model, memory)
         self._prompts = list(dict.fromkeys(lens.target for lens in lenses if lens.target is not None))
-        super().__init__(model, self._prompts[0] if self._prompts else tail.target, memory)
+        super().__init__(model, self._prompts[0] if self._prompts else ANY_TOKEN, memory)
         check_layers(model, layers)
         for lens in lenses:
             if not any(lens.pair(layer, model.n_layers) for layer in layers):
                 raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
-        self._lenses, self._texts, self._layers, self._tail = list(lenses), texts, list(layers), tail
+        self._lenses, self._texts, self._layers = list(lenses), texts, list(layers)
         self._batch_tokens = batch_tokens
+        patched = [lens for lens in lenses if lens.target is not None]
+        rows = sum(lens.pair(layer, model.n_layers) is not None for lens in patched for layer in layers)
         # Of one length side by side: those share a pass without padding.
         self.units = [
-            Reading(f"text {item.text}", len(item.positions) * len(layers), self.target, item)
+            Reading(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
             for item in sorted(sampled, key=lambda item: len(item.prompt))
         ]
 
@@ -120,6 +122,10 @@ class NextToken(Experiment[Reading]):
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """In the order of the texts."""
         return table.sort_values(["text", "position"], kind="stable", ignore_index=True)
+
+    @cached_property
+    def _tail(self) -> Patchscope:
+        return logit_lens(self.model, self.memory)
 
     def _decoded(self, places: list[tuple[Sampled, int]], states: Tensor) -> pd.DataFrame:
         """The rows of some samples, from their states (samples, layers + 1, hidden)."""

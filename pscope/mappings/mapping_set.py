@@ -114,6 +114,11 @@ class MappingSet:
                     f"these mappings lead {role} {end.name} of other weights than {model.name} has now; fit them anew"
                 )
 
+    @property
+    def constant(self) -> bool:
+        """Whether what comes out is the same whatever goes in."""
+        return all(isinstance(mapping, Constant) for mapping in self.maps.values())
+
     def to_means(self) -> MappingSet:
         """Mappings between the same layers that say nothing of the state: all become the mean of the target layer."""
         maps: dict[Pair, Mapping] = {pair: Constant(self.means[pair[1]]) for pair in self.maps}
