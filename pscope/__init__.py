@@ -15,6 +15,10 @@ if TYPE_CHECKING:
     from pscope.errors import PscopeError as PscopeError
     from pscope.errors import RowError as RowError
     from pscope.errors import RunError as RunError
+    from pscope.mappings.mapping import Affine as Affine
+    from pscope.mappings.mapping_set import MappingSet as MappingSet
+    from pscope.mappings.storage import read_mappings as read_mappings
+    from pscope.mappings.storage import save_mappings as save_mappings
     from pscope.models.loading import load as load
     from pscope.models.model import LanguageModel as LanguageModel
     from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_DESCRIPTION
@@ -27,12 +31,14 @@ if TYPE_CHECKING:
     from pscope.models.residual import recording as recording
 
 _HOME = {
+    "Affine": "mappings.mapping",
     "DataError": "errors",
     "ENTITY_DESCRIPTION": "models.prompts",
     "TOKEN_IDENTITY": "models.prompts",
     "Decoding": "engine.generate",
     "Every": "models.prompts",
     "LanguageModel": "models.model",
+    "MappingSet": "mappings.mapping_set",
     "ModelError": "errors",
     "Patchscope": "engine.patchscope",
     "Prompt": "models.prompts",
@@ -46,7 +52,9 @@ _HOME = {
     "load": "models.loading",
     "logit_lens": "engine.lens",
     "overwriting": "models.residual",
+    "read_mappings": "mappings.storage",
     "recording": "models.residual",
+    "save_mappings": "mappings.storage",
 }
 
 __all__ = sorted(_HOME)

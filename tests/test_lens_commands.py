@@ -133,6 +133,8 @@ def test_another_model_reads(tiny_folder, other_folder):
     models = ("--model", tiny_folder, "--target-model", other_folder)
     told = done("fig2", *models, "--samples", 8, "--out", "fig2")
     assert "100% of positions" in told.stderr
+    assert told.stdout.count("reads itself") == 2
+    assert max(map(len, told.stdout.splitlines())) <= 80
     table = pd.read_parquet("fig2/table.parquet")
     assert table["reader"].nunique() == 3
     conditions = ["mapped", "shuffled pairs", "mean state", "another text"]
@@ -141,7 +143,7 @@ def test_another_model_reads(tiny_folder, other_folder):
     assert settings["positions_paired"] == 1
     assert settings["target_model"] == str(other_folder)
     assert {"figure.png", "figure-surprisal.png", "best_pairs.csv", "summary.csv"} <= set(os.listdir("fig2"))
-    assert len(pd.read_csv("fig2/best_pairs.csv")) == 8
+    assert pd.read_csv("fig2/best_pairs.csv")["condition"].tolist() == conditions
     # Maps that were fitted before, and the layers that they map.
     done("fit", *models, "--to", "same", "--layers", "0,2", "--out", "maps")
     done("fig2", *models, "--lens", "maps", "--samples", 4, "--layers", "2", "--target-layers", "same", "--out", "own")

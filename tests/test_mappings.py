@@ -139,7 +139,7 @@ def whole(tmp_path):
 class Model:
     """As much of a model as a loader of mappings looks at."""
 
-    name, n_layers, hidden_size = "a model", 3, 4
+    name, n_layers, hidden_size, device = "a model", 3, 4, "cpu"
 
 
 @pytest.fixture

@@ -48,4 +48,4 @@ def fitted(
             beside.replace(folder)
         finally:
             shutil.rmtree(beside, ignore_errors=True)
-    return mappings
+    return mappings.to(fit.target.device)

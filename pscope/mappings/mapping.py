@@ -91,8 +91,10 @@ class Scale(Mapping):
 
     def __call__(self, states: Tensor) -> Tensor:
         for numbers in (self.factor, self.bias):
-            if isinstance(numbers, Tensor) and numbers.ndim:
-                _check_width(states, numbers.shape[0])
+            if isinstance(numbers, Tensor):
+                states = states.to(numbers)
+                if numbers.ndim:
+                    _check_width(states, numbers.shape[0])
         return self.factor * states + self.bias
 
 

@@ -84,7 +84,7 @@ class MappingSet:
                 groups.setdefault(fold_of(text) if text is not None and self.folds else -1, []).append(row)
             rows = [row for group in groups.values() for row in group]
             parts = [self.at(pair, texts[group[0]])(states[group, number]) for group in groups.values()]
-            mapped.append(torch.cat(parts)[torch.tensor(rows).argsort().to(states.device)])
+            mapped.append(torch.cat(parts)[torch.tensor(rows).argsort()])
         return torch.stack(mapped, dim=1)
 
     @classmethod

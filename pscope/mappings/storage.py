@@ -71,8 +71,8 @@ def save_mappings(mappings: MappingSet, folder: Path) -> None:
 def read_mappings(name: str | Path, source: LanguageModel, target: LanguageModel | None = None) -> MappingSet:
     """Mappings from a folder or file, ours or another's lens (see `readers`), or from the hub by their id.
 
-    Raises PscopeError if they do not lead from `source` to `target`, which is by default the same model, or are
-    damaged.
+    Their numbers are put where the target model is, by default the same one. Raises PscopeError if they do not lead
+    from `source` to `target`, or are damaged.
     """
     path = Path(name)
     if not path.exists():
@@ -85,8 +85,9 @@ def read_mappings(name: str | Path, source: LanguageModel, target: LanguageModel
         mappings = read_foreign(path, source)
         if mappings is None:
             raise DataError(f"{path} holds neither {WEIGHTS} nor a lens of a known kind (tuned, Jacobian, SelfIE)")
-    mappings.check(source, source if target is None else target)
-    return mappings
+    target = source if target is None else target
+    mappings.check(source, target)
+    return mappings.to(target.device)
 
 
 def digest_of(mappings: MappingSet) -> str:

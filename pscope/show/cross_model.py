@@ -6,6 +6,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from pscope.experiments.cross_model import MAPPED
 from pscope.show.common import layer_heatmaps
 from pscope.show.tables import literal, narrow_table, number, with_band
 
@@ -22,15 +23,29 @@ def cross_model_figure(summary: pd.DataFrame, reader: str, measure: str, title: 
     return layer_heatmaps(cells, _MEASURES[measure], title, columns=4)
 
 
-def best_pairs_table(best: pd.DataFrame) -> Table:
-    """`cross_model.best_pairs`: who reads whom how well, and the controls."""
-    shown = narrow_table("precision@1 on the half of the texts that did not choose the pair (95 % band)")
-    for column in ("reader", "condition"):
-        shown.add_column(column, overflow="fold")
-    for column in ("layer", "to layer", "held out", "oracle"):
+def best_pairs_table(best: pd.DataFrame, summary: pd.DataFrame, reader: str) -> Table:
+    """How well a reader reads another model at its best pair of layers, beside the controls at theirs.
+
+    `best` is of `cross_model.best_pairs`, `summary` of `cross_model.summarise`: from it come the last rows, in which
+    each of the two models reads itself, at the layers of the first row.
+    """
+    shown = narrow_table(
+        f"{literal(reader)}: precision@1 on the half of the texts that did not choose the pair (95 % band); where a "
+        "model reads itself, on all texts, at the layers of the first row"
+    )
+    shown.add_column("", overflow="fold")
+    for column in ("layer", "to layer", "precision@1", "oracle"):
         shown.add_column(column, justify="right", no_wrap=True)
-    for row in best.itertuples():
+    mine = best[best["reader"] == reader]
+    for row in mine.itertuples():
         told = with_band(row.held_out, row.low, row.high)
-        pair = (str(row.layer), str(row.target_layer))
-        shown.add_row(literal(row.reader), literal(row.condition), *pair, told, number(row.maximum))
+        shown.add_row(literal(row.condition), str(row.layer), str(row.target_layer), told, number(row.maximum))
+    if mine.empty:
+        return shown
+    layers = (mine.iloc[0]["layer"], mine.iloc[0]["target_layer"])
+    others = summary[(summary["reader"] != reader) & (summary["condition"] == MAPPED)]
+    for (name, rows), layer in zip(others.groupby("reader", sort=False), layers, strict=True):
+        (row,) = rows[rows["layer"] == layer].itertuples()
+        told = with_band(row.precision_at_1, row.precision_at_1_low, row.precision_at_1_high)
+        shown.add_row(literal(name), str(layer), str(layer), told, "", style="dim")
     return shown
