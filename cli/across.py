@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
+import typer
 from pscope.cli.console import out, tell
 
 from pscope.errors import PscopeError
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from pscope.cli.frame import Frame
+    from pscope.cli.options import TargetModelOptions
     from pscope.cli.prompts import TargetOptions
 
     from pscope.inputs.positions import Sampled
@@ -21,9 +23,22 @@ if TYPE_CHECKING:
     from pscope.models.prompts import Prompt
     from pscope.models.residual import Pair
 
+LensOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FOLDER|ID", help="Maps to --target-model, of `pscope fit`.", show_default="fitted on the shipped texts"
+    ),
+]
+
 SOURCE_LAYERS = (0, 1 / 6, 1 / 3, 1 / 2, 2 / 3, 5 / 6, 1)
 TARGET_LAYERS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 """Fractions of the depth: a pair of layers takes as much memory as a map between them, in each fold."""
+
+
+def refuse_lens_alone(lens: str | None, target_model: TargetModelOptions) -> None:
+    """Raise PscopeError for maps to a model that is not named."""
+    if lens is not None and target_model.target_model is None:
+        raise PscopeError("--lens holds maps to another model; name it with --target-model")
 
 
 def fit_across(

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pscope.cli.across import fit_across
+from pscope.cli.across import LensOption, fit_across, refuse_lens_alone
 from pscope.cli.console import out, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import TargetModelOptions, seed_option
@@ -30,6 +30,7 @@ def fig3(
     names: NameOptions,
     target: TargetOptions,
     target_model: TargetModelOptions,
+    lens: LensOption = None,
     stop_at_comma: Annotated[bool, stop_at_comma_option()] = True,
     seed: Annotated[int, seed_option("the order, the random vectors, the halves and the bands")] = 0,
 ) -> None:
@@ -40,6 +41,7 @@ def fig3(
     the name written out in its place. With --target-model, that model describes, from what states are mapped to; beside
     it stand both models describing from their own, the mean state, and maps fitted on shuffled pairs.
     """
+    refuse_lens_alone(lens, target_model)
     from pscope.inputs.entities import read_entities, shipped_entities, without_demonstrated
 
     listed = shipped_entities() if entities is None else read_entities(entities)
@@ -63,7 +65,7 @@ def fig3(
         experiment = EntityDescriptions(model, patched, kept, pairs, decoding, **options)
     else:
         own = target.prompt(source_model, pscope.ENTITY_DESCRIPTION)
-        mappings = fit_across(frame, source_model, model, pairs)
+        mappings = fit_across(frame, source_model, model, pairs, lens)
         experiment = DescriptionsAcross(source_model, model, (own, patched), mappings, kept, pairs, decoding, **options)
     if demonstrated:
         tell(f"left out, since the target prompt speaks of them: {', '.join(entity.name for entity in demonstrated)}")

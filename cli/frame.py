@@ -307,13 +307,13 @@ def _plain(name: str, value: object) -> object:
         return str(value.absolute())
     if name == "target" and value is not None and os.path.isfile(value):
         return str(Path(value).absolute())
-    if name == "lens" and value is not None:
-        return [str(Path(each).absolute()) if os.path.exists(each) else each for each in value]
-    if name in ("model", "target_model", "dataset") and value is not None:
+    if isinstance(value, (list, tuple)):
+        return [_plain(name, each) for each in value]
+    if name in ("model", "target_model", "dataset", "lens") and value is not None:
         # A packaged model goes before a folder of its name; of a dataset there may be more after a colon.
         path, *more = value.split(":") if name == "dataset" else [value]
         return ":".join([str(Path(path).absolute()), *more]) if os.path.exists(path) and not _packaged(value) else value
-    return list(value) if isinstance(value, tuple) else value
+    return value
 
 
 def _packaged(name: str) -> bool:

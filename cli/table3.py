@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from pscope.cli.across import fit_across
+from pscope.cli.across import LensOption, fit_across, refuse_lens_alone
 from pscope.cli.console import out, print_json, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import JsonOption, TargetModelOptions
@@ -27,6 +27,7 @@ def table3(
     names: NameOptions,
     target: TargetOptions,
     target_model: TargetModelOptions,
+    lens: LensOption = None,
     at: Annotated[
         str | None,
         typer.Option(help="Which token of the name is read: its text, an index, or last.", show_default="last"),
@@ -44,6 +45,7 @@ def table3(
     row is the control: the placeholder alone. With --target-model, that model speaks, of what the state is mapped to.
     """
     read = parse_one_position(at, at_index, entity)
+    refuse_lens_alone(lens, target_model)
     source_model = frame.load()
     model = frame.load_target(target_model, source_model)
 
@@ -60,7 +62,7 @@ def table3(
     frame.read([source.text, patched.text])
     through = None
     if model is not source_model:
-        mappings = fit_across(frame, source_model, model, pairs, controls=False)
+        mappings = fit_across(frame, source_model, model, pairs, lens, controls=False)
         through = mappings and Through(source_model, mappings[MAPPED])
     options = {"through": through, "memory": frame.memory}
     experiment = EntityLayers(model, patched, source, pairs, decoding, reference, **options)

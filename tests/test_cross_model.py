@@ -21,6 +21,7 @@ from pscope.inputs.texts import shipped_texts
 from pscope.mappings.fit import Fit
 from pscope.mappings.mapping import Affine
 from pscope.mappings.mapping_set import End, MappingSet, Origin
+from pscope.metrics import rouge_l
 
 PAIRS = [(0, 1), (2, 0), (2, 3), (4, 3)]
 ENTITIES = [Entity(name, f"what {name} is") for name in ("Nile", "Paris", "Oslo", "Rome")]
@@ -174,6 +175,15 @@ def test_entities_of_one_model_described_by_another(tiny, other, mappings):
         SHUFFLED,
     }
     assert (table.groupby("condition").size()[[MEAN, SHUFFLED]] == len(ENTITIES) * len(pairs)).all()
+    # Here the "means" are maps, so that what is said of all is what they make of the first.
+    mean = table[table["condition"] == MEAN].set_index(["layer", "entity"])
+    first = table[(table["condition"] == PATCHED) & (table["entity"] == ENTITIES[0].name)].set_index("layer")
+    for layer, _ in pairs:
+        assert set(mean.loc[layer, "continuation"]) == {first.loc[layer, "continuation"]}
+    for (_, entity), row in mean.iterrows():
+        assert row["reference"] == f"what {entity} is"
+        assert row["rouge_l"] == pytest.approx(rouge_l([row["continuation"]], [row["reference"]])[0])
+        assert row[["state_of", "position", "token"]].isna().all()
     one = EntityLayers(
         other, target, name_prompt(tiny, "Oslo"), pairs, decoding, through=Through(tiny, mappings)
     ).table()

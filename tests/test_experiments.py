@@ -8,9 +8,11 @@ from reference import hidden_states, patched_continuation, patched_logits
 
 from pscope import TOKEN_IDENTITY, DataError, PscopeError
 from pscope.experiments.layer_readout import LayerReadout
-from pscope.experiments.next_token import Lens, NextToken, summarise
+from pscope.experiments.next_token import Lens, NextToken, random_prompts, summarise
 from pscope.inputs.positions import draw_positions
 from pscope.inputs.texts import shipped_texts
+from pscope.mappings.mapping import Affine
+from pscope.mappings.mapping_set import End, MappingSet, Origin, fold_of
 from pscope.models.prompts import tokenize
 from pscope.show.layer_readout import layer_readout_figure
 from pscope.show.next_token import next_token_figure
@@ -100,6 +102,64 @@ def test_next_token_rows_against_one_row_passes(tiny):
         assert row.surprisal == pytest.approx(-own.log_softmax(0)[decoded].item(), abs=1e-4)
         assert row.decoded == tiny.tokenizer.decode([decoded])
         assert row.token == tiny.prompt(texts[row.text]).tokens[row.position]
+
+
+def test_mapped_lenses_against_one_row_passes(tiny):
+    texts = ["The quick brown fox jumps over the lazy dog", "A short one", "Amazon's former CEO attended the Oscars"]
+    sampled, target = draw_positions(tiny, texts, 5, seed=3), tiny.prompt("cat -> cat\n?")
+    random = torch.Generator().manual_seed(0)
+
+    def maps(*pairs: tuple[int, int]) -> dict:
+        return {
+            pair: Affine(torch.randn(32, 32, generator=random), torch.randn(32, generator=random)) for pair in pairs
+        }
+
+    end = End.of(tiny)
+    folds = [tuple(maps(*pairs) for _ in range(5)) for pairs in ([(1, 4), (3, 4)], [(1, 1), (3, 3)], [(1, 2)])]
+    sets = [MappingSet(each[0], Origin("affine", end, end), each) for each in folds]
+    lenses = [Lens("to last", None, sets[0]), Lens("to prompt", target, sets[1]), Lens("to two", target, sets[2])]
+    table = NextToken(tiny, lenses, texts, sampled, [1, 3]).table()
+    assert table.groupby("lens").size().to_dict() == {"to last": 10, "to prompt": 10, "to two": 5}
+    for row in table.itertuples():
+        ids = tiny.prompt(texts[row.text]).ids
+        state = hidden_states(tiny.hf, tiny.layers, ids)[row.layer, row.position]
+        group = folds[["to last", "to prompt", "to two"].index(row.lens)][fold_of(texts[row.text])]
+        (reached,) = (pair[1] for pair in group if pair[0] == row.layer)
+        mapped = group[row.layer, reached].weight @ state + group[row.layer, reached].bias
+        if row.lens == "to last":
+            with torch.no_grad():
+                decoded = tiny.hf.lm_head(tiny.hf.model.norm(mapped)).argmax().item()
+        else:
+            logits = patched_logits(tiny.hf, tiny.layers, target.ids, target.position, reached, mapped)
+            decoded = logits[-1].argmax().item()
+        assert row.decoded_id == decoded
+    with pytest.raises(PscopeError, match="to two reads none of the layers"):
+        NextToken(tiny, lenses, texts, sampled, [3])
+
+
+def test_random_prompts_repeat_random_tokens(smollm2):
+    prompts = random_prompts(smollm2, 12, seed=4)
+    assert prompts == random_prompts(smollm2, 12, seed=4)
+    assert len({prompt.text for prompt in prompts}) == 12
+    shown = set()
+    for prompt in prompts:
+        *lines, last = prompt.text.split("\n")
+        assert last == prompt.token == "?"
+        assert all(line == f"{word} -> {word}" for line in lines for word in [line.partition(" -> ")[0]])
+        shown.add(len(lines))
+    assert shown <= set(range(1, 11))
+    assert len(shown) > 4
+
+
+def test_several_prompts_of_a_lens_count_a_sample_once():
+    rows = [
+        (text, 3, 5, "random tokens", prompt, text == 0 or prompt == "a", 1.0)
+        for text in (0, 1)
+        for prompt in ("a", "b")
+    ]
+    table = pd.DataFrame(rows, columns=["text", "position", "layer", "lens", "prompt", "correct", "surprisal"])
+    assert summarise(table)["precision_at_1"].tolist() == [0.75]
+    assert summarise(table[table["prompt"] == "a"])["precision_at_1"].tolist() == [1]
 
 
 def test_the_finding_of_figure_2(finding, smollm2):

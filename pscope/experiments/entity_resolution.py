@@ -146,7 +146,7 @@ class EntityDescriptions(Experiment[Source | Plain]):
             self.model.check_window(len(spelled) + self._decoding.new_tokens)
         except PromptError as error:
             raise PromptError(f"{entity.name!r} cannot be read: {error}") from error
-        about = _about(entity)
+        told = about(entity)
         return (
             Source(
                 entity.name,
@@ -154,10 +154,10 @@ class EntityDescriptions(Experiment[Source | Plain]):
                 self.target,
                 source,
                 pairs,
-                about,
+                told,
                 random=self._controls,
             ),
-            Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**about, "condition": WRITTEN_OUT}),
+            Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**told, "condition": WRITTEN_OUT}),
         )
 
     @property
@@ -171,26 +171,27 @@ class EntityDescriptions(Experiment[Source | Plain]):
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         scope = self.scope(self.target)
         if isinstance(units[0], Source):
-            return _scored(pd.DataFrame(sweep(scope, units, self._decoding, self._seed, self._through)))
+            return scored(pd.DataFrame(sweep(scope, units, self._decoding, self._seed, self._through)))
         options = {"memory": self.memory, "path": scope.path}
-        return _scored(pd.DataFrame(answer_plainly(self.model, units, self._decoding, **options)))
+        return scored(pd.DataFrame(answer_plainly(self.model, units, self._decoding, **options)))
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """With another entity's description for each: each lends its own to the next one, and the last to the first."""
         names = list(self._entities)
         if len(names) == 1 or not self._controls:
             return table
-        borrowers = pd.DataFrame([_about(entity) for entity in self._entities.values()])
+        borrowers = pd.DataFrame([about(entity) for entity in self._entities.values()])
         borrowers["lender"] = [names[-1], *names[:-1]]
         theirs = borrowed(table, borrowers, "entity").assign(condition=ANOTHER)
-        return pd.concat([table, _scored(theirs)], ignore_index=True)
+        return pd.concat([table, scored(theirs)], ignore_index=True)
 
 
-def _about(entity: Entity) -> dict[str, str]:
+def about(entity: Entity) -> dict[str, str]:
+    """The columns that say of whom a row is."""
     return {"entity": entity.name, "group": entity.group, "reference": entity.reference}
 
 
-def _scored(rows: pd.DataFrame) -> pd.DataFrame:
+def scored(rows: pd.DataFrame) -> pd.DataFrame:
     """The columns of the table, with each continuation held against its reference."""
     own = rows["entity"].where(rows["condition"] == PATCHED)
     state_of = rows.get("lender", own)

@@ -9,7 +9,7 @@ import pandas as pd
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.experiments.cross_model import MAPPED, MEAN, SHUFFLED
-from pscope.experiments.entity_resolution import EntityDescriptions
+from pscope.experiments.entity_resolution import EntityDescriptions, about, scored
 from pscope.experiments.sweep import PATCHED, Through
 from pscope.experiments.together import Together
 from pscope.inputs.entities import Entity
@@ -49,10 +49,10 @@ class DescriptionsAcross(Together):
     ) -> None:
         options = {"before": before, "seed": seed, "memory": memory}
 
-        def across(condition: str, *, controls: bool) -> EntityDescriptions:
+        def across(condition: str, of: Sequence[Entity], *, controls: bool = False) -> EntityDescriptions:
             through = Through(source, mappings[condition]) if mappings is not None else None
             return EntityDescriptions(
-                model, targets[1], entities, pairs, decoding, through=through, controls=controls, **options
+                model, targets[1], of, pairs, decoding, through=through, controls=controls, **options
             )
 
         def itself(end: int) -> EntityDescriptions:
@@ -61,8 +61,9 @@ class DescriptionsAcross(Together):
                 (source, model)[end], targets[end], entities, diagonal, decoding, controls=False, **options
             )
 
-        self._across = across(MAPPED, controls=True)
-        others = {MEAN: across(MEAN, controls=False), SHUFFLED: across(SHUFFLED, controls=False)}
+        self._entities, self._across = entities, across(MAPPED, entities, controls=True)
+        # The mean state says the same of everybody, so that one is asked.
+        others = {MEAN: across(MEAN, entities[:1]), SHUFFLED: across(SHUFFLED, entities)}
         super().__init__({PATCHED: self._across, SOURCE_ITSELF: itself(0), TARGET_ITSELF: itself(1), **others})
 
     @property
@@ -73,6 +74,14 @@ class DescriptionsAcross(Together):
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table of `EntityDescriptions`, in which the readers are conditions."""
         joined = super().join(table)
+        said_of_all = self._of_everybody(joined[joined["reader"] == MEAN])
+        joined = pd.concat([joined[joined["reader"] != MEAN], said_of_all])
         main, patched = joined["reader"] == PATCHED, joined["condition"] == PATCHED
         named = joined.assign(condition=joined["condition"].mask(~main & patched, joined["reader"]))
         return named[main | patched].drop(columns="reader").reset_index(drop=True)
+
+    def _of_everybody(self, said: pd.DataFrame) -> pd.DataFrame:
+        """What the mean state said, held against each entity's reference."""
+        each = pd.DataFrame([about(entity) for entity in self._entities])
+        rows = said.drop(columns=[*each, "position", "token"]).merge(each, how="cross")
+        return scored(rows.assign(lender=pd.NA)).assign(reader=MEAN)
