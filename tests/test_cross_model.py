@@ -142,7 +142,7 @@ def test_layers_of_each_model_are_its_own(tiny, other, mappings, passages):
 
 
 def test_entities_of_one_model_described_by_another(tiny, other, mappings):
-    decoding, pairs = Decoding(3), [(0, 1), (2, 0)]
+    decoding, pairs = Decoding(3), [(0, 1), (2, 3), (2, 0)]
     targets = tuple(model.prompt(ENTITY_DESCRIPTION) for model in (tiny, other))
     sets = {MAPPED: mappings, SHUFFLED: mappings, MEAN: mappings}
     experiment = DescriptionsAcross(tiny, other, targets, sets, ENTITIES, pairs, decoding)
@@ -176,11 +176,12 @@ def test_entities_of_one_model_described_by_another(tiny, other, mappings):
     }
     assert (table.groupby("condition").size()[[MEAN, SHUFFLED]] == len(ENTITIES) * len(pairs)).all()
     # Here the "means" are maps, so that what is said of all is what they make of the first.
-    mean = table[table["condition"] == MEAN].set_index(["layer", "entity"])
-    first = table[(table["condition"] == PATCHED) & (table["entity"] == ENTITIES[0].name)].set_index("layer")
-    for layer, _ in pairs:
-        assert set(mean.loc[layer, "continuation"]) == {first.loc[layer, "continuation"]}
-    for (_, entity), row in mean.iterrows():
+    mean = table[table["condition"] == MEAN].set_index(["layer", "target_layer", "entity"]).sort_index()
+    first = table[(table["condition"] == PATCHED) & (table["entity"] == ENTITIES[0].name)]
+    first = first.set_index(["layer", "target_layer"])["continuation"]
+    for pair in pairs:
+        assert set(mean.loc[pair, "continuation"]) == {first[pair]}
+    for (*_, entity), row in mean.iterrows():
         assert row["reference"] == f"what {entity} is"
         assert row["rouge_l"] == pytest.approx(rouge_l([row["continuation"]], [row["reference"]])[0])
         assert row[["state_of", "position", "token"]].isna().all()
@@ -188,7 +189,7 @@ def test_entities_of_one_model_described_by_another(tiny, other, mappings):
         other, target, name_prompt(tiny, "Oslo"), pairs, decoding, through=Through(tiny, mappings)
     ).table()
     same = table[(table["entity"] == "Oslo") & (table["condition"] == PATCHED)]
-    assert one["continuation"].tolist()[:2] == same["continuation"].tolist()
+    assert one["continuation"].tolist()[:3] == same["continuation"].tolist()
 
 
 def test_the_mean_state_says_the_same_of_everybody(tiny, other, passages):

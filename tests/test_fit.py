@@ -59,9 +59,12 @@ def test_each_map_is_the_plain_refit_without_its_fold(states, ridge):
         np.testing.assert_allclose(mapping.bias, bias, rtol=1e-8, atol=1e-8)
 
 
-def test_the_ridge_is_the_best_on_texts_held_out(states):
-    x, y, folds = states
-    x, y = x[:, 0].numpy(), y[:, 0].numpy()
+@pytest.mark.parametrize(("positions", "noise"), [(POSITIONS, 0), (30, 200)])
+def test_the_ridge_is_the_best_on_texts_held_out(states, positions, noise):
+    random = torch.Generator().manual_seed(8)
+    noisy = states[1] + noise * torch.randn(POSITIONS, 1, OUT, generator=random, dtype=torch.float64)
+    given = states[0][:positions], noisy[:positions], states[2][:positions]
+    x, y, folds = given[0][:, 0].numpy(), given[1][:, 0].numpy(), given[2]
 
     def lost(ridge: float) -> float:
         total = 0.0
@@ -71,9 +74,10 @@ def test_the_ridge_is_the_best_on_texts_held_out(states):
             total += np.square(y[out] - x[out] @ weight.T - bias).sum()
         return total
 
-    found = moments_of(*states).fit((3, 9))
+    found = moments_of(*given).fit((3, 9))
     losses = {ridge: lost(ridge) for ridge in RIDGES}
     assert found.ridge == min(losses, key=losses.get)
+    assert (found.ridge > RIDGES[2]) == (noise > 0)
     explained = 1 - losses[found.ridge] / np.square(y - y.mean(0)).sum()
     assert found.r2 == pytest.approx(explained, abs=1e-9)
 

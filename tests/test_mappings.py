@@ -159,6 +159,8 @@ def test_what_is_saved_is_read_again(whole, unhashed):
         assert read.at(pair, text)(STATES).equal(STATES * fold_of(text))
     changed = MappingSet({**ALL_KINDS, (1, 2): Scale(S + 1e-6, 0.5)}, written.origin, written.folds)
     assert digest_of(changed) != digest_of(written)
+    fold = MappingSet(ALL_KINDS, written.origin, (written.folds[1], *written.folds[1:]))
+    assert digest_of(fold) != digest_of(written)
     card = (folder / "README.md").read_text()
     assert card.startswith("---\nlibrary_name: pscope\n")
     assert "| 1 | 3 | 0.750 | 0.1 |" in card

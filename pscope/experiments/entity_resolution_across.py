@@ -77,7 +77,7 @@ class DescriptionsAcross(Together):
         said_of_all = self._of_everybody(joined[joined["reader"] == MEAN])
         joined = pd.concat([joined[joined["reader"] != MEAN], said_of_all])
         main, patched = joined["reader"] == PATCHED, joined["condition"] == PATCHED
-        named = joined.assign(condition=joined["condition"].mask(~main & patched, joined["reader"]))
+        named = joined.assign(condition=joined["condition"].mask(patched, joined["reader"]))
         return named[main | patched].drop(columns="reader").reset_index(drop=True)
 
     def _of_everybody(self, said: pd.DataFrame) -> pd.DataFrame:
