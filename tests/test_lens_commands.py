@@ -41,13 +41,22 @@ def work(tmp_path, monkeypatch):
     return tmp_path / "work"
 
 
-@pytest.fixture
-def other_folder(tokenizer, tmp_path) -> Path:
+@pytest.fixture(scope="module")
+def other_folder(tokenizer, tmp_path_factory) -> Path:
     """A wider, shallower model that reads the same tokens."""
     other = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, hidden_size=48, num_hidden_layers=3)
-    other.hf.save_pretrained(tmp_path / "other")
-    tokenizer.save_pretrained(tmp_path / "other")
-    return tmp_path / "other"
+    folder = tmp_path_factory.mktemp("models") / "other"
+    other.hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def tiny_folder(tiny, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("models") / "tiny"
+    tiny.hf.save_pretrained(folder)
+    tiny.tokenizer.save_pretrained(folder)
+    return folder
 
 
 def test_maps_are_fitted_shown_and_read_as_lenses(tiny, tiny_folder):
@@ -104,7 +113,8 @@ def test_a_fit_to_the_prompt_leads_to_the_layer_that_is_read(tiny, tiny_folder):
 
 @pytest.mark.parametrize("kind", ["--tuned", "--jacobian"])
 def test_long_fits_go_on_where_they_were_stopped(kind, tiny_folder, monkeypatch):
-    steps = ("--steps", 22) if kind == "--tuned" else ()
+    steps = ("--steps", 4) if kind == "--tuned" else ()
+    monkeypatch.setattr("pscope.mappings.tuned._EVERY", 2)
     command = ("fit", "--model", tiny_folder, "--most", 8, "--layers", "3", kind, *steps)
     whole = done(*command, "--out", "whole")
     with monkeypatch.context() as patched:

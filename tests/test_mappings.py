@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from reference import hidden_states
 from safetensors import safe_open
 
 from pscope import DataError, Patchscope, PscopeError, capture
@@ -89,9 +90,8 @@ def test_a_map_that_is_the_identity_changes_nothing_bit_for_bit(tiny, mapping):
 
 def test_the_norm_of_what_is_overwritten(tiny):
     target = tiny.prompt("cat -> cat\n?")
-    with torch.no_grad():
-        states = tiny.hf(torch.tensor([target.ids]), output_hidden_states=True).hidden_states
-    assert norm_of_clean(tiny, target, 2).length == pytest.approx(states[2][0, target.position].norm().item(), rel=1e-5)
+    state = hidden_states(tiny.hf, tiny.layers, target.ids)[2, target.position]
+    assert norm_of_clean(tiny, target, 2).length == pytest.approx(state.norm().item(), rel=1e-5)
 
 
 def end(width: int = 4, layers: int = 3, fingerprint: str | None = None) -> End:
