@@ -76,7 +76,7 @@ def exponents(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def whole_figure(model: pscope.LanguageModel, samples: int, seconds: float) -> pd.DataFrame:
-    """`fig2` without its fit (logit lens and token identity, all layers) against plain forward passes over the same source texts."""
+    """`fig2` without its fit (logit lens, token identity; all layers) against plain passes over the same texts."""
     texts = shipped_texts()
     sampled = draw_positions(model, texts, samples, seed=0)
     lenses = [Lens(LOGIT_LENS), Lens(TOKEN_IDENTITY, model.prompt(pscope.TOKEN_IDENTITY))]
