@@ -231,4 +231,5 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     columns = [f"{m}{b}" for m in ("precision_at_1", "surprisal") for b in ("", "_low", "_high")]
     order = {lens: place for place, lens in enumerate(table["lens"].unique())}
     summary = result[columns].reset_index()
-    return summary.sort_values(["lens", "layer"], key=lambda column: column.replace(order), ignore_index=True)
+    by_place = summary.assign(place=summary["lens"].map(order)).sort_values(["place", "layer"], ignore_index=True)
+    return by_place.drop(columns="place")
