@@ -73,7 +73,7 @@ def fit_across(
         frame.read([digest_of(mapped)])
         for pair in pairs:
             mapped.at(pair)
-    frame.read([fingerprint(other)])
+    frame.read([fingerprint(model), fingerprint(other)])
     if not controls:
         return mapped and {MAPPED: mapped}
     shuffled = frame.fitted(replace(fit, shuffled=0), texts, paired, f"{what} of shuffled pairs, the control,")
@@ -103,6 +103,10 @@ def across(
     from pscope.mappings.mapping_set import MappingSet
     from pscope.show.cross_model import best_pairs_table, cross_model_figure
 
+    if other is model:
+        raise PscopeError(f"--target-model is {model.name} itself; its own reading is that of fig2 without it")
+    if other.name == model.name:
+        raise PscopeError(f"both models are called {model.name}, so that their readings could not be told apart")
     if len(lens) > 1:
         raise PscopeError("one --lens leads from --model to --target-model, not several")
     read, reached = layers

@@ -89,7 +89,7 @@ def fig2(
     check_layers(model, chosen)
     sampled = draw_positions(model, passages, samples, seed)
     frame.read([*passages, patched.text])
-    lenses = _lenses(frame, model, patched, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
+    lenses = _lenses(frame, model, patched, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
     lenses += _random(model, random_prompts, seed)
     options = {"batch_tokens": batch_tokens, "memory": frame.memory}
     experiment = NextToken(model, lenses, passages, sampled, chosen, **options)
@@ -112,7 +112,14 @@ def fig2(
 
 
 def _lenses(
-    frame: Frame, model: LanguageModel, target: Prompt, others: list[str], *, fit: bool, fit_to_prompt: bool
+    frame: Frame,
+    model: LanguageModel,
+    target: Prompt,
+    passages: list[str],
+    others: list[str],
+    *,
+    fit: bool,
+    fit_to_prompt: bool,
 ) -> list[Lens]:
     """The lines of the figure."""
     from pscope.experiments.next_token import FITTED, LOGIT_LENS, TOKEN_IDENTITY, TUNED_LENS, Lens
@@ -120,6 +127,7 @@ def _lenses(
     from pscope.inputs.texts import shipped_texts
     from pscope.mappings.fit import Fit
     from pscope.mappings.storage import digest_of, read_mappings
+    from pscope.models.fingerprint import digest
 
     lenses = [Lens(LOGIT_LENS), Lens(TOKEN_IDENTITY, target)]
     if fit or fit_to_prompt:
@@ -135,8 +143,19 @@ def _lenses(
     for name in others:
         mappings = read_mappings(name, model)
         frame.read([digest_of(mappings)])
+        into = mappings.origin.settings.get("into")
+        if into not in (None, target.text):
+            raise PscopeError(f"the maps of {name} lead into the prompt {into!r}; give it with --target")
+        if not mappings.folds and mappings.origin.data_sha256 in (digest(passages), digest(shipped_texts())):
+            tell(
+                f"{name} was fitted on texts that come with pscope or are read here, and holds no maps without them: "
+                "where it reads them, it has seen them"
+            )
         to_last = all(pair[1] == model.n_layers for pair in mappings.maps)
-        lenses.append(Lens(f"{mappings.origin.kind}, {Path(name).name}", None if to_last else target, mappings))
+        label = f"{mappings.origin.kind}, {Path(name).absolute().name}"
+        if label in (each.name for each in lenses):
+            raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
+        lenses.append(Lens(label, None if to_last else target, mappings))
     return lenses
 
 

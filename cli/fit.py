@@ -84,10 +84,12 @@ def fit(
 ) -> None:
     """Fit maps f from the states of one layer to those of another, or of another model: affine, in closed form.
 
-    All layers in one pass over the texts, in memory that does not grow with them. Every map is fitted six times: on all
-    texts, and without each of five folds of them, so that no text is ever read by a map that has seen it. The folder
+    All layers in one pass over the texts, in memory that does not grow with them. Every affine map is fitted six times:
+    on all texts, and without each of five folds of them, so that no text is read by a map that has seen it; `--tuned`
+    and `--jacobian` have no folds, and `fig2` says where they read texts that they have seen. The folder
     holds safetensors and a card, and can be uploaded to a hub as it is; `pscope fig2 --lens FOLDER` draws its line.
-    Long fits (`--tuned`, `--jacobian`) go on where they were stopped when the same command is given again.
+    Long fits (`--tuned`, `--jacobian`) go on where they were stopped when the same command, with its --out, is given
+    again.
     """
     chosen, penalty = parse_layers(layers), _parse_ridge(ridge)
     if to not in ("last", "same", "prompt") and not to.isdecimal():
@@ -215,5 +217,6 @@ def _kept(checkpoint: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if checkpoint.exists():
-            error.add_note(f"kept how far it has come in {checkpoint}; the same command, with this --out, goes on")
+            kept = f"how far it has come is kept in {checkpoint}; the same command, with this --out, goes on"
+            error.__notes__ = [kept]
         raise

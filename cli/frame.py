@@ -106,7 +106,8 @@ class Loader:
         from pscope.models.fingerprint import fingerprint
 
         name = options.target_model
-        if name is None or (name, options.target_device) == (source.name, None):
+        asked = (name, options.target_device, options.target_revision)
+        if name is None or asked == (source.name, None, self._model.revision):
             return source
         device = options.target_device or self._model.device
         model = self._loaded(name, replace(self._model, revision=options.target_revision, device=device))

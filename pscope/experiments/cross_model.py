@@ -94,7 +94,9 @@ class CrossModel(Experiment[Reading]):
             [*layers, source.n_layers],
         )  # (samples, layers + 1, hidden)
         places = [(item, position) for item in items for position in item.positions]
-        own = torch.cat([part.patched for part in self._tail.logits(states[:, -1], source.n_layers)]).log_softmax(-1)
+        self._tail.memory = self.memory
+        logits = [part.patched for part in self._tail.logits(states[:, -1], source.n_layers)]
+        own = torch.cat(logits).float().log_softmax(-1)
         said = [_decoded(source, token) for token in own.argmax(dim=-1).tolist()]
         states = states[:, [layers.index(layer) for layer, _ in self._pairs]]
         frames = []
@@ -176,8 +178,11 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             ("surprisal", "surprisal", mean_bands),
         ):
             low, high = bands(sums[column].to_numpy(), counts, seed)
-            means = sums[column].sum() / counts.sum() if rows[column].notna().any() else sums[column].sum() * np.nan
-            found |= {measure: means, f"{measure}_low": low, f"{measure}_high": high}
+            means = sums[column].sum() / counts.sum()
+            # A cell in which something has no surprisal has none: what is missing is not 0.
+            whole = rows.assign(known=rows[column].notna()).groupby(keys[2:])["known"].all().loc[means.index]
+            means, low, high = (np.where(whole, each, np.nan) for each in (means, low, high))
+            found |= {measure: pd.Series(means, sums[column].columns), f"{measure}_low": low, f"{measure}_high": high}
         parts.append(pd.DataFrame(found).reset_index().assign(reader=group[0], condition=group[1]))
     summary = pd.concat(parts, ignore_index=True)
     return summary[[*keys, *(column for column in summary if column not in keys)]]
@@ -208,7 +213,8 @@ def best_pairs(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                 "maximum": scores.mean().max(),
             }
         )
-    return pd.DataFrame(found)
+    columns = ["reader", "condition", "layer", "target_layer", "held_out", "low", "high", "maximum"]
+    return pd.DataFrame(found, columns=columns)
 
 
 def _decoded(model: LanguageModel, token: int) -> str:

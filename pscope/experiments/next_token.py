@@ -166,9 +166,7 @@ class NextToken(Experiment[Reading]):
 
     def _read_by(self, lens: Lens, states: Tensor, targets: list[int]) -> Tensor:
         """The tokens that states (samples, pairs, hidden) are decoded as."""
-        # At the last layer the target plays no part any more.
-        by_tail = lens.target is None or set(targets) == {self.model.n_layers}
-        scope = self._tail if by_tail else self.scope(lens.target)
+        scope = self._tail if lens.target is None else self.scope(lens.target)
         rows = states.flatten(0, 1)
         decoded = [part.patched.argmax(dim=-1) for part in scope.logits(rows, targets * len(states))]
         return torch.cat(decoded).reshape(states.shape[:2])

@@ -68,8 +68,10 @@ class Fit:
         """
         self.check(paired)
         fitted = [pair for pair in self.pairs if not (self.same and pair[0] == pair[1])]
+        if not fitted:
+            raise PscopeError("every layer is mapped to itself, which needs no fit; name others")
         moments = Moments(fitted, self.source.hidden_size, self.target.hidden_size, self.source.device)
-        for x, y, of in self._states(paired if fitted else [], moments.sources, moments.targets):
+        for x, y, of in self._states(paired, moments.sources, moments.targets):
             moments.add(x, y, torch.tensor([fold_of(texts[text]) for text in of]))
             progress(moments.positions)
         found = {pair: moments.fit(pair, self.ridge) for pair in fitted}

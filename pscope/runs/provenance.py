@@ -13,7 +13,18 @@ from pscope.models.model import LanguageModel
 
 _NOT_THE_NUMBERS = {
     *("python", "threads"),
-    *("out", "shard", "memory", "device", "device_map", "tensor_parallel", "dry_run", "rate", "as_json"),
+    *(
+        "out",
+        "shard",
+        "memory",
+        "device",
+        "target_device",
+        "device_map",
+        "tensor_parallel",
+        "dry_run",
+        "rate",
+        "as_json",
+    ),
 }
 """Versions and options that may be others when a run is gone on with."""
 
