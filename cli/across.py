@@ -58,38 +58,47 @@ def fit_across(
     from pscope.inputs.positions import draw_paired
     from pscope.inputs.texts import shipped_texts
     from pscope.mappings.fit import Fit
-    from pscope.mappings.storage import digest_of, read_mappings
     from pscope.models.fingerprint import fingerprint
 
+    frame.read([fingerprint(model), fingerprint(other)])
+    mapped = None if named is None else frame.lens(named, model, other)
+    for pair in () if mapped is None else pairs:
+        mapped.at(pair)
+    if named is not None and not controls:
+        return mapped and {MAPPED: mapped}
     texts = shipped_texts()
     paired, share = draw_paired(model, other, texts, None, seed=0)
     tell(f"{share:.0%} of positions of the texts to fit on are cut at the same character by both tokenizers")
-    fit = Fit(model, other, tuple(pairs))
-    what = f"maps to {other.name}"
+    fit, what = Fit(model, other, tuple(pairs)), f"maps to {other.name}"
     if named is None:
         mapped = frame.fitted(fit, texts, paired, what)
-    else:
-        mapped = read_mappings(named, model, other)
-        frame.read([digest_of(mapped)])
-        for pair in pairs:
-            mapped.at(pair)
-    frame.read([fingerprint(model), fingerprint(other)])
     if not controls:
         return mapped and {MAPPED: mapped}
     shuffled = frame.fitted(replace(fit, shuffled=0), texts, paired, f"{what} of shuffled pairs, the control,")
-    if mapped is None or shuffled is None:
-        return None
-    return {MAPPED: mapped, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
+    return mapped and {MAPPED: mapped, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
+
+
+def target_prompts(target: TargetOptions, default: str, *models: LanguageModel) -> list[Prompt]:
+    """The target prompt in the tokens of each model. Raises PscopeError where an index would be that of one of them."""
+    from pscope.cli.prompts import parse_position
+
+    text = default if target.text is None else target.text
+    at = parse_position(target.target_at, target.target_at_index, text, "--target-at")
+    if any(isinstance(each, int) and each >= 0 for each in (at if isinstance(at, list) else [at])):
+        raise PscopeError(f"--target-at {at} counts the tokens of one model; mark the placeholder by its text")
+    return [target.prompt(model, default) for model in models]
 
 
 def across(
     frame: Frame,
     model: LanguageModel,
     other: LanguageModel,
+    *,
     passages: list[str],
     texts: str,
     target: TargetOptions,
-    layers: tuple[list[int] | None, list[int] | str | None],
+    layers: list[int] | None,
+    target_layers: list[int] | str | None,
     lens: list[str],
     samples: int,
     seed: int,
@@ -109,10 +118,12 @@ def across(
         raise PscopeError(f"both models are called {model.name}, so that their readings could not be told apart")
     if len(lens) > 1:
         raise PscopeError("one --lens leads from --model to --target-model, not several")
-    read, reached = layers
-    read = spread_layers(model, SOURCE_LAYERS) if read is None else read
-    pairs = layer_pairs(other, read, reached or spread_layers(other, TARGET_LAYERS), model)
-    patched, own = (target.prompt(each, pscope.TOKEN_IDENTITY) for each in (other, model))
+    if layers is None:
+        layers = spread_layers(model, SOURCE_LAYERS)
+        # Layers that both have, where each is read by its own.
+        layers = [layer for layer in layers if target_layers != "same" or layer <= other.n_layers]
+    pairs = layer_pairs(other, layers, target_layers or spread_layers(other, TARGET_LAYERS), model)
+    patched, own = target_prompts(target, pscope.TOKEN_IDENTITY, other, model)
     paired, share = draw_paired(model, other, passages, samples, seed)
     frame.read([*passages, patched.text])
     mappings = fit_across(frame, model, other, pairs, *lens)

@@ -73,13 +73,14 @@ def fig2(
         if random_prompts or fit_to_prompt or not fit:
             raise PscopeError("--target-model reads through its own maps; leave out the options of other lines")
         other = frame.load_target(target_model, model)
-        across(frame, model, other, passages, texts.named, target, (chosen, reached), lens or [], samples, seed)
+        options = {"layers": chosen, "target_layers": reached, "lens": lens or [], "samples": samples, "seed": seed}
+        across(frame, model, other, passages=passages, texts=texts.named, target=target, **options)
         return
     if reached is not None:
         raise PscopeError("--target-layers is for --target-model; each line has target layers of its own")
 
     import pscope
-    from pscope.experiments.next_token import NextToken, summarise
+    from pscope.experiments.next_token import RANDOM_TOKENS, Lens, NextToken, random_token_prompts, summarise
     from pscope.inputs.positions import draw_positions
     from pscope.models.residual import check_layers
     from pscope.show.next_token import next_token_figure, next_token_tables
@@ -90,7 +91,7 @@ def fig2(
     sampled = draw_positions(model, passages, samples, seed)
     frame.read([*passages, patched.text])
     lenses = _lenses(frame, model, patched, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
-    lenses += _random(model, random_prompts, seed)
+    lenses += [Lens(RANDOM_TOKENS, prompt) for prompt in random_token_prompts(model, random_prompts, seed)]
     options = {"batch_tokens": batch_tokens, "memory": frame.memory}
     experiment = NextToken(model, lenses, passages, sampled, chosen, **options)
     table = frame.carry_out(
@@ -126,7 +127,6 @@ def _lenses(
     from pscope.inputs.positions import Paired, draw_positions
     from pscope.inputs.texts import shipped_texts
     from pscope.mappings.fit import Fit
-    from pscope.mappings.storage import digest_of, read_mappings
     from pscope.models.fingerprint import digest
 
     lenses = [Lens(LOGIT_LENS), Lens(TOKEN_IDENTITY, target)]
@@ -141,8 +141,9 @@ def _lenses(
             to_prompt = Fit(model, model, tuple((layer, layer) for layer in every), into=target)
             lenses.append(Lens(FITTED, target, frame.fitted(to_prompt, texts, paired, "maps to the prompt")))
     for name in others:
-        mappings = read_mappings(name, model)
-        frame.read([digest_of(mappings)])
+        mappings = frame.lens(name, model, model)
+        if mappings is None:
+            continue
         into = mappings.origin.settings.get("into")
         if into not in (None, target.text):
             raise PscopeError(f"the maps of {name} lead into the prompt {into!r}; give it with --target")
@@ -157,9 +158,3 @@ def _lenses(
             raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
         lenses.append(Lens(label, None if to_last else target, mappings))
     return lenses
-
-
-def _random(model: LanguageModel, count: int, seed: int) -> list[Lens]:
-    from pscope.experiments.next_token import RANDOM_TOKENS, Lens, random_prompts
-
-    return [Lens(RANDOM_TOKENS, prompt) for prompt in random_prompts(model, count, seed)]

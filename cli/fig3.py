@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from pscope.cli.across import LensOption, fit_across, refuse_lens_alone
+from pscope.cli.across import LensOption, fit_across, refuse_lens_alone, target_prompts
 from pscope.cli.console import out, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import TargetModelOptions, seed_option
@@ -54,7 +54,7 @@ def fig3(
     from pscope.show.entity_resolution import across_table, best_table, entity_figure, layers_tables
 
     pairs = names.pairs(model, source_model)
-    patched = target.prompt(model, pscope.ENTITY_DESCRIPTION)
+    patched, own = target_prompts(target, pscope.ENTITY_DESCRIPTION, model, source_model)
     kept, demonstrated = without_demonstrated(listed, patched)
     if not kept:
         raise PscopeError("no entity is left: the target prompt speaks of all of them")
@@ -64,7 +64,6 @@ def fig3(
     if model is source_model:
         experiment = EntityDescriptions(model, patched, kept, pairs, decoding, **options)
     else:
-        own = target.prompt(source_model, pscope.ENTITY_DESCRIPTION)
         mappings = fit_across(frame, source_model, model, pairs, lens)
         experiment = DescriptionsAcross(source_model, model, (own, patched), mappings, kept, pairs, decoding, **options)
     if demonstrated:

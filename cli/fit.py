@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pscope.mappings.fit import Fit
     from pscope.mappings.mapping_set import MappingSet
     from pscope.models.model import LanguageModel
+
+CHECKPOINT = ".checkpoint.safetensors"
 
 MOST_TEXTS = 10_000
 """Of a dataset, which may have no end; as many as the paper fits on."""
@@ -53,7 +56,8 @@ def fit(
     target: TargetOptions,
     texts: TextOptions,
     most: Annotated[
-        int | None, typer.Option(min=1, help="So many of the texts, from the first on.", show_default="all")
+        int | None,
+        typer.Option(min=1, help="So many of the texts, from the first on.", show_default="all; 10000 of a dataset"),
     ] = None,
     positions: Annotated[
         int | None, typer.Option(min=1, help="Positions to fit on, spread over the texts.", show_default="all")
@@ -69,7 +73,7 @@ def fit(
         bool, typer.Option("--tuned", help="Go on from there to the tuned lens: least KL to what the model says.")
     ] = False,
     optimiser: Annotated[
-        Optimiser, typer.Option(help="How the tuned lens is trained: by Adam, or by the published recipe.")
+        Optimiser, typer.Option(help="How the tuned lens is trained: by Adam, or as published, from the same start.")
     ] = Optimiser.adam,
     steps: Annotated[int, typer.Option(min=1, help="Steps of the tuned lens.")] = 250,
     jacobian: Annotated[
@@ -109,7 +113,7 @@ def fit(
     short = f"{model.name.rstrip('/').rpartition('/')[2]}-{to}"
     folder = folder or Path("mappings") / f"{short}-{datetime.now():%Y%m%d-%H%M%S}"
     check_new(folder)
-    checkpoint = folder.with_name(f"{folder.name}.checkpoint.safetensors")
+    checkpoint = folder.with_name(f"{folder.name}{CHECKPOINT}")
     kl = None
     with _kept(checkpoint):
         if jacobian:
@@ -193,14 +197,10 @@ def _tuned(
 def _jacobian(model: LanguageModel, passages: list[str], layers: list[int], checkpoint: Path) -> MappingSet:
     from pscope.mappings.jacobian import fit_jacobian
 
+    # That of the last layer is the identity.
+    below = [layer for layer in layers if layer != model.n_layers]
     with progress(len(passages), what="texts") as meter:
-        mappings, _ = fit_jacobian(
-            model,
-            passages,
-            [layer for layer in layers if layer < model.n_layers],
-            checkpoint=checkpoint,
-            progress=meter,
-        )
+        mappings, _ = fit_jacobian(model, passages, below, checkpoint=checkpoint, progress=meter)
     settled = mappings.origin.settings["settled_at"]
     tell(
         "the mean still moved with the last text; give more"
@@ -217,6 +217,6 @@ def _kept(checkpoint: Path) -> Iterator[None]:
         yield
     except BaseException as error:
         if checkpoint.exists():
-            kept = f"how far it has come is kept in {checkpoint}; the same command, with this --out, goes on"
-            error.__notes__ = [kept]
+            out_option = shlex.quote(str(checkpoint).removesuffix(CHECKPOINT))
+            error.__notes__ = [f"how far it has come is kept; the same command goes on, with --out {out_option}"]
         raise

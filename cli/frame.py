@@ -200,6 +200,19 @@ class Frame(Loader):
             self._plan(asked, "what the model knows")
         return dict(zip(table["text"], table["continuation"], strict=True))
 
+    def lens(self, name: str, source: LanguageModel, target: LanguageModel) -> MappingSet | None:
+        """Mappings of a folder or the hub, which the run reads; None in a dry run, which has no weights to hold them
+        against.
+        """
+        from pscope.mappings.storage import digest_of, read_mappings
+
+        if self._run.dry_run:
+            tell(f"{name} is left out of this dry run")
+            return None
+        mappings = read_mappings(name, source, target)
+        self.read([digest_of(mappings)])
+        return mappings
+
     def fitted(self, fit: Fit, texts: Sequence[str], paired: Sequence[Paired], what: str) -> MappingSet | None:
         """Mappings that are fitted once and then kept in the cache; None in a dry run, which has no states."""
         from pscope.mappings.cache import fitted, place

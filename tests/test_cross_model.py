@@ -100,6 +100,7 @@ def test_rows_against_one_row_passes(tiny, other, mappings, passages):
         ("\n", " a", False),
         ("", " a", False),
         (" ", "\n", False),
+        ("\ufffd", "\ufffd", False),
     ],
 )
 def test_two_models_agree_where_one_text_begins_with_the_other(decoded, said, same):

@@ -8,7 +8,7 @@ from reference import hidden_states, patched_continuation, patched_logits
 
 from pscope import TOKEN_IDENTITY, DataError, PscopeError
 from pscope.experiments.layer_readout import LayerReadout
-from pscope.experiments.next_token import Lens, NextToken, random_prompts, summarise
+from pscope.experiments.next_token import Lens, NextToken, random_token_prompts, summarise
 from pscope.inputs.positions import draw_positions
 from pscope.inputs.texts import shipped_texts
 from pscope.mappings.mapping import Affine
@@ -138,8 +138,8 @@ def test_mapped_lenses_against_one_row_passes(tiny):
 
 
 def test_random_prompts_repeat_random_tokens(smollm2):
-    prompts = random_prompts(smollm2, 12, seed=4)
-    assert prompts == random_prompts(smollm2, 12, seed=4)
+    prompts = random_token_prompts(smollm2, 12, seed=4)
+    assert prompts == random_token_prompts(smollm2, 12, seed=4)
     assert len({prompt.text for prompt in prompts}) == 12
     shown = set()
     for prompt in prompts:

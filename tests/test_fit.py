@@ -148,6 +148,9 @@ def test_a_fit_follows_from_texts_alone(tiny, passages, monkeypatch):
     pairs = ((0, 4), (3, 4), (4, 4))
     whole = Fit(tiny, tiny, pairs).run(passages, paired)
     monkeypatch.setattr(fit_module, "CHUNK", 40_000)
+    # And little memory for sums, so that each pair has a pass of its own over the texts.
+    monkeypatch.setattr(fit_module, "SUMS", 1)
+    assert len(Fit(tiny, tiny, pairs)._groups(pairs)) == 3
     chunks = Fit(tiny, tiny, pairs).run(passages, paired[::-1])
     assert isinstance(whole.at((4, 4)), Identity)
     assert whole.origin.positions == sum(len(each.positions) for each in sampled)

@@ -125,7 +125,7 @@ def test_long_fits_go_on_where_they_were_stopped(kind, tiny_folder, monkeypatch)
         patched.setattr(Checkpoint, "write", lambda *of: write(*of) or os.kill(os.getpid(), signal.SIGINT))
         stopped = run(*command, "--out", "maps")
     assert stopped.exit_code == 130
-    assert "the same command, with this --out, goes on" in stopped.stderr
+    assert "the same command goes on, with --out maps" in stopped.stderr
     assert not Path("maps").exists()
     assert Path("maps.checkpoint.safetensors").exists()
     assert done(*command, "--out", "maps").stdout == whole.stdout
@@ -196,6 +196,9 @@ def test_another_model_reads(tiny_folder, other_folder):
         (["fig2", "--target-layers", "1"], "--target-layers is for --target-model"),
         (["fig2", "--target-model", "OTHER", "--random-prompts", "2"], "leave out the options of other lines"),
         (["fig2", "--target-model", "OTHER", "--lens", "a", "--lens", "b"], "one --lens leads from"),
+        (["fig2", "--target-model", "OTHER", "--target-at-index", "3"], "counts the tokens of one model"),
+        (["fig2", "--target-model", "TINY"], "itself"),
+        (["fit", "--jacobian", "--layers", "9"], "layer 9 is out of range"),
         (["fig2", "--random-prompts", "-1"], "Input should be greater"),
         (["fig3", "--target-model", "OTHER", "--layers", "4"], "layer 4 is out of range"),
         (["fig3", "--lens", "full"], "name it with --target-model"),
@@ -206,7 +209,8 @@ def test_bad_input_is_one_line(arguments, message, tiny_folder, other_folder):
     Path("full").mkdir()
     Path("full/file").touch()
     before = sorted(os.listdir())
-    named = [str(other_folder) if argument == "OTHER" else argument for argument in arguments]
+    folders = {"OTHER": str(other_folder), "TINY": str(tiny_folder)}
+    named = [folders.get(argument, argument) for argument in arguments]
     result = run(*named, "--model", tiny_folder)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert message in result.stderr

@@ -7,18 +7,19 @@ what M* decodes is held against M's own prediction, as text: the two may cut it 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 
 import numpy as np
 import pandas as pd
 import torch
+from torch import Tensor
 
 from pscope.engine.lens import logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.experiments.bands import mean_bands, share_bands
-from pscope.experiments.experiment import Experiment, Unit, Work, tidy
+from pscope.experiments.experiment import Experiment, Work, tidy
 from pscope.experiments.held_out import best_on_half
+from pscope.experiments.next_token import Reading
 from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
@@ -41,13 +42,6 @@ _TYPES = {
     "correct": "bool",
     "surprisal": "float64",
 }
-
-
-@dataclass(frozen=True)
-class Reading(Unit):
-    """The sampled positions of one text, read at every pair of layers."""
-
-    sampled: Sampled
 
 
 class CrossModel(Experiment[Reading]):
@@ -97,35 +91,50 @@ class CrossModel(Experiment[Reading]):
         self._tail.memory = self.memory
         logits = [part.patched for part in self._tail.logits(states[:, -1], source.n_layers)]
         own = torch.cat(logits).float().log_softmax(-1)
-        said = [_decoded(source, token) for token in own.argmax(dim=-1).tolist()]
         states = states[:, [layers.index(layer) for layer, _ in self._pairs]]
-        frames = []
-        for condition, mappings in self._mappings.items():
-            texts = [self._texts[item.text] for item, _ in places]
-            # What is the same for all samples is read once.
-            read, times = (states[:1], len(places)) if mappings.constant else (states, 1)
-            tokens = self._tokens(mappings.apply(read, self._pairs, texts[: len(read)])) * times
-            spelled = {token: _decoded(self.model, token) for token in set(tokens)}
-            decoded = [spelled[token] for token in tokens]
-            first = {text: _first_token(source, text) for text in spelled.values()}
-            each = len(self._pairs)
-            rows = {
-                "text": np.repeat([item.text for item, _ in places], each),
-                "position": np.repeat([position for _, position in places], each),
-                "token": np.repeat([item.prompt.tokens[position] for item, position in places], each),
-                "condition": condition,
-                "layer": np.tile([layer for layer, _ in self._pairs], len(places)),
-                "target_layer": np.tile([target for _, target in self._pairs], len(places)),
-                "next_token": np.repeat(said, each),
-                "decoded": decoded,
-                "correct": [agree(text, said[row // each]) for row, text in enumerate(decoded)],
-                "surprisal": [
-                    float("nan") if first[text] is None else -own[row // each, first[text]].item()
-                    for row, text in enumerate(decoded)
+        frames = [
+            self._decoded(condition, places, states, own).assign(condition=condition) for condition in self._mappings
+        ]
+        return tidy(pd.concat(frames, ignore_index=True), _TYPES)
+
+    def _decoded(self, condition: str, places: list[tuple[Sampled, int]], states: Tensor, own: Tensor) -> pd.DataFrame:
+        """What states (samples, pairs, hidden) say, held against the source's log-probabilities (samples, vocab)."""
+        mappings, pairs = self._mappings[condition], self._pairs
+        texts = [self._texts[item.text] for item, _ in places]
+        # What is the same for all samples is read once.
+        read, times = (states[:1], len(places)) if mappings.constant else (states, 1)
+        tokens = self._tokens(mappings.apply(read, pairs, texts[: len(read)])) * times
+        spelled = {token: self.model.tokenizer.decode([token]) for token in set(tokens)}
+        first = {token: self._in_source(token, text) for token, text in spelled.items()}
+        said = np.repeat(own.argmax(dim=-1).tolist(), len(pairs)).tolist()
+        known = {token: self._source.tokenizer.decode([token]) for token in set(said)}
+        # A model says the same as itself where it is the same token, whatever that is as text.
+        itself = self._source is self.model
+        column = torch.tensor([-1 if first[token] is None else first[token] for token in tokens], device=own.device)
+        sample = torch.arange(len(places), device=own.device).repeat_interleave(len(pairs))
+        surprisals = -own[sample, column.clamp_min(0)]
+        return pd.DataFrame(
+            {
+                "text": np.repeat([item.text for item, _ in places], len(pairs)),
+                "position": np.repeat([position for _, position in places], len(pairs)),
+                "token": np.repeat([item.prompt.tokens[position] for item, position in places], len(pairs)),
+                "layer": np.tile([layer for layer, _ in pairs], len(places)),
+                "target_layer": np.tile([target for _, target in pairs], len(places)),
+                "next_token": [known[token] for token in said],
+                "decoded": [spelled[token] for token in tokens],
+                "correct": [
+                    token == wanted if itself else agree(spelled[token], known[wanted])
+                    for token, wanted in zip(tokens, said, strict=True)
                 ],
+                "surprisal": surprisals.masked_fill(column < 0, torch.nan).tolist(),
             }
-            frames.append(tidy(pd.DataFrame(rows), _TYPES))
-        return pd.concat(frames, ignore_index=True)
+        )
+
+    def _in_source(self, token: int, text: str) -> int | None:
+        """The first of the source's own tokens of what a token says, if it says anything."""
+        if self._source is self.model:
+            return token
+        return next(iter(self._source.tokenizer(text, add_special_tokens=False)["input_ids"]), None)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """In the order of the texts; and what the state of a sample half-way round said, as a control of each one.
@@ -149,14 +158,19 @@ class CrossModel(Experiment[Reading]):
     def _tail(self) -> Patchscope:
         return logit_lens(self._source, self.memory)
 
-    def _tokens(self, mapped: torch.Tensor) -> list[int]:
+    def _tokens(self, mapped: Tensor) -> list[int]:
         targets = [target for _, target in self._pairs] * len(mapped)
         parts = self.scope(self.target).logits(mapped.flatten(0, 1), targets)
         return torch.cat([part.patched.argmax(dim=-1) for part in parts]).tolist()
 
 
 def agree(decoded: str, said: str) -> bool:
-    """Whether tokens of two models say the same: one's text begins with the other's, blanks around them apart."""
+    """Whether tokens of two models say the same: one's text begins with the other's, blanks around them apart.
+
+    Of a token that is only a part of a character it is not known what it says.
+    """
+    if "\ufffd" in decoded + said:
+        return False
     bare, own = decoded.strip(), said.strip()
     return decoded == said or (bool(bare) and bool(own) and (bare.startswith(own) or own.startswith(bare)))
 
@@ -215,15 +229,6 @@ def best_pairs(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         )
     columns = ["reader", "condition", "layer", "target_layer", "held_out", "low", "high", "maximum"]
     return pd.DataFrame(found, columns=columns)
-
-
-def _decoded(model: LanguageModel, token: int) -> str:
-    return model.tokenizer.decode([token])
-
-
-def _first_token(model: LanguageModel, text: str) -> int | None:
-    """The first of a model's own tokens of what another's token says, if it says anything."""
-    return next(iter(model.tokenizer(text, add_special_tokens=False)["input_ids"]), None)
 
 
 def _lender(column: str) -> str:

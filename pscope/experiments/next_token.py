@@ -172,7 +172,7 @@ class NextToken(Experiment[Reading]):
         return torch.cat(decoded).reshape(states.shape[:2])
 
 
-def random_prompts(model: LanguageModel, count: int, seed: int) -> list[Prompt]:
+def random_token_prompts(model: LanguageModel, count: int, seed: int) -> list[Prompt]:
     """Target prompts that repeat tokens drawn at random, as `TOKEN_IDENTITY` does with chosen ones (appendix B.3).
 
     Each shows 1 to 10 tokens, "tok -> tok" on a line of its own, and ends with the placeholder "?".

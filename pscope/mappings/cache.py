@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from importlib.metadata import version
 from pathlib import Path
 from tempfile import mkdtemp
 
-from pscope.errors import PscopeError
+from pscope.errors import DataError, PscopeError
 from pscope.inputs.positions import Paired
 from pscope.mappings.fit import Fit
 from pscope.mappings.mapping_set import MappingSet
@@ -21,7 +23,8 @@ def place(fit: Fit, texts: Sequence[str], paired: Sequence[Paired]) -> Path:
     positions = [(each.source.text, each.source.positions, each.target.positions) for each in paired]
     prompt = fit.into and (fit.into.ids, fit.into.positions)
     models = (fingerprint(fit.source), fingerprint(fit.target))
-    what = (*models, digest(texts), repr(positions), repr((fit.pairs, prompt, fit.ridge, fit.shuffled)))
+    settings = (version("pscope"), fit.pairs, prompt, fit.ridge, fit.shuffled)
+    what = (*models, digest(texts), repr(positions), repr(settings))
     return cache_folder() / "mappings" / digest(what)
 
 
@@ -40,12 +43,19 @@ def fitted(
     except PscopeError:
         mappings = fit.run(texts, paired, progress)
     if keep:
+        _keep(mappings, folder)
+    return mappings
+
+
+def _keep(mappings: MappingSet, folder: Path) -> None:
+    """Keep maps where they can be kept: they serve the run that fitted them also where the cache is full or closed."""
+    with suppress(OSError, DataError):
         folder.parent.mkdir(parents=True, exist_ok=True)
-        beside = Path(mkdtemp(dir=folder.parent, prefix="."))
+        unfinished = Path(mkdtemp(dir=folder.parent, prefix="."))
         try:
-            save_mappings(mappings, beside)
+            save_mappings(mappings, unfinished)
             shutil.rmtree(folder, ignore_errors=True)
-            beside.replace(folder)
+            # Another process may have kept the same just now.
+            unfinished.replace(folder)
         finally:
-            shutil.rmtree(beside, ignore_errors=True)
-    return mappings.to(fit.target.device)
+            shutil.rmtree(unfinished, ignore_errors=True)

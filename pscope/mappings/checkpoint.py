@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pscope.errors import PscopeError
+from pscope.files import written_whole
 
 
 @dataclass(frozen=True)
@@ -50,17 +49,13 @@ class Checkpoint:
         """Keep tensors in the place of those that were kept. Raises PscopeError where the file cannot be written."""
         if self.path is None:
             return
-        beside = self.path.with_name(f".{os.getpid()}.{self.path.name}")
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-            save_file(whole, beside, {"of": self._of})
-            beside.replace(self.path)
+            with written_whole(self.path) as unfinished:
+                save_file(whole, unfinished, {"of": self._of})
         except (OSError, SafetensorError) as error:
             raise PscopeError(f"cannot write {self.path}: {error}") from error
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
 
     @property
     def _of(self) -> str:

@@ -6,7 +6,7 @@ The paper's section 4.1 (to the last layer: the "tuned lens" of Figure 2) and 4.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -16,8 +16,8 @@ from pscope.engine.patchscope import Patchscope
 from pscope.errors import PscopeError
 from pscope.inputs.positions import Paired
 from pscope.mappings.mapping import IDENTITY, Affine, Mapping
-from pscope.mappings.mapping_set import End, MappingSet, Origin, fold_of
-from pscope.mappings.moments import Moments, check_enough
+from pscope.mappings.mapping_set import FOLDS, End, MappingSet, Origin, fold_of
+from pscope.mappings.moments import Fitted, Moments, check_enough, sums_bytes
 from pscope.models.fingerprint import digest
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
@@ -25,6 +25,9 @@ from pscope.models.residual import Pair, capture, check_layers
 
 CHUNK = 2**28
 """About how many bytes of states are held while they are added up."""
+
+SUMS = 2**32
+"""About how many bytes of sums are held: where all layers need more, the texts are read several times."""
 
 
 @dataclass(frozen=True)
@@ -67,37 +70,58 @@ class Fit:
         PscopeError for too few positions, states that are not finite, and what else `Moments.fit` refuses.
         """
         self.check(paired)
+        positions = sum(len(each.source.positions) for each in paired)
         fitted = [pair for pair in self.pairs if not (self.same and pair[0] == pair[1])]
         if not fitted:
             raise PscopeError("every layer is mapped to itself, which needs no fit; name others")
-        moments = Moments(fitted, self.source.hidden_size, self.target.hidden_size, self.source.device)
-        for x, y, of in self._states(paired, moments.sources, moments.targets):
-            moments.add(x, y, torch.tensor([fold_of(texts[text]) for text in of]))
-            progress(moments.positions)
-        found = {pair: moments.fit(pair, self.ridge) for pair in fitted}
+        found: dict[Pair, Fitted] = {}
+        means: dict[int, Tensor] = {}
+        groups = self._groups(fitted)
+        for number, group in enumerate(groups):
+            moments = Moments(group, self.source.hidden_size, self.target.hidden_size, self.source.device)
+            for x, y, of in self._states(paired, moments.sources, moments.targets):
+                moments.add(x, y, torch.tensor([fold_of(texts[text]) for text in of]))
+                progress((number * positions + moments.positions) // len(groups))
+            found |= {pair: _single(moments.fit(pair, self.ridge)) for pair in group}
+            means |= {layer: moments.mean(layer).float().cpu() for layer in moments.targets}
+            # Those of the next group would stand beside them.
+            del moments
         themselves: dict[Pair, Mapping] = {pair: IDENTITY for pair in self.pairs if pair not in found}
         origin = Origin(
             kind="affine",
             source=End.of(self.source),
             target=End.of(self.target),
             texts=len(paired),
-            positions=moments.positions,
+            positions=positions,
             data_sha256=digest(texts),
             ridge={pair: of.ridge for pair, of in found.items()},
             r2={pair: of.r2 for pair, of in found.items()},
             settings={"into": self.into and self.into.text, "shuffled": self.shuffled is not None},
         )
-        folds = zip(*([(pair, _single(fold)) for fold in of.folds] for pair, of in found.items()), strict=True)
-        whole = {pair: _single(of.whole) for pair, of in found.items()}
-        means = {layer: moments.mean(layer).float().cpu() for layer in moments.targets}
-        return MappingSet(themselves | whole, origin, tuple(themselves | dict(fold) for fold in folds), means)
+        folds = (themselves | {pair: of.folds[fold] for pair, of in found.items()} for fold in range(FOLDS))
+        whole = themselves | {pair: of.whole for pair, of in found.items()}
+        return MappingSet(whole, origin, tuple(folds), means)
+
+    def _groups(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
+        """The pairs in groups whose sums fit in the memory for them, those of a source layer together where they do."""
+        own, theirs = sums_bytes(self.source.hidden_size, self.target.hidden_size)
+        groups: list[list[Pair]] = []
+        room = 0
+        for pair in sorted(pairs):
+            needed = theirs if groups and groups[-1][-1][0] == pair[0] else own + theirs
+            if needed > room:
+                groups.append([])
+                room, needed = SUMS, own + theirs
+            groups[-1].append(pair)
+            room -= needed
+        return groups
 
     def _states(
         self, paired: Sequence[Paired], sources: list[int], targets: list[int]
     ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """States x and y, (positions, layers, width), and the text of each, chunk by chunk."""
         bytes_each = 4 * (len(sources) * self.source.hidden_size + len(targets) * self.target.hidden_size)
-        lens = logit_lens(self.source)
+        lens = None if self.into is None else logit_lens(self.source)
         random = None if self.shuffled is None else torch.Generator().manual_seed(self.shuffled)
         for part in _chunks(paired, max(1, CHUNK // bytes_each)):
             own = [each.source for each in part]
@@ -107,7 +131,7 @@ class Fit:
             yield x, y, [each.text for each in own for _ in each.positions]
 
     def _read(
-        self, own: list, theirs: list, sources: list[int], targets: list[int], lens: Patchscope
+        self, own: list, theirs: list, sources: list[int], targets: list[int], lens: Patchscope | None
     ) -> tuple[Tensor, Tensor]:
         def states(model: LanguageModel, items: list, layers: list[int]) -> Tensor:
             return capture(model, [item.prompt for item in items], [item.positions for item in items], layers)
@@ -151,5 +175,10 @@ def _chunks(paired: Sequence[Paired], positions: int) -> Iterator[list[Paired]]:
         yield chunk
 
 
-def _single(mapping: Affine) -> Affine:
-    return Affine(mapping.weight.float().cpu(), mapping.bias.float().cpu())
+def _single(fitted: Fitted) -> Fitted:
+    """The same maps in single precision, on the CPU."""
+
+    def single(mapping: Affine) -> Affine:
+        return Affine(mapping.weight.float().cpu(), mapping.bias.float().cpu())
+
+    return replace(fitted, whole=single(fitted.whole), folds=tuple(map(single, fitted.folds)))

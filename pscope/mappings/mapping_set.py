@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 
@@ -83,7 +83,10 @@ class MappingSet:
             for row, text in enumerate(texts):
                 groups.setdefault(fold_of(text) if text is not None and self.folds else -1, []).append(row)
             rows = [row for group in groups.values() for row in group]
-            parts = [self.at(pair, texts[group[0]])(states[group, number]) for group in groups.values()]
+            # Those of one pair at a time: all of a large model's take more than a GPU has beside it.
+            parts = [
+                self.at(pair, texts[group[0]]).to(states.device)(states[group, number]) for group in groups.values()
+            ]
             mapped.append(torch.cat(parts)[torch.tensor(rows).argsort()])
         return torch.stack(mapped, dim=1)
 
@@ -123,20 +126,6 @@ class MappingSet:
         """Mappings between the same layers that say nothing of the state: all become the mean of the target layer."""
         maps: dict[Pair, Mapping] = {pair: Constant(self.means[pair[1]]) for pair in self.maps}
         return MappingSet(maps, replace(self.origin, kind="mean state", ridge={}, r2={}))
-
-    def to(self, device: torch.device | str) -> MappingSet:
-        """The same mappings with their numbers on a device."""
-        return self._each(lambda mapping: mapping.to(device))
-
-    def then(self, after: Mapping) -> MappingSet:
-        """The same mappings, each followed by another."""
-        return self._each(lambda mapping: mapping.then(after))
-
-    def _each(self, change: Callable[[Mapping], Mapping]) -> MappingSet:
-        def all_of(maps: dict[Pair, Mapping]) -> dict[Pair, Mapping]:
-            return {pair: change(mapping) for pair, mapping in maps.items()}
-
-        return replace(self, maps=all_of(self.maps), folds=tuple(map(all_of, self.folds)))
 
 
 def fold_of(text: str) -> int:

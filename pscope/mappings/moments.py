@@ -116,6 +116,11 @@ class Moments:
         return [(layer, states[:, number].to(self._device, torch.float64)) for number, layer in enumerate(layers)]
 
 
+def sums_bytes(width: int, target_width: int) -> tuple[int, int]:
+    """What `Moments` holds for a source layer, and for each pair of it with a target layer."""
+    return 8 * FOLDS * (width + 1) ** 2, 8 * FOLDS * (width + 1) * target_width
+
+
 def check_enough(positions: int, width: int) -> None:
     """Raise PscopeError if so many positions are too few for a map from states of that width."""
     if positions < PER_DIMENSION * width:

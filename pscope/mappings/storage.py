@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Callable, Sequence
 from collections.abc import Mapping as Dict
+from collections.abc import Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
 from pathlib import Path
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pscope.errors import DataError, PscopeError
+from pscope.files import written_whole
 from pscope.mappings import mapping as kinds
 from pscope.mappings.mapping import Mapping
 from pscope.mappings.mapping_set import FOLDS, End, MappingSet, Origin
@@ -61,7 +61,8 @@ def save_mappings(mappings: MappingSet, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         if mappings.folds:
             _write(folder / FOLD_WEIGHTS, mappings.folds, mappings.origin)
-        _write_whole(folder / CARD, lambda path: path.write_text(_card(mappings), "utf-8"))
+        with written_whole(folder / CARD) as path:
+            path.write_text(_card(mappings), "utf-8")
         # Last, since a folder that has them is one of ours, and whole.
         _write(folder / WEIGHTS, [mappings.maps], mappings.origin, mappings.means)
     except OSError as error:
@@ -71,12 +72,12 @@ def save_mappings(mappings: MappingSet, folder: Path) -> None:
 def read_mappings(name: str | Path, source: LanguageModel, target: LanguageModel | None = None) -> MappingSet:
     """Mappings from a folder or file, ours or another's lens (see `readers`), or from the hub by their id.
 
-    Their numbers are put where the target model is, by default the same one. Raises PscopeError if they do not lead
-    from `source` to `target`, or are damaged.
+    Raises PscopeError if they do not lead from `source` to `target`, by default the same model, or are damaged.
     """
     path = Path(name)
     if not path.exists():
         path = _fetch(str(name))
+    path = path.parent if path.name == WEIGHTS else path
     if (path / WEIGHTS).exists():
         origin, (maps,), means = _read(path / WEIGHTS)
         folds = _read(path / FOLD_WEIGHTS)[1] if (path / FOLD_WEIGHTS).exists() else ()
@@ -85,9 +86,8 @@ def read_mappings(name: str | Path, source: LanguageModel, target: LanguageModel
         mappings = read_foreign(path, source)
         if mappings is None:
             raise DataError(f"{path} holds neither {WEIGHTS} nor a lens of a known kind (tuned, Jacobian, SelfIE)")
-    target = source if target is None else target
-    mappings.check(source, target)
-    return mappings.to(target.device)
+    mappings.check(source, source if target is None else target)
+    return mappings
 
 
 def digest_of(mappings: MappingSet) -> str:
@@ -115,7 +115,8 @@ def _write(
         **{name: {_arrow(pair): value for pair, value in getattr(origin, name).items()} for name in ("ridge", "r2")},
     }
     metadata = {"pscope": json.dumps({"format": FORMAT, "origin": plain, "maps": told})}
-    _write_whole(path, lambda beside: save_file(tensors, beside, metadata))
+    with written_whole(path) as unfinished:
+        save_file(tensors, unfinished, metadata)
 
 
 def _read(path: Path) -> tuple[Origin, list[dict[Pair, Mapping]], dict[int, Tensor]]:
@@ -168,16 +169,6 @@ def _made(told: dict, file: safe_open) -> Mapping:
         else:
             values[field] = tuple(_made(each, file) for each in value) if isinstance(value, list) else value
     return _KINDS[values.pop("kind")](**values)
-
-
-def _write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """A file is there whole or not at all."""
-    beside = path.with_name(f".{os.getpid()}.{path.name}")
-    try:
-        write(beside)
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def _fetch(name: str) -> Path:

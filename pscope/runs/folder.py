@@ -18,6 +18,7 @@ from matplotlib.figure import Figure
 
 from pscope.errors import RunError
 from pscope.experiments.experiment import Unit
+from pscope.files import beside, written_whole
 from pscope.runs.parts import Parts
 
 SETTINGS = "settings.json"
@@ -59,12 +60,12 @@ class Run:
         self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            beside = self._beside(SETTINGS)
+            unfinished = beside(self.folder / SETTINGS)
             try:
-                _write_json(settings, beside, indent=2)
-                _link(beside, self.folder / SETTINGS)
+                _write_json(settings, unfinished, indent=2)
+                _link(unfinished, self.folder / SETTINGS)
             finally:
-                beside.unlink(missing_ok=True)
+                unfinished.unlink(missing_ok=True)
         except FileExistsError:
             return False
         except BaseException as error:
@@ -225,21 +226,15 @@ class Run:
         """What processes hold, or did not come to rename."""
         return [*self.folder.glob(".*.lock"), *self.folder.glob(".[0-9]*.*")]
 
-    def _beside(self, name: str) -> Path:
-        return self.folder / f".{os.getpid()}.{name}"
-
     @contextmanager
     def _whole(self, name: str) -> Iterator[Path]:
         """A path to write to; what stands there afterwards becomes the file `name`, and nothing is left if it fails."""
-        path, beside = self.folder / name, self._beside(name)
+        path = self.folder / name
         try:
-            yield beside
-            beside.replace(path)
+            with written_whole(path) as unfinished:
+                yield unfinished
         except OSError as error:
             raise _cannot_write(path, error) from error
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
 
 
 def check_writable(folder: Path) -> None:
@@ -265,15 +260,15 @@ def _refuse_used(folder: Path) -> None:
         raise RunError(f"{folder} is not empty; name a new folder with --out")
 
 
-def _link(beside: Path, path: Path) -> None:
+def _link(unfinished: Path, path: Path) -> None:
     """Give a file its name, if no other has it: unlike a renaming, this never takes the place of one."""
     try:
-        os.link(beside, path)
+        os.link(unfinished, path)
     except OSError as error:
         if error.errno not in _NO_LINKS:
             raise
         with path.open("xb") as file:
-            file.write(beside.read_bytes())
+            file.write(unfinished.read_bytes())
 
 
 def _write_json(what: object, path: Path, indent: int = 1) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 import pandas as pd
@@ -14,6 +13,7 @@ import pyarrow.parquet as pq
 
 from pscope.errors import RunError
 from pscope.experiments.experiment import Unit
+from pscope.files import written_whole
 
 _UNITS, _ROWS = b"pscope.units", b"pscope.rows"
 
@@ -68,16 +68,12 @@ class Parts:
         digests = {_UNITS: self._of(number), _ROWS: _digest(table.to_pandas())}
         table = table.replace_schema_metadata({**table.schema.metadata, **digests})
         path = self._path(number)
-        beside = path.with_name(f".{os.getpid()}.{path.name}")
         try:
             self.folder.mkdir(exist_ok=True)
-            pq.write_table(table, beside)
-            beside.replace(path)
+            with written_whole(path) as unfinished:
+                pq.write_table(table, unfinished)
         except OSError as error:
             raise RunError(f"cannot write {path}: {os.strerror(error.errno) if error.errno else error}") from error
-        finally:
-            with suppress(OSError):
-                beside.unlink(missing_ok=True)
 
     def table(self) -> pd.DataFrame:
         """The rows of all parts, in the order of the units. Raises RunError if one is missing or damaged."""
