@@ -27,15 +27,24 @@ REFUSED = {
 EAGER = ["llama", "mistral", "gemma2", "gemma3_text", "gpt2", "gpt_neox", "bloom", "opt", "qwen3_moe", "cohere2"]
 
 
+class Numbers:
+    """A tokenizer of texts that are token ids."""
+
+    is_fast = False
+
+    def __call__(self, text, **options):
+        return {"input_ids": [int(number) for number in text.split()]}
+
+
 def prompt(ids, position):
-    return Prompt("", tuple(ids), ("",) * len(ids), (position,))
+    return Prompt(" ".join(map(str, ids)), tuple(ids), ("",) * len(ids), (position,))
 
 
 @cache
 def model_of(name: str) -> tuple[LanguageModel, torch.nn.ModuleList]:
     """The model, and its decoder layers as they are known, not as pscope finds them."""
     hf, layers = build(name)
-    return LanguageModel(hf, None, name), layers
+    return LanguageModel(hf, Numbers(), name), layers
 
 
 @cache
@@ -49,6 +58,21 @@ def random_states(model: LanguageModel) -> torch.Tensor:
     own = capture(model, [prompt(TOKENS, 7)])[0]
     noise = torch.randn(own.shape, generator=torch.Generator().manual_seed(2))
     return noise * own.std(dim=-1, keepdim=True)
+
+
+def assert_scores_agree(scope, layers):
+    """The scores of two tokens after rows patched at every layer, and after the clean row, against the one-row loop."""
+    model, target = scope.model, scope.target
+    states, everywhere = random_states(model), range(model.n_layers + 1)
+    tokens = TOKENS[3:5]
+    scores = scope.score(states, everywhere, f" {tokens[0]} {tokens[1]}")
+    own = hidden_states(model.hf, layers, target.ids)[0, target.position]
+    found = scores.patched.log_probabilities, scores.clean.log_probabilities[:1]
+    for layer, state, got in zip([*everywhere, 0], [*states, own], torch.cat(found), strict=True):
+        ids = [*target.ids, *tokens]
+        logits = patched_logits(model.hf, layers, ids, target.position, layer, state)[-3:-1].double()
+        expected = logits.log_softmax(-1)[[0, 1], tokens]
+        assert ((got - expected).abs() / logits.std(-1)).max() < TOLERANCE
 
 
 def assert_close(got, expected):
@@ -81,6 +105,7 @@ def test_an_architecture(name):
     assert check_structure(model).layers is layers
     for where in POSITIONS:
         assert_rows_agree(scope_of(name, where), layers)
+        assert_scores_agree(scope_of(name, where), layers)
 
     prompts = [prompt(TOKENS[:length], length - 1) for length in (20, 5, 13)]
     states = capture(model, prompts)

@@ -135,15 +135,15 @@ def test_a_scaled_state_is_no_rounding(own, monkeypatch):
     check = Patchscope(model, model.prompt(TARGET)).check
     assert check.path == "staircase"
     assert check.difference <= check.tolerance < 0.5
-    start = pscope.engine.staircase.Staircase.start
+    climb = pscope.engine.staircase.Staircase._climb
     # Everywhere, and at each layer alone; the tail's norm takes the length out of what enters at the last.
     for layer in (None, 0, 2, 3):
 
-        def scaled(self, states, layers, new_tokens=0, layer=layer):
+        def scaled(self, states, layers, new_tokens, last, layer=layer):
             factors = torch.where(layers == layer, 1.1, 1.0) if layer is not None else torch.full(layers.shape, 1.1)
-            return start(self, (states * factors[:, None, None]).to(states.dtype), layers, new_tokens)
+            return climb(self, (states * factors[:, None, None]).to(states.dtype), layers, new_tokens, last)
 
-        monkeypatch.setattr(pscope.engine.staircase.Staircase, "start", scaled)
+        monkeypatch.setattr(pscope.engine.staircase.Staircase, "_climb", scaled)
         assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"
 
 

@@ -92,12 +92,12 @@ def test_own_state_in_its_own_place_is_the_clean_row(tiny, at):
 
 
 def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypatch):
-    start = Staircase.start
+    climb = Staircase._climb
 
-    def off_by_a_little(self, states, target_layers, new_tokens=0):
-        return start(self, states * 1.05, target_layers, new_tokens)
+    def off_by_a_little(self, states, target_layers, new_tokens, last):
+        return climb(self, states * 1.05, target_layers, new_tokens, last)
 
-    monkeypatch.setattr(Staircase, "start", off_by_a_little)
+    monkeypatch.setattr(Staircase, "_climb", off_by_a_little)
     scope = Patchscope(tiny, tiny.prompt(TARGET))
     assert scope.check.path == "plain"
     assert "off" in str(scope.check)
@@ -121,9 +121,9 @@ def test_quantised_weights_round_like_half_precision(tiny, monkeypatch):
 
 def spoil(monkeypatch, model, wrong):
     """Let passes give logits that are off by `wrong(ids, cache)`."""
-    step = type(model).next_token_logits
+    step = type(model).logits
     monkeypatch.setattr(
-        type(model), "next_token_logits", lambda self, ids, cache=None: step(self, ids, cache) + wrong(ids, cache)
+        type(model), "logits", lambda self, ids, cache=None, last=1: step(self, ids, cache, last) + wrong(ids, cache)
     )
 
 

@@ -5,7 +5,7 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pscope import Every, PromptError
-from pscope.models.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_token, tokenize, written_out
+from pscope.models.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_tokens, tokenize, written_out
 
 SPECIAL = [("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)]
 
@@ -148,12 +148,14 @@ def test_words_written_out_in_the_place_of_the_marked_token(tokenizer, bos_eos_t
         written_out(tokenize(ByT5Tokenizer(), "one x"), "a")
 
 
-def test_the_token_that_goes_on_after_a_prompt(tokenizer, bos_eos_tokenizer):
+def test_the_tokens_that_go_on_after_a_prompt(tokenizer, bos_eos_tokenizer):
     for tok in (tokenizer, bos_eos_tokenizer):
         prompt = tokenize(tok, "The capital of x is")
-        assert tok.convert_ids_to_tokens(continuing_token(tok, prompt, "Tokyo")) == "ĠTokyo"
-    with pytest.raises(PromptError, match="is not tokenised as its continuation"):
-        continuing_token(tokenizer, tokenize(tokenizer, "x  "), "  \n")
+        assert tok.convert_ids_to_tokens(list(continuing_tokens(tok, prompt, " Tokyo"))) == ["ĠTokyo"]
+        assert tok.decode(continuing_tokens(tok, prompt, " Tokyo, of course")) == " Tokyo, of course"
+    for text, fault in (("  \n", "is not tokenised as its continuation"), ("", "something in it"), (3, "not 3")):
+        with pytest.raises(PromptError, match=fault):
+            continuing_tokens(tokenizer, tokenize(tokenizer, "x  "), text)
 
 
 def test_each_token_has_its_place_in_the_text(tokenizer, bos_eos_tokenizer):

@@ -7,6 +7,8 @@ marked position i*. Each row brings its state, f(h), and its target layer ℓ*.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from typing import Literal, NamedTuple
 
 import torch
@@ -14,11 +16,12 @@ from torch import Tensor
 
 from pscope.engine.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
 from pscope.engine.plain import PlainPath
+from pscope.engine.scores import MEASURES, Choices, Measure, Scores, Tokens, choose_rows, score_rows
 from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
 from pscope.engine.staircase import Staircase
 from pscope.errors import PromptError, PscopeError, RowError
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt
+from pscope.models.prompts import Prompt, continuing_tokens
 from pscope.models.residual import check_layer, others_intervene
 
 MEMORY = 2**30
@@ -72,10 +75,9 @@ class Patchscope:
         if path not in ("auto", *PATHS):
             raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
         self.model, self.target, self.memory = model, target, memory
-        self._chosen: tuple[Staircase | PlainPath, SelfCheck] | None = None
-        self._whole_prompts = PATHS["uncached"](model, target) if path == "auto" else None
-        if path != "auto":
-            self._chosen = PATHS[path](model, target), SelfCheck(path, "asked for, not checked")
+        self._asked = None if path == "auto" else SelfCheck(path, "asked for, not checked")
+        self._checks: dict[int, SelfCheck] = {}
+        self._paths: dict[tuple[PathName, Tokens], Staircase | PlainPath] = {}
         self._now()
 
     def __repr__(self) -> str:
@@ -92,7 +94,11 @@ class Patchscope:
         finite.
         """
         states, layers = self._checked(states, target_layers)
-        return (self._read(path, part, states[part], layers[part]) for path, part in self._passes(len(states)))
+        # A view of the clean row would keep the logits of all rows.
+        return (
+            Logits(slice(int(rows[0]), int(rows[-1]) + 1), logits[1:, -1], logits[0, -1].clone())
+            for rows, logits in self._read(states, layers, torch.arange(len(states)))
+        )
 
     def generate(
         self,
@@ -118,6 +124,60 @@ class Patchscope:
         ]
         return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
 
+    def score(
+        self,
+        states: Tensor,
+        target_layers: Sequence[int] | int,
+        continuation: str | Sequence[str],
+        *,
+        ranks: bool = False,
+    ) -> Scores:
+        """How probable a given continuation is after the target, where each of `states`, (rows, hidden), is patched in.
+
+        The continuation is one text for all rows, or one for each, and begins with a blank where a word follows the
+        target. Rows of one continuation share passes over target and continuation. With `ranks` also the place of each
+        token among the vocabulary. Raises PromptError for a continuation whose tokens do not follow those of the
+        target, RowError if the logits of a row are not finite.
+        """
+        states, layers = self._checked(states, target_layers)
+        texts = [continuation] * len(states) if isinstance(continuation, str) else list(continuation)
+        if len(texts) != len(states):
+            raise PscopeError(
+                f"{len(states)} states came with {len(texts)} continuations; give one for all, or for each"
+            )
+        tokens = {text: self._following(text) for text in dict.fromkeys(texts)}
+        return score_rows(partial(self._read, states, layers), [tokens[text] for text in texts], ranks)
+
+    def choose(
+        self,
+        states: Tensor,
+        target_layers: Sequence[int] | int,
+        candidates: Sequence[str],
+        *,
+        by: Measure = "start",
+    ) -> Choices:
+        """Which of some candidates goes on most probably after the target, where each of `states` is patched in.
+
+        Candidates begin with a blank where a word follows the target. They are held against each other by the
+        log-probability of their "start", the fewest first tokens that tell them apart; of the "whole"; or by the "mean"
+        over all tokens. One that another one begins with, as "Guinea" and "Guinea-Bissau" do, is scored as not going
+        on so. By "start", a pass that reads all first tokens is nearly all there is to do: candidates that begin alike
+        are only told apart in rows where their beginning is more probable than all others, and elsewhere have the score
+        of what they share.
+
+        Raises PscopeError if there are no candidates, some with the same tokens, or no such measure; PromptError for
+        one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
+        """
+        states, layers = self._checked(states, target_layers)
+        if by not in MEASURES:
+            raise PscopeError(f"candidates are not measured by {by!r}; one of {', '.join(MEASURES)}")
+        if isinstance(candidates, str) or not candidates:
+            raise PscopeError(f"candidates are a list of texts, not {candidates!r}")
+        tokens = [self._following(text) for text in candidates]
+        if len(set(tokens)) < len(tokens):
+            raise PscopeError(f"some of the candidates {list(candidates)} have the same tokens")
+        return choose_rows(partial(self._read, states, layers), len(states), tokens, by)
+
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
         return max(1, self.memory // self._now()[0].row_bytes(new_tokens))
@@ -125,22 +185,41 @@ class Patchscope:
     @property
     def check(self) -> SelfCheck:
         """What the self-check found, or, while there was no moment for it, why whole prompts are run."""
-        return self._now()[1] if self._chosen is None else self._chosen[1]
+        return self._checks.get(0) or self._now()[1]
 
     @property
     def path(self) -> PathName:
         """The path that a call would take now."""
         return self._now()[1].path
 
-    def _now(self) -> tuple[Staircase | PlainPath, SelfCheck]:
-        """The path for the hooks that stand on the model now. Without any of others, the first call chooses it."""
-        if self._whole_prompts is not None and others_intervene(self.model):
-            return self._whole_prompts, SelfCheck("uncached", "hooks of others may have to see whole prompts")
-        if self._chosen is None:
-            self._chosen = choose_path(self.model, self.target)
-        return self._chosen
+    def _now(self, forced: Tokens = ()) -> tuple[Staircase | PlainPath, SelfCheck]:
+        """The path for the hooks that stand on the model now, over the target and the tokens that are to follow it.
 
-    def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> tuple[Tensor, list[int]]:
+        Without hooks of others, the first call for so many tokens chooses it.
+        """
+        target = self.target
+        if forced:
+            target = replace(target, ids=target.ids + forced, tokens=target.tokens + ("",) * len(forced))
+        check = self._asked
+        if check is None and others_intervene(self.model):
+            check = SelfCheck("uncached", "hooks of others may have to see whole prompts")
+        if check is None:
+            if len(forced) not in self._checks:
+                path, check = choose_path(self.model, target)
+                self._checks[len(forced)], self._paths[check.path, forced] = check, path
+            check = self._checks[len(forced)]
+        if (check.path, forced) not in self._paths:
+            self._paths[check.path, forced] = PATHS[check.path](self.model, target)
+        return self._paths[check.path, forced], check
+
+    def _following(self, text: str) -> Tokens:
+        """The tokens of a text that follows the target. Raises PromptError."""
+        tokens = continuing_tokens(self.model.tokenizer, self.target, text)
+        # What comes after its last token is not asked.
+        self.model.check_window(len(self.target) + len(tokens) - 1)
+        return tokens
+
+    def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> tuple[Tensor, Tensor]:
         """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
         positions, hidden = len(self.target.positions), self.model.hidden_size
         if states.shape[1:] not in [(hidden,), (positions, hidden)]:
@@ -159,38 +238,45 @@ class Patchscope:
             check_layer(self.model, layer)
         if states.ndim == 2:
             states = states[:, None].expand(-1, positions, -1)
-        return states, layers
+        return states, torch.tensor(layers)
 
-    def _passes(self, rows: int, decoding: Decoding | None = None) -> Iterator[tuple[Staircase | PlainPath, slice]]:
-        """The parts of so many rows that share a pass, each with the path for what stands on the model by then."""
+    def _read(
+        self, states: Tensor, layers: Tensor, rows: Tensor, forced: Tokens = (), last: int = 1
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """The logits of some rows where tokens are forced to follow the target: see `scores.Read`."""
+        start = 0
+        while start < len(rows):
+            path, _ = self._now(forced)
+            part = rows[start : start + max(1, self.memory // path.row_bytes(0, last))]
+            logits = path.read(states[part.to(states.device)], layers[part], last)
+            for place in range(last):
+                check_finite(logits[:, place], torch.cat([torch.tensor([-1]), part]))
+            yield part, logits
+            start += len(part)
+
+    def _passes(self, rows: int, decoding: Decoding) -> Iterator[tuple[Staircase | PlainPath, slice]]:
+        """The parts of so many rows that go on together, each with the path for what stands on the model by then."""
         start = 0
         while start < rows:
             path, _ = self._now()
-            row_bytes = path.row_bytes(0 if decoding is None else decoding.new_tokens)
-            if decoding is not None:
-                row_bytes += decoding.choosing_bytes(self.model.config.vocab_size)
+            row_bytes = path.row_bytes(decoding.new_tokens) + decoding.choosing_bytes(self.model.config.vocab_size)
             part = slice(start, min(start + max(1, self.memory // row_bytes), rows))
             yield path, part
             start = part.stop
-
-    def _read(self, path: Staircase | PlainPath, part: slice, states: Tensor, layers: list[int]) -> Logits:
-        rows = path.start(states, torch.tensor(layers))
-        check_finite(rows.logits, _numbers(part))
-        # A view of the clean row would keep the logits of all rows.
-        return Logits(part, rows.logits[1:], rows.logits[0].clone())
 
     def _speak(
         self,
         path: Staircase | PlainPath,
         part: slice,
         states: Tensor,
-        layers: list[int],
+        layers: Tensor,
         decoding: Decoding,
         draws: Tensor,
         settled: Settled | None,
     ) -> Continuations:
-        rows = path.start(states, torch.tensor(layers), decoding.new_tokens)
-        numbers = _numbers(part).tolist()
+        rows = path.start(states, layers, decoding.new_tokens)
+        # The clean row comes first.
+        numbers = [-1, *range(part.start, part.stop)]
 
         def settled_here(row: int, text: str) -> bool:
             return row > 0 and settled(numbers[row], text)
@@ -201,8 +287,3 @@ class Patchscope:
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error
         return Continuations(spoken, clean)
-
-
-def _numbers(part: slice) -> Tensor:
-    """The numbers of the rows of a pass, the clean one (-1) first, among all the rows that were given."""
-    return torch.tensor([-1, *range(part.start, part.stop)])

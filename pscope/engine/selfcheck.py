@@ -119,7 +119,7 @@ class _Trial:
             rows.keep(kept)
             rows.step(tokens[kept])
             answers.append(rows.logits)
-        return [*answers, path.start(self.states, self.layers).logits]
+        return [*answers, path.read(self.states, self.layers)[:, -1]]
 
     def allowed(self, yardstick: PlainPath, expected: list[Tensor]) -> list[Tensor]:
         """How far the logits of each row may be from those expected, (rows,) for each answer."""

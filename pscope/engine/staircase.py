@@ -39,11 +39,20 @@ class Staircase:
             model, lambda rows: model.next_token_logits(self._suffix(rows), _grown(prefix, rows))
         )
 
-    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int = 0) -> CachedRows:
+    def read(self, states: Tensor, target_layers: Tensor, last: int = 1) -> Tensor:
         """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,).
 
-        Returns the clean row followed by the patched ones, with room in their cache for `new_tokens`.
+        Returns the logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab).
         """
+        return self._climb(states, target_layers, 0, last)[0]
+
+    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int) -> CachedRows:
+        """As `read`, for rows that go on, the clean row first: with room in their cache for `new_tokens`, 1 or more."""
+        logits, cache = self._climb(states, target_layers, new_tokens, 1)
+        return CachedRows(self.model, cache, logits[:, -1])
+
+    def _climb(self, states: Tensor, target_layers: Tensor, new_tokens: int, last: int) -> tuple[Tensor, Cache]:
+        """The logits of the clean row and the patched ones, (1 + rows, last, vocab), and their cache."""
         total, top = len(states) + 1, self.model.n_layers
         edits = {
             layer: _join(states[target_layers == layer], self._places) for layer in target_layers.unique().tolist()
@@ -58,14 +67,14 @@ class Staircase:
             # Anew in every pass: weights and other people's edits may have changed since the last one.
             cache = _grown(self._run_prefix(), total, len(self._suffix_ids) + new_tokens if new_tokens else 0)
             with editing(self.model, edits), fitting(self.model, self._batch_axes):
-                logits = self.model.next_token_logits(self._suffix(total), cache)
+                logits = self.model.logits(self._suffix(total), cache, last)
         if new_tokens:
             cache.reorder_cache(given.to(self.model.device))
-        return CachedRows(self.model, cache, logits)
+        return logits, cache
 
-    def row_bytes(self, new_tokens: int) -> int:
+    def row_bytes(self, new_tokens: int, last: int = 1) -> int:
         """About how much memory a row takes at the top of the staircase, its keys and values included."""
-        return staircase_row_bytes(self.model, self._target, new_tokens)
+        return staircase_row_bytes(self.model, self._target, new_tokens, last)
 
     def _suffix(self, rows: int) -> Tensor:
         return torch.tensor([self._suffix_ids], device=self.model.device).expand(rows, -1)
@@ -79,7 +88,7 @@ class Staircase:
         return prefix
 
 
-def staircase_row_bytes(model: LanguageModel, target: Prompt, new_tokens: int) -> int:
+def staircase_row_bytes(model: LanguageModel, target: Prompt, new_tokens: int, last: int = 1) -> int:
     """About how much memory a row takes at the top of the staircase, its keys and values included."""
     prefix = min(target.positions)
     suffix = len(target) - prefix
@@ -88,7 +97,7 @@ def staircase_row_bytes(model: LanguageModel, target: Prompt, new_tokens: int) -
     else:
         # They are forgotten layer by layer.
         cached = 2 * max(layer.per_row + (prefix + suffix) * layer.per_token for layer in model.kept)
-    return cached + model.activation_bytes(suffix, prefix)
+    return cached + model.activation_bytes(suffix, prefix, last)
 
 
 def _grown(prefix: Cache, rows: int, room: int = 0) -> Cache:

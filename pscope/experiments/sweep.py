@@ -22,7 +22,7 @@ from pscope.experiments.grid import Pair, source_layers
 from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import answer_found, answer_settled
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt, continuing_token
+from pscope.models.prompts import Prompt, continuing_tokens
 from pscope.models.residual import capture
 
 PATCHED, RANDOM, CLEAN = "patched", "random vector", "clean target"
@@ -160,7 +160,7 @@ def first_token(
     `states` are (units, pairs, hidden), with one word for each unit; the token is the one right after the patched
     prompt. Raises PromptError for a word that cannot follow it.
     """
-    tokens = torch.tensor([continuing_token(scope.model.tokenizer, scope.target, word) for word in words])
+    tokens = torch.tensor([continuing_tokens(scope.model.tokenizer, scope.target, f" {word}")[0] for word in words])
     wanted = tokens.repeat_interleave(len(pairs))[:, None]  # (units × pairs, 1)
     ranks, probabilities = [], []
     for part in scope.logits(states.reshape(-1, states.shape[-1]), [target for _, target in pairs] * len(words)):

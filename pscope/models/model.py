@@ -137,8 +137,8 @@ class LanguageModel:
         """Whether weights are unpacked as they are used, which rounds otherwise for one row than for many."""
         return getattr(self.hf, "is_quantized", False)
 
-    def activation_bytes(self, tokens: int, attended: int = 0) -> int:
-        """About how much memory a row of `tokens` tokens takes in a forward pass, and its next-token logits after.
+    def activation_bytes(self, tokens: int, attended: int = 0, last: int = 1) -> int:
+        """About how much memory a row of `tokens` tokens takes in a forward pass, and the logits of its `last` ones.
 
         Each token attends to those of the row, and to `attended` more that came before.
         """
@@ -152,7 +152,7 @@ class LanguageModel:
             experts * (getattr(config, "moe_intermediate_size", None) or 0),
         )
         # The logits stand there up to three times: as they come, what is made of them, and those of the pass before.
-        values = tokens * (4 * self.hidden_size + 4 * width + 3 * intermediate) + 3 * config.vocab_size
+        values = tokens * (4 * self.hidden_size + 4 * width + 3 * intermediate) + 3 * last * config.vocab_size
         scores = 0
         if getattr(self.hf.config, "_attn_implementation", None) == "eager":
             # As they come, masked, and, in single precision, as probabilities.
@@ -233,12 +233,16 @@ class LanguageModel:
         names = ("cache", "past_key_values", "cache_params")
         return next((name for name in names if name in self._forward_parameters), None)
 
-    @torch.no_grad()
     def next_token_logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
-        """One forward pass; the logits after the last token.
+        """One forward pass; the logits after the last token, (batch, vocab). See `logits`."""
+        return self.logits(ids, cache)[:, -1]
 
-        `ids` is (batch, tokens); with a `cache`, they follow what it holds, and it is extended by them.
-        Returns (batch, vocab). Raises ModelError if a cache is given to a model that takes none.
+    @torch.no_grad()
+    def logits(self, ids: Tensor, cache: Cache | None = None, last: int = 1) -> Tensor:
+        """One forward pass; the logits after each of the `last` tokens, (batch, last, vocab).
+
+        `ids` is (batch, tokens); with a `cache`, they follow what it holds, and it is extended by them. Raises
+        ModelError if a cache is given to a model that takes none.
         """
         options: dict[str, object] = {"use_cache": cache is not None}
         if cache is not None:
@@ -247,13 +251,13 @@ class LanguageModel:
             options[self._cache_parameter] = cache
         if "logits_to_keep" in self._forward_parameters:
             # As an index, not as a number: for a number some models drop the other tokens half-way up.
-            options["logits_to_keep"] = torch.tensor([ids.shape[1] - 1], device=ids.device)
+            options["logits_to_keep"] = torch.arange(ids.shape[1] - last, ids.shape[1], device=ids.device)
         if "position_ids" in self._forward_parameters:
             start = self.first_position + (0 if cache is None else cache.get_seq_length())
             positions = torch.arange(start, start + ids.shape[1], device=ids.device)
             options["position_ids"] = positions.expand(ids.shape[0], -1)
         with self.lock:
-            return self.hf(input_ids=ids, **options).logits[:, -1]
+            return self.hf(input_ids=ids, **options).logits[:, -last:]
 
 
 def _bytes_of(value: object) -> int:

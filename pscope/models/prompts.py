@@ -158,12 +158,20 @@ def written_out(prompt: Prompt, words: str) -> str:
     return prompt.text[:start] + words + prompt.text[start + len(marked) :]
 
 
-def continuing_token(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, words: str) -> int:
-    """The first token of `words` where they go on after the prompt, a blank between. Raises PromptError."""
-    ids = _encode(tokenizer, f"{prompt.text} {words}")["input_ids"]
-    if len(ids) <= len(prompt) or tuple(ids[: len(prompt)]) != prompt.ids:
-        raise PromptError(f"{words!r} after {prompt.text!r} is not tokenised as its continuation")
-    return ids[len(prompt)]
+def continuing_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[int, ...]:
+    """The tokens of a text that goes on after the prompt, with a blank before it where there is to be one.
+
+    Raises PromptError for an empty text, and if the tokenizer cuts the prompt otherwise where the text follows.
+    """
+    if not isinstance(text, str) or not text:
+        raise PromptError(f"a continuation is a text with something in it, not {text!r}")
+    ids = tuple(_encode(tokenizer, prompt.text + text)["input_ids"])
+    if len(ids) <= len(prompt) or ids[: len(prompt)] != prompt.ids:
+        raise PromptError(
+            f"{text!r} after {prompt.text!r} is not tokenised as its continuation; most tokenizers need a blank before "
+            "a word, and none after the prompt"
+        )
+    return ids[len(prompt) :]
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:

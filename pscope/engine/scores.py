@@ -1,0 +1,153 @@
+"""Answers scored instead of said: how probable given continuations are after a patched target, and which is most so.
+
+The log-probabilities of a continuation's tokens are read in one pass over the target and the continuation, which a row
+of decoded tokens would cost many of.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+Tokens = tuple[int, ...]
+
+Measure = Literal["start", "whole", "mean"]
+"""What of a candidate is scored: the first tokens that tell it from the others, all of its tokens, or those on average.
+"""
+
+MEASURES: tuple[Measure, ...] = ("start", "whole", "mean")
+
+Read = Callable[[Tensor, Tokens, int], Iterator[tuple[Tensor, Tensor]]]
+"""From the numbers of patched rows, (rows,), tokens that follow the target, and how many of the last of all tokens are
+asked for: the logits after those, (1 + rows, last, vocab), the clean row first, with the numbers of the patched ones,
+chunk by chunk.
+"""
+
+
+class Scored(NamedTuple):
+    """The tokens of continuations, (rows, tokens): those of a shorter one are followed by NaN, and by rank 0."""
+
+    log_probabilities: Tensor
+    """In nats, of each token after those before it."""
+    ranks: Tensor | None
+    """How many tokens of the vocabulary are at least as probable there, the token itself included: from 1."""
+
+
+class Scores(NamedTuple):
+    """Continuations scored after the target prompt."""
+
+    patched: Scored
+    clean: Scored
+    """The same continuations after the target unpatched, the control."""
+
+
+class Choice(NamedTuple):
+    """What is chosen among candidates in each row."""
+
+    chosen: Tensor
+    """(rows,): the number of the most probable candidate."""
+    scores: Tensor
+    """(rows, candidates), in nats: the larger, the more probable. See `Patchscope.choose`."""
+    first: Tensor
+    """(rows, candidates): the log-probability of each candidate's first token."""
+
+
+class Choices(NamedTuple):
+    """A candidate chosen after the target prompt."""
+
+    patched: Choice
+    clean: Choice
+    """One row: what is chosen after the target unpatched, the control."""
+
+
+def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scores:
+    """Score the continuation of each patched row."""
+    shape = len(continuations), max(map(len, continuations))
+    found = torch.full((2, *shape), torch.nan)  # (patched and clean, rows, tokens)
+    places = torch.zeros((2, *shape), dtype=torch.long)
+    for tokens in dict.fromkeys(continuations):
+        alike = torch.tensor([row for row, own in enumerate(continuations) if own == tokens])
+        for rows, logits in read(alike, tokens[:-1], len(tokens)):
+            ids = torch.tensor(tokens, device=logits.device)[:, None]  # (tokens, 1)
+            own = logits.gather(-1, ids.expand(len(logits), -1, -1))  # (1 + rows, tokens, 1)
+            log_probabilities = _normalised(own, logits).squeeze(-1).cpu()
+            found[0, rows, : len(tokens)], found[1, rows, : len(tokens)] = log_probabilities[1:], log_probabilities[0]
+            if ranks:
+                place = (logits >= own).sum(dim=-1).cpu()
+                places[0, rows, : len(tokens)], places[1, rows, : len(tokens)] = place[1:], place[0]
+    patched, clean = (Scored(*both) for both in zip(found, places if ranks else (None, None), strict=True))
+    return Scores(patched, clean)
+
+
+def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Measure) -> Choices:
+    """Choose among distinct candidates after each of so many patched rows."""
+    pieces = [_start(candidate, candidates) if measure == "start" else candidate for candidate in candidates]
+    onward = [_onward(piece, pieces) for piece in pieces]
+    # Where its last token is scored, or where it is scored that a candidate does not go on as another one does.
+    stems = [piece if further else piece[:-1] for piece, further in zip(pieces, onward, strict=True)]
+    scores = torch.empty(1 + rows, len(candidates))  # the clean row first
+    everyone = torch.arange(1 + rows)
+    for here, logits in _with_clean(read, everyone, (), 1):
+        scores[here] = _normalised(logits[:, 0, [candidate[0] for candidate in candidates]], logits[:, 0]).cpu()
+    first = scores.clone()
+    scored = [not stem for stem in stems]
+    for stem in _longest(stems):
+        members = [n for n, own in enumerate(stems) if not scored[n] and own == stem[: len(own)]]
+        needed = everyone
+        if measure == "start" and any(scored):
+            # What the members have so far can only become less.
+            needed = (scores[:, members].amax(dim=1) >= scores[:, scored].amax(dim=1)).nonzero().squeeze(1)
+        if len(needed):
+            for here, logits in _with_clean(read, needed, stem, len(stem)):
+                for n in members:
+                    rest = [
+                        _normalised(logits[:, place, token], logits[:, place])
+                        for place, token in enumerate(pieces[n][1:])
+                    ]
+                    if onward[n]:
+                        further = _normalised(logits[:, len(rest), onward[n]], logits[:, len(rest)])
+                        rest.append((-further.exp().sum(dim=1).clamp(max=1)).log1p())
+                    scores[here, n] = first[here, n] + torch.stack(rest).sum(dim=0).cpu()
+        for n in members:
+            scored[n] = True
+    if measure == "mean":
+        scores /= torch.tensor([len(candidate) for candidate in candidates])
+    return Choices(
+        *(Choice(part.argmax(dim=1), part, own) for part, own in ((scores[1:], first[1:]), (scores[:1], first[:1])))
+    )
+
+
+def _start(candidate: Tokens, candidates: Sequence[Tokens]) -> Tokens:
+    """The fewest first tokens that tell a candidate from the others; all of it where another one begins with it."""
+    others = [other for other in candidates if other != candidate]
+    return next(
+        (candidate[:n] for n in range(1, len(candidate)) if all(other[:n] != candidate[:n] for other in others)),
+        candidate,
+    )
+
+
+def _onward(piece: Tokens, pieces: Sequence[Tokens]) -> list[int]:
+    """The tokens by which others go on that begin with a whole piece."""
+    return sorted({other[len(piece)] for other in pieces if len(other) > len(piece) and other[: len(piece)] == piece})
+
+
+def _longest(stems: Sequence[Tokens]) -> list[Tokens]:
+    """The stems that no other one goes on from."""
+    return [stem for stem in dict.fromkeys(stems) if stem and not _onward(stem, stems)]
+
+
+def _with_clean(read: Read, needed: Tensor, forced: Tokens, last: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Logits of the rows that are `needed`, of which the clean one is 0 and others are counted from 1."""
+    patched = needed[needed > 0] - 1
+    # A pass has a patched row at least, and brings the clean one along.
+    for rows, logits in read(patched if len(patched) else torch.tensor([0]), forced, last):
+        yield torch.cat([torch.tensor([0]), 1 + rows]), logits
+
+
+def _normalised(own: Tensor, logits: Tensor) -> Tensor:
+    """The logits of some tokens as log-probabilities, given those of the whole vocabulary, (…, vocab)."""
+    every = logits.float().logsumexp(dim=-1, keepdim=own.ndim == logits.ndim)
+    return own.float() - every
