@@ -84,20 +84,15 @@ def fig4(
     from pscope.experiments.experiment import permuted
     from pscope.experiments.held_out import FOLDS
     from pscope.experiments.known import PlainWords
-    from pscope.experiments.multi_hop import (
-        MultiHop,
-        answered_hops,
-        plain_hops,
-        shared_bridge,
-        summarise,
-        transcripts,
-    )
-    from pscope.show.multi_hop import answers_figure, answers_heatmaps, answers_table, walk_through
+    from pscope.experiments.multi_hop import MultiHop, MultiHopScores, answered_hops, plain_hops, shared_bridge
+    from pscope.experiments.multi_hop_summary import gains, summarise, transcripts
+    from pscope.experiments.scored_sweep import best_pairs
+    from pscope.show.multi_hop import answers_figure, answers_heatmaps, answers_table, gains_table, walk_through
 
     if chat and not model.tokenizer.chat_template:
         raise PscopeError(f"the tokenizer of {model.name} has no chat template; use --no-chat")
     chat = bool(model.tokenizer.chat_template) if chat is None else chat
-    pairs = grid.pairs(model, GRID)
+    pairs = grid.pairs(model)
     decoding, reasoning = pscope.Decoding(new_tokens), pscope.Decoding(cot_tokens)
     frame.read(repr(one) for one in composed)
     counts, kept = {"composed": len(composed)}, composed
@@ -115,34 +110,36 @@ def fig4(
     drawn = sorted(permuted(seed, len(kept))[: samples or (15 if grid.quick else 60)])
     asked = [kept[index] for index in ([(example or 1) - 1] if walking else drawn)]
     counts["asked"] = len(asked)
-    options = {"chat": chat, "reasoning": reasoning, "seed": seed, "memory": frame.memory}
-    experiment = MultiHop(model, asked, pairs, decoding, **options)
+    options = {"seed": seed, "memory": frame.memory}
+    saying = {"chat": chat, "reasoning": reasoning, **options}
+    told = {"queries": " ".join(query) if query else str(queries or "composed of the relations shipped with pscope")}
+    told |= {"counts": counts, "chat": chat, "folds": FOLDS, "seed": seed}
     tell("queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-    if not walking:
-        warn_few({"queries": len(asked), "bridges": len({shared_bridge(one) for one in asked})})
-    tell_price(experiment, new_tokens)
-    table = frame.carry_out(
-        experiment,
-        queries=" ".join(query) if query else str(queries or "composed of the relations shipped with pscope"),
-        counts=counts,
-        pairs=pairs,
-        chat=chat,
-        folds=FOLDS,
-        seed=seed,
-    )
-    frame.note("queries", transcripts(table, asked))
     if walking:
+        said_at = grid.coarse(model, GRID)
+        said = frame.carry_out(MultiHop(model, asked, said_at, decoding, **saying), **told, pairs=said_at)
+        frame.note("queries", transcripts(said, asked))
         frame.finish()
-        for shown in walk_through(asked[0], table):
+        for shown in walk_through(asked[0], said):
             out.print(shown, soft_wrap=isinstance(shown, str))
         tell(f"table: {frame.folder / 'table.parquet'}")
         return
-    summary = summarise(table, seed)
+    warn_few({"queries": len(asked), "bridges": len({shared_bridge(one) for one in asked})})
+    experiment = MultiHopScores(model, asked, pairs, among=composed, by=grid.score.value, **options)
+    tell_price(experiment)
+    scores = frame.score(experiment, **told, scored_by=grid.score.value, pairs=pairs)
+    said_at = grid.said(model, GRID, None if scores is None else best_pairs(scores, "method", ["query"]))
+    said = frame.say(MultiHop(model, asked, said_at, decoding, **saying), said_at=said_at)
+    frame.note("queries", transcripts(said, asked))
+    summary, gained = summarise(scores, said, seed), gains(scores, seed)
     frame.note("summary", summary)
+    frame.note("gains", gained)
     steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
     lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
     figure = frame.draw(answers_figure(summary, f"{model.name}, {len(asked)} queries\n{lengths}"))
-    heatmaps = frame.draw(answers_heatmaps(table, model.name), "heatmaps")
+    heatmaps = frame.draw(answers_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(answers_table(summary, lengths))
-    tell(f"table: {frame.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}")
+    if len(gained):
+        out.print(gains_table(gained))
+    tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")

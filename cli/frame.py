@@ -244,7 +244,27 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, self.name)
             raise typer.Exit
+        table = self._stage("table", experiment, settings, last=True)
+        if table is None:
+            raise typer.Exit
+        return table
+
+    def score(self, experiment: Experiment, **settings: object) -> pd.DataFrame | None:
+        """As `carry_out`, where something is to be said afterwards: the table, for all processes; None in a dry run."""
+        if self._run.dry_run:
+            self._plan(experiment, "scores")
+            return None
         table = self._stage("table", experiment, settings)
+        if table is None:
+            raise typer.Exit
+        return table
+
+    def say(self, experiment: Experiment, **settings: object) -> pd.DataFrame:
+        """The table of what is said after the scores. Only one process comes back from it."""
+        if self._run.dry_run:
+            self._plan(experiment, "what is said")
+            raise typer.Exit
+        table = self._stage("said", experiment, settings, last=True)
         if table is None:
             raise typer.Exit
         return table
@@ -278,7 +298,9 @@ class Frame(Loader):
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
         error.__notes__ = [kept] if kept else []
 
-    def _stage(self, stage: str, experiment: Experiment, settings: dict[str, object]) -> pd.DataFrame | None:
+    def _stage(
+        self, stage: str, experiment: Experiment, settings: dict[str, object], *, last: bool = False
+    ) -> pd.DataFrame | None:
         from pscope.models.fingerprint import digest
         from pscope.runs.provenance import describe, versions
         from pscope.runs.session import Session
@@ -300,7 +322,7 @@ class Frame(Loader):
                 {"versions": versions(), "model": describe(experiment.model), "data_sha256": digest(self._data)},
             )
             self._session = session
-        return self._session.stage(stage, experiment, settings)
+        return self._session.stage(stage, experiment, settings, last=last)
 
     def _plan(self, experiment: Experiment, what: str) -> None:
         from pscope.cli.plan import show_plan

@@ -1,16 +1,15 @@
-"""What the two commands over grids of layers share: `table2` and `fig4`."""
+"""What the two commands over grids of layers share: `table2` and `fig4`, which score all pairs and say some aloud."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from enum import Enum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pscope.cli.console import tell
 from pscope.cli.options import layers_option, parse_layers, parse_target_layers, target_layers_option
-
-from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
     from pscope.experiments.experiment import Experiment
@@ -20,38 +19,79 @@ if TYPE_CHECKING:
 FEW = 10
 
 
+class SaidAt(str, Enum):
+    """The pairs of layers at which answers are said, beside being scored at all."""
+
+    best = "best"
+    grid = "grid"
+    all = "all"
+
+
+class ScoredBy(str, Enum):
+    """What of an answer is scored."""
+
+    start = "start"
+    whole = "whole"
+    mean = "mean"
+
+
 @dataclass(frozen=True)
 class GridOptions:
-    """The pairs of layers that are tried. Raises PscopeError for what cannot be meant."""
+    """The pairs of layers that are scored, and those at which rows speak. Raises PscopeError for what is no layer."""
 
-    layers: Annotated[str | None, layers_option("five, spread")] = None
-    target_layers: Annotated[str | None, target_layers_option("a few early ones")] = None
-    full: Annotated[
-        bool, typer.Option("--full", help="All pairs of layers: hours where the default takes minutes.")
-    ] = False
-    quick: Annotated[bool, typer.Option("--quick", help="A smaller grid and fewer samples: a few minutes.")] = False
+    layers: Annotated[str | None, layers_option("all; every third with --quick")] = None
+    target_layers: Annotated[str | None, target_layers_option("all; every third with --quick")] = None
+    score: Annotated[
+        ScoredBy,
+        typer.Option(
+            help="What of an answer is scored: the first tokens that tell it from the others, the whole of it, or the "
+            "mean over its tokens."
+        ),
+    ] = ScoredBy.start
+    said_at: Annotated[
+        SaidAt,
+        typer.Option(
+            help="Where answers are also said: at the pair that scores best on other samples; on a coarse grid, or "
+            "that of --layers and --target-layers; or at all pairs, which takes long."
+        ),
+    ] = SaidAt.best
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers and samples: a few minutes.")] = False
 
     def __post_init__(self) -> None:
         _ = parse_layers(self.layers), parse_target_layers(self.target_layers)
-        if self.full and (self.layers is not None or self.target_layers is not None):
-            raise PscopeError("--full is all pairs of layers; leave out --layers and --target-layers")
 
-    def pairs(self, model: LanguageModel, default: tuple[Sequence[float], Sequence[float]]) -> list[Pair]:
-        """The grid that is asked for; `default` are source and target layers as fractions of the depth."""
+    def pairs(self, model: LanguageModel) -> list[Pair]:
+        """The pairs that are scored."""
+        from pscope.experiments.grid import layer_pairs
+
+        every = range(0, model.n_layers + 1, 3 if self.quick else 1)
+        layers, target_layers = parse_layers(self.layers), parse_target_layers(self.target_layers)
+        return layer_pairs(model, layers or every, target_layers or every)
+
+    def said(
+        self, model: LanguageModel, coarse: tuple[Sequence[float], Sequence[float]], best: Mapping[str, object] | None
+    ) -> list[Pair] | Mapping[str, object]:
+        """Where answers are said: `best` are the pairs that score best; None, in a dry run, stands for as many.
+
+        `coarse` are source and target layers of the grid as fractions of the depth.
+        """
+        if self.said_at is SaidAt.best:
+            # One for every fold, unless some are the same.
+            return self.pairs(model)[:3] if best is None else best
+        return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
+
+    def coarse(self, model: LanguageModel, fractions: tuple[Sequence[float], Sequence[float]]) -> list[Pair]:
+        """The grid that is asked for, or that of source and target layers at these fractions of the depth."""
         from pscope.experiments.grid import layer_pairs, spread_layers
 
-        if self.full:
-            return layer_pairs(model, range(model.n_layers + 1), "all")
-        # Every second one of those by default.
-        source, target = (spread_layers(model, fractions[:: 2 if self.quick else 1]) for fractions in default)
+        source, target = (spread_layers(model, each[:: 2 if self.quick else 1]) for each in fractions)
         layers, target_layers = parse_layers(self.layers), parse_target_layers(self.target_layers)
         return layer_pairs(model, layers or source, target_layers or target)
 
 
-def tell_price(experiment: Experiment, new_tokens: int) -> None:
-    """How many rows and tokens a run will decode, at most."""
-    rows = sum(unit.rows for unit in experiment.units)
-    tell(f"{rows} rows will be decoded, at most {rows * new_tokens} tokens")
+def tell_price(scores: Experiment) -> None:
+    """How many rows will be scored."""
+    tell(f"{sum(unit.rows for unit in scores.units)} rows will be scored")
 
 
 def warn_few(counts: Mapping[str, int]) -> None:

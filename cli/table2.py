@@ -46,8 +46,10 @@ def table2(
     """Table 2: attributes of subjects, extracted by Patchscopes and by a logistic-regression probe.
 
     A subject's state, read in a sentence that mentions it, is patched over the placeholder of "The official currency of
-    x is". Of the subjects whose answer the model knows, some of each relation are read. Beside the accuracy stand
-    those of a probe per layer, the majority class, another subject's state, a random vector and the target unpatched.
+    x is". An answer is right where it is the most probable of the relation's objects, at every pair of layers, and, at
+    some, where the row says it. Of the subjects whose answer the model knows, some of each relation are read. Beside
+    the accuracy stand those of a probe per layer, the majority class, another subject's state, a random vector and the
+    target unpatched.
     """
     samples, contexts = samples or (6 if grid.quick else 12), contexts or (1 if grid.quick else 2)
 
@@ -59,17 +61,14 @@ def table2(
     model = frame.load()
 
     import pscope
-    from pscope.experiments.attribute_extraction import (
-        AttributeExtraction,
-        over_layers,
-        plain_questions,
-        summarise,
-    )
+    from pscope.experiments.attribute_extraction import AttributeExtraction, AttributeScores, plain_questions
+    from pscope.experiments.attribute_summary import over_layers, summarise
     from pscope.experiments.held_out import FOLDS
     from pscope.experiments.known import PlainWords
+    from pscope.experiments.scored_sweep import best_pairs
     from pscope.show.attribute_extraction import accuracy_figure, accuracy_heatmaps, accuracy_table
 
-    pairs = grid.pairs(model, GRID)
+    pairs = grid.pairs(model)
     decoding = pscope.Decoding(new_tokens)
     asked = _readable_questions(model, read, contexts)
     frame.read(repr(relation) for relation in read)
@@ -85,26 +84,31 @@ def table2(
     if not questions:
         raise PscopeError("no relation is left: the model knows too few subjects of each")
     warn_few({f"subjects of {question.relation.name}": len(question.samples) for question in questions})
-    experiment = AttributeExtraction(model, questions, pairs, decoding, seed=seed, memory=frame.memory)
-    tell_price(experiment, new_tokens)
-    table = frame.carry_out(
+    options = {"seed": seed, "memory": frame.memory}
+    experiment = AttributeScores(model, questions, pairs, by=grid.score.value, **options)
+    tell_price(experiment)
+    scores = frame.score(
         experiment,
         relations=str(relations or "shipped with pscope"),
         counts=counts,
         samples=samples,
         contexts=contexts,
+        scored_by=grid.score.value,
         pairs=pairs,
         folds=FOLDS,
         seed=seed,
     )
-    summary, accuracy = summarise(table, seed), over_layers(table, seed)
+    best = None if scores is None else best_pairs(scores, "relation", ["subject", "context"])
+    said_at = grid.said(model, GRID, best)
+    said = frame.say(AttributeExtraction(model, questions, said_at, decoding, **options), said_at=said_at)
+    summary, accuracy = summarise(scores, said, seed), over_layers(scores, seed)
     frame.note("summary", summary)
     frame.note("accuracy", accuracy)
     figure = frame.draw(accuracy_figure(accuracy, model.name))
-    heatmaps = frame.draw(accuracy_heatmaps(table, model.name), "heatmaps")
+    heatmaps = frame.draw(accuracy_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(accuracy_table(summary))
-    tell(f"table: {frame.folder / 'table.parquet'}\nfigures: {figure} {heatmaps}")
+    tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")
 
 
 def _readable_questions(model: LanguageModel, relations: Sequence[Relation], contexts: int) -> list[Question]:

@@ -19,13 +19,14 @@ from pscope.experiments.attribute_extraction import (
     MAJORITY,
     PROBE,
     AttributeExtraction,
+    AttributeScores,
     Question,
-    over_layers,
     plain_questions,
     question_of,
-    summarise,
 )
+from pscope.experiments.attribute_summary import BEST, HELD_OUT, MEAN, SAID, SCORED, over_layers, summarise
 from pscope.experiments.known import PlainWords
+from pscope.experiments.scored_sweep import best_pairs
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.relations import Marked, Relation, Sample
 from pscope.metrics import answer_found
@@ -77,6 +78,10 @@ def table_of(model, question, new_tokens=6, **options):
     return AttributeExtraction(model, [question], PAIRS, Decoding(new_tokens), **options).table()
 
 
+def scores_of(model, question, pairs=PAIRS, **options):
+    return AttributeScores(model, [question], pairs, **options).table()
+
+
 def known_to(model, relation, *, samples, contexts, decoding=GREEDY):
     """The question of a relation about what the model knows, and among how many subjects they were drawn."""
     question = question_of(model, relation, contexts)
@@ -93,8 +98,6 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
         RANDOM: 5 * 4,
         ANOTHER: 5 * 2 * 4,
         CLEAN: 5 * 2,
-        PROBE: 5 * 2 * 3,
-        MAJORITY: 5 * 2,
     }
     units = AttributeExtraction(tiny, [asked], PAIRS).units
     assert sum(unit.rows for unit in units) == 5 * 3 * 4
@@ -117,16 +120,65 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
             assert (row.position, row.token) == (2 - row.context, f" {row.state_of}")
             if row.condition == ANOTHER:
                 assert not set(lender.answers) & set(sample.answers)
-        if row.condition == PATCHED:
-            logits = patched_logits(
-                tiny.hf, tiny.layers, asked.target.ids, asked.target.position, row.target_layer, vector
-            )[-1]
-            first = tiny.tokenizer(f" {sample.object}").input_ids[0]
-            assert row.probability == pytest.approx(logits.softmax(0)[first].item(), rel=1e-3)
-            # Among 49,152 random logits some are equal but for rounding.
-            assert abs(row.rank - 1 - (logits > logits[first]).sum()) <= 2
         if row.condition == CLEAN:
             assert (row.continuation, row.found) == (clean, answer_found(clean, sample.answers))
+        if row.condition in (RANDOM, CLEAN):
+            assert row.position is pd.NA
+        assert row.chosen is pd.NA
+    assert set(table["path"]) == {"staircase"}
+    assert settled > 0
+    assert table[table["condition"] == PATCHED]["found"].any()
+
+
+def test_every_score_against_the_one_row_loop(tiny):
+    # Two objects are of several tokens and begin alike, one is right for another subject too.
+    answers = [("New York",), ("New Mexico",), ("gold", "silver"), ("silver",), ("stone",)]
+    question = every_sample(tiny, relation_of(answers))
+    table = scores_of(tiny, question, seed=2, memory=9_000_000)
+    samples = {sample.subject: (sample, of) for sample, of in zip(question.samples, question.sources, strict=True)}
+    assert table.groupby("condition").size().to_dict() == {
+        PATCHED: 5 * 2 * 4,
+        RANDOM: 5 * 4,
+        ANOTHER: 5 * 2 * 4,
+        CLEAN: 5 * 2,
+        PROBE: 5 * 2 * 3,
+        MAJORITY: 5 * 2,
+    }
+    assert sum(unit.rows for unit in AttributeScores(tiny, [question], PAIRS).units) == 5 * 3 * 4
+    assert not table.duplicated(["subject", "context", "condition", "layer", "target_layer"]).any()
+    objects = [answer[0] for answer in answers]
+    tokens = [tiny.tokenizer(f" {name}").input_ids for name in objects]
+    target = question.target
+
+    def chosen(layer, vector):
+        """The object of which as many tokens as tell it from the others are the most probable, and the first tokens."""
+        likely, first = [], []
+        for own in tokens:
+            needed = 2 if own[0] == tokens[0][0] else 1
+            ids = [*target.ids, *own[:needed]]
+            logits = patched_logits(tiny.hf, tiny.layers, ids, target.position, layer, vector)[len(target) - 1 : -1]
+            each = logits.log_softmax(-1)[range(needed), own[:needed]]
+            likely.append(each.sum().item())
+            first.append(each[0].item())
+        return objects[int(np.argmax(likely))], first
+
+    own = hidden_states(tiny.hf, tiny.layers, target.ids)[0, target.position]
+    clean, clean_first = chosen(0, own)
+    for row in table.itertuples():
+        sample, _ = samples[row.subject]
+        assert row.found == answer_found(row.answer, sample.answers)
+        if row.condition in (PATCHED, ANOTHER):
+            _, sources = samples[row.state_of]
+            answer, first = chosen(row.target_layer, state(tiny, sources[row.context], row.layer))
+            assert row.answer == answer
+            assert (row.position, row.token) == (2 - row.context, f" {row.state_of}")
+            if row.condition == PATCHED:
+                assert row.log_probability == pytest.approx(first[objects.index(sample.object)], abs=1e-4)
+            else:
+                assert row.log_probability is pd.NA
+        if row.condition == CLEAN:
+            assert row.answer == clean
+            assert row.log_probability == pytest.approx(clean_first[objects.index(sample.object)], abs=1e-4)
         if row.condition == PROBE:
             assert (row.state_of, row.token) == (row.subject, f" {row.subject}")
         if row.condition in (RANDOM, CLEAN, MAJORITY):
@@ -134,8 +186,48 @@ def test_every_row_against_the_one_row_loop(tiny, asked):
     probed = table["condition"].isin([PROBE, MAJORITY])
     assert set(table[~probed]["path"]) == {"staircase"}
     assert table[probed]["path"].isna().all()
-    assert settled > 0
-    assert table[table["condition"] == PATCHED]["found"].any()
+    # By the whole of an answer, it is its own score.
+    whole = scores_of(tiny, question, seed=2, by="whole")
+    rows = whole[(whole["condition"] == PATCHED) & (whole["subject"] == "Japan")]
+    for row in rows.itertuples():
+        vector = state(tiny, samples["Japan"][1][row.context], row.layer)
+        ids = [*target.ids, *tokens[0]]
+        logits = patched_logits(tiny.hf, tiny.layers, ids, target.position, row.target_layer, vector)
+        expected = logits[len(target) - 1 : -1].log_softmax(-1)[range(len(tokens[0])), tokens[0]].sum()
+        assert row.log_probability == pytest.approx(expected.item(), abs=1e-4)
+
+
+def test_words_are_heard_where_scores_are_best_for_others(tiny, asked):
+    scores = scores_of(tiny, asked)
+    best = best_pairs(scores, "relation", ["subject", "context"])
+    folds = scores.drop_duplicates("subject").set_index("subject")["fold"]
+    patched = scores[scores["condition"] == PATCHED].astype({"found": float, "log_probability": float})
+    for fold, pair in best["planted"].items():
+        others = patched[patched["fold"] != fold].groupby(["layer", "target_layer"])
+        ranked = others[["found", "log_probability"]].mean().sort_values(["found", "log_probability"])
+        assert ranked.index[-1] == pair
+    said = AttributeExtraction(tiny, [asked], best, Decoding(6)).table()
+    pairs = set(best["planted"].values())
+    patched = said[said["condition"] == PATCHED]
+    assert set(zip(patched["layer"], patched["target_layer"], strict=True)) == pairs
+    for row in said.itertuples():
+        if row.condition == CLEAN:
+            assert row.chosen is pd.NA
+        else:
+            assert row.chosen == ((row.layer, row.target_layer) == best["planted"][folds[row.subject]])
+    # The same words as on a grid of all these pairs.
+    keys = ["subject", "context", "condition", "layer", "target_layer"]
+    grid = AttributeExtraction(tiny, [asked], [*pairs], Decoding(6)).table()
+    both = said.merge(grid, on=keys)
+    assert (both["continuation_x"] == both["continuation_y"]).all()
+    assert len(both) == len(said) == len(grid)
+    # What is held out are the words at the marked pairs, and there is no oracle.
+    scored, heard = summarise(scores, said).to_dict("records")
+    assert (scored["judged"], heard["judged"]) == (SCORED, SAID)
+    own = patched[patched["chosen"].astype(bool)]
+    assert heard["held_out"] == own["found"].mean()
+    assert np.isnan([heard["oracle"], heard["another_oracle"]]).all()
+    assert heard["probe_held_out"] == scored["probe_held_out"]
 
 
 def test_random_rows_depend_on_relation_subject_and_seed_alone(tiny):
@@ -145,7 +237,11 @@ def test_random_rows_depend_on_relation_subject_and_seed_alone(tiny):
         relation = replace(relation_of([("a",), ("b",), ("c",), ("d",), ("e",)]), name=name)
         question = every_sample(tiny, replace(relation, samples=relation.samples[kept]))
         table = table_of(tiny, question, seed=seed, memory=memory)
-        return table[table["condition"] == RANDOM].set_index(keys)["continuation"].sort_index()
+        own = table[table["condition"] == RANDOM].set_index(keys)["continuation"].sort_index()
+        # Scores are of the same vectors.
+        scores = scores_of(tiny, question, seed=seed, memory=memory)
+        assert len(scores[scores["condition"] == RANDOM]) == len(own)
+        return own
 
     everybody = random_rows()
     others = everybody.drop(["Japan", "Peru"], level="subject")
@@ -169,7 +265,7 @@ def test_a_row_goes_on_until_everybody_who_borrows_it_has_his_answer(tiny):
 
 
 def test_the_probe_against_scikit_learn_alone(tiny, asked):
-    table = table_of(tiny, asked, new_tokens=1)
+    table = scores_of(tiny, asked)
     folds = table.drop_duplicates("subject").set_index("subject")["fold"]
     assert sorted(folds.value_counts()) == [1, 2, 2]
     units = [(i, context) for i in range(5) for context in range(2)]
@@ -186,20 +282,20 @@ def test_the_probe_against_scikit_learn_alone(tiny, asked):
             rows = rows.set_index(["subject", "context"])
             for (i, context), guess in zip(np.array(units)[test], guesses, strict=True):
                 row = rows.loc[(asked.samples[i].subject, context)]
-                assert (row["continuation"], row["found"]) == (guess, answer_found(guess, asked.samples[i].answers))
+                assert (row["answer"], row["found"]) == (guess, answer_found(guess, asked.samples[i].answers))
 
 
 def test_the_probe_is_graded_as_continuations_are(tiny):
     # Each answer is an alias of the other, so that whatever is predicted is right.
     answers = [("gold", "silver"), ("silver", "gold"), ("gold", "silver"), ("silver", "gold"), ("gold", "silver")]
     question = every_sample(tiny, relation_of(answers))
-    table = table_of(tiny, question, new_tokens=1)
+    table = scores_of(tiny, question)
     probed = table[table["condition"].isin([PROBE, MAJORITY])]
-    assert (probed["continuation"] != probed["object"]).any()
+    assert (probed["answer"] != probed["object"]).any()
     assert probed["found"].all()
     assert probed["nameable"].all()
     unique = every_sample(tiny, relation_of([("a", "z"), ("b",), ("c", "a"), ("d",), ("e",)]))
-    table = table_of(tiny, unique, new_tokens=1, seed=1)
+    table = scores_of(tiny, unique, seed=1)
     folds = table.drop_duplicates("subject").set_index("subject")["fold"]
     assert folds["Japan"] != folds["Chile"]
     told = table[table["condition"] == MAJORITY].drop_duplicates("subject").set_index("subject")["nameable"]
@@ -225,16 +321,18 @@ def test_a_planted_relation_on_a_model_whose_answer_is_known(tokenizer):
     relation = relation_of([(tokenizer.decode([token]).strip(),) for token in objects], target="The money of x")
     question, answered = known_to(model, relation, samples=9, contexts=2, decoding=Decoding(3))
     assert (answered, len(question.samples)) == (5, 5)
-    table = table_of(model, question, new_tokens=3)
-    shares = table.groupby("condition")["found"].mean()
-    assert shares[PATCHED] == 1
-    assert (table[table["condition"] == PATCHED]["rank"] == 1).all()
-    assert shares[[ANOTHER, CLEAN]].max() == 0
-    assert shares[RANDOM] <= 0.1
+    said, scores = table_of(model, question, new_tokens=3), scores_of(model, question)
+    for table in (said, scores):
+        shares = table.groupby("condition")["found"].mean()
+        assert shares[PATCHED] == 1
+        assert shares[ANOTHER] == 0
+    assert said[said["condition"].isin([CLEAN, RANDOM])]["found"].mean() <= 0.1
+    # One of five is always chosen.
+    assert scores[scores["condition"] == CLEAN]["found"].mean() == 0.2
     # Each answer belongs to one subject, so that a probe has never seen those of the other fold.
-    assert shares[[PROBE, MAJORITY]].max() == 0
-    (row,) = summarise(table).to_dict("records")
-    assert (row["oracle"], row["held_out"], row["probe_held_out"], row["another_oracle"]) == (1, 1, 0, 0)
+    assert scores[scores["condition"].isin([PROBE, MAJORITY])]["found"].sum() == 0
+    for row in summarise(scores, said).to_dict("records"):
+        assert (row["oracle"], row["held_out"], row["probe_held_out"], row["another_oracle"]) == (1, 1, 0, 0)
 
 
 def test_what_the_model_knows_is_kept(smollm2):
@@ -250,8 +348,9 @@ def test_what_the_model_knows_is_kept(smollm2):
     for sample in everything.samples:
         ids = smollm2.prompt(f"The capital city of {sample.subject} is").ids
         assert sample.object in smollm2.tokenizer.decode(greedy(smollm2, ids, 20))
-    with pytest.raises(PscopeError, match="capital: 2 subjects are fewer than the 3 folds"):
-        AttributeExtraction(smollm2, [question], [(1, 1)])
+    for experiment in (AttributeExtraction, AttributeScores):
+        with pytest.raises(PscopeError, match="capital: 2 subjects are fewer than the 3 folds"):
+            experiment(smollm2, [question], [(1, 1)])
     assert everything.enough
 
 
@@ -283,8 +382,13 @@ def test_what_fails_is_named(tiny, asked):
             known_to(tiny, relation, samples=9, contexts=2)
         with pytest.raises(PscopeError, match=r"'planted/Egypt' \(patched\) failed at layer 0, target layer 0"):
             table_of(tiny, asked)
+        with pytest.raises(PscopeError, match=r"'planted/Egypt' \(patched\) failed at layer 0, target layer 0"):
+            scores_of(tiny, asked)
     with pytest.raises(PromptError, match="planted: 'y' stands nowhere"):
         question_of(tiny, Relation("planted", "factual", Marked("one x", "y"), (lost,)), contexts=1)
+    blank = Sample("Japan", ("\n",), (Marked("We saw Japan", "Japan"),))
+    with pytest.raises(PromptError, match="planted: .* is not tokenised as its continuation"):
+        question_of(tiny, Relation("planted", "factual", Marked("one x ", "x"), (blank,)), contexts=1)
 
 
 def planted() -> pd.DataFrame:
@@ -323,13 +427,21 @@ def test_the_summary_by_hand():
     assert (a["probe"], a["probe_std"], a["probe_held_out"]) == (0.375, 0.125, 0.25)
     assert (a["majority"], a["clean"], a["random_oracle"], a["random_held_out"]) == (0.25, 0, 0, 0)
     assert np.isnan(a["another_oracle"])
-    # Of four subjects no permutation test can give less than 2 in 16.
+    # Of four subjects no permutation test can give less than 2 in 16, here of two relations.
     assert np.isnan(a["p"])
+    assert (a["judged"], a["least_p"]) == (SCORED, 2 * 2 / 16)
     assert summary.loc["b", ["oracle", "held_out"]].tolist() == [0, 0]
-    accuracy = over_layers(planted()).set_index(["relation", "condition", "layer"])
-    assert accuracy.loc[("a", PATCHED, 1), "found"] == 0.5
-    assert accuracy.loc[("a", PATCHED, 3), ["found", "low", "high"]].tolist() == [1, *exact]
-    assert accuracy.loc[("a", PROBE, 1), "found"] == 0.25
+    # The same rows, said: the table has all pairs, so that there is an oracle of them too.
+    both = summarise(planted(), planted().drop(columns="chosen")).set_index(["relation", "judged"])
+    pd.testing.assert_series_equal(both.loc[("a", SAID)], both.loc[("a", SCORED)], check_names=False)
+    accuracy = over_layers(planted()).fillna({"taken": ""}).set_index(["relation", "condition", "taken", "layer"])
+    assert accuracy.loc[("a", PATCHED, BEST, 1), "found"] == 0.5
+    assert accuracy.loc[("a", PATCHED, BEST, 3), ["found", "low", "high"]].tolist() == [1, *exact]
+    # Of two target layers, one answers A and B, or everybody; nobody chooses the other.
+    assert accuracy.loc[("a", PATCHED, MEAN, 1), "found"] == 0.25
+    assert accuracy.loc[("a", PATCHED, MEAN, 3), "found"] == 0.5
+    assert accuracy.loc[("a", PATCHED, HELD_OUT, 3), "found"] == 1
+    assert accuracy.loc[("a", PROBE, "", 1), "found"] == 0.25
 
 
 def compared(own, probe, nameable, relations=2) -> list[float]:
@@ -344,6 +456,18 @@ def compared(own, probe, nameable, relations=2) -> list[float]:
     return summarise(pd.DataFrame(rows))["p"].tolist()
 
 
+def summarise_least(subjects, relations):
+    rows = [
+        {"relation": f"{relation}", "subject": f"{number}", "context": 0, "fold": number % 3, "layer": 1}
+        | {"condition": condition, "found": True, "chosen": True, "nameable": True}
+        | {"target_layer": 0 if condition == PATCHED else None}
+        for relation in range(relations)
+        for number in range(subjects)
+        for condition in (PATCHED, PROBE)
+    ]
+    return summarise(pd.DataFrame(rows).drop(columns="chosen").assign(chosen=True))["least_p"].iloc[0]
+
+
 def test_p_against_all_flips_of_sign():
     own, probe = [1, 1, 1, 1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 1, 0]
     differences = np.subtract(own, probe)
@@ -356,6 +480,9 @@ def test_p_against_all_flips_of_sign():
 
 def test_p_is_missing_where_nothing_could_be_shown():
     # Two of all flips are the most extreme: with six subjects 2 in 64, with seven 2 in 128; times the relations.
+    assert summarise_least(13, 1) == pytest.approx(2 / 2**13)
+    # Of more flips than are drawn, those that are.
+    assert summarise_least(30, 15) == pytest.approx(15 * 2 / 10_000)
     for subjects, relations, smallest in (
         (6, 1, 1 / 32),
         (5, 1, None),
@@ -387,4 +514,5 @@ def test_the_figure_shows_the_accuracies():
     assert [axes.get_title() for axes in panels] == ["a", "b"]
     lines = {line.get_label(): line.get_ydata().tolist() for line in panels[0].get_lines()}
     assert lines["patched, any target layer (oracle)"] == [0.5, 1]
+    assert lines["patched, mean over target layers"] == [0.25, 0.5]
     assert lines["probe"] == [0.25, 0.5]

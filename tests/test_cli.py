@@ -314,22 +314,31 @@ def test_table2_on_the_users_relations(relations, tmp_path):
     assert result.exit_code == 0, result.output
     assert "capital: 4 of 5 subjects are known, 4 are read" in result.stderr
     assert "only 4 subjects of capital: below 10" in result.stderr
-    assert "rows will be decoded, at most" in result.stderr
+    # Patched states and random vectors of four and three subjects, at two pairs.
+    assert f"{(4 + 3) * 2 * 2} rows will be scored" in result.stderr
     assert max(map(len, result.stdout.splitlines())) <= 80
     folder = tmp_path / "run"
     kept = {path.name for path in folder.iterdir()}
     figures = {f"{name}.{suffix}" for name in ("figure", "heatmaps") for suffix in ("png", "svg")}
-    assert kept == {"settings.json", "known.parquet", "table.parquet", "summary.csv", "accuracy.csv"} | figures
+    tables = {f"{stage}.parquet" for stage in ("known", "table", "said")}
+    assert kept == {"settings.json", "summary.csv", "accuracy.csv"} | tables | figures
     known = pd.read_parquet(folder / "known.parquet").set_index("text")["continuation"]
     assert "Tokyo" in known["The capital city of Japan is"]
     table = pd.read_parquet(folder / "table.parquet")
     capitals = table[(table["relation"] == "capital") & (table["condition"] == "patched")]
     assert capitals["found"].mean() > 0.5
+    said = pd.read_parquet(folder / "said.parquet")
+    heard = said[(said["relation"] == "capital") & (said["condition"] == "patched") & said["chosen"]]
+    assert len(heard) == 4
+    assert all("Tokyo" in row.continuation for row in heard.itertuples() if row.subject == "Japan" and row.found)
     settings = json.loads((folder / "settings.json").read_text("utf-8"))
     assert settings["counts"]["capital"] == [5, 4, 4]
     assert settings["pairs"] == [[4, 1], [4, 8]]
-    summary = pd.read_csv(folder / "summary.csv").set_index("relation")
-    assert summary.loc["capital", "subjects"] == 4
+    assert settings["scored_by"] == "start"
+    assert set(settings["said_at"]["capital"]) == {"0", "1", "2"}
+    summary = pd.read_csv(folder / "summary.csv").set_index(["relation", "judged"])
+    assert summary.loc[("capital", "said"), "subjects"] == summary.loc[("capital", "scored"), "subjects"] == 4
+    assert summary.loc[("capital", "said"), "held_out"] == heard["found"].mean()
 
 
 def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_path):
@@ -352,7 +361,7 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
 
 def test_fig4_composes_the_users_relations(relations, tiny_folder, tmp_path):
     command = ["fig4", relations, "--layers", "20", "--target-layers", "4,7", "--new-tokens", 8, "--cot-tokens", 8]
-    result = run(*command, "--out", tmp_path / "run")
+    result = run(*command, "--said-at", "all", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "queries: 4 composed" in result.stderr
     # The lengths stand where the numbers do.
@@ -370,10 +379,12 @@ def test_fig4_composes_the_users_relations(relations, tiny_folder, tmp_path):
     told = json.loads((folder / "queries.json").read_text("utf-8"))
     assert len(told) == asked
     assert set(told[0]["cot"]["patched"]) == {"20 → 4", "20 → 7"}
-    for name in ("figure.png", "heatmaps.svg", "summary.csv", "table.parquet"):
+    for name in ("figure.png", "heatmaps.svg", "summary.csv", "gains.csv", "table.parquet", "said.parquet"):
         assert (folder / name).exists()
+    scores = pd.read_parquet(folder / "table.parquet")
+    assert set(scores["answer"]) <= {"Tokyo", "Paris", "Berlin", "Cairo"}
     quick = ["fig4", relations, "--model", tiny_folder, "--keep", "all", "--no-chat", "--layers", 3]
-    quick += ["--target-layers", "0,1", "--new-tokens", 3, "--cot-tokens", 3]
+    quick += ["--target-layers", "0,1", "--new-tokens", 3, "--cot-tokens", 3, "--said-at", "grid"]
     assert run(*quick, "--out", "all").exit_code == 0
     told = json.loads(Path("all/queries.json").read_text("utf-8"))
     assert len(told) == 4
@@ -507,7 +518,8 @@ def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
         (["table2", "empty.txt"], "empty.txt holds no relation"),
         (["table2", "broken.json"], "broken.json, line 2, column 19: not JSON"),
         (["table2", "slotless.json"], "slotless.json: the template 'a' has 0 slots {}"),
-        (["table2", "--full", "--layers", "3"], "--full is all pairs of layers"),
+        (["table2", "--said-at", "some"], "'some' is not one of 'best', 'grid', 'all'"),
+        (["fig4", "--score", "half"], "'half' is not one of 'start', 'whole', 'mean'"),
         (["table2", "--target-layers", "b"], "--target-layers 'b': 'b' is neither a layer"),
         (
             ["fig4", "--target-layers", "same,3"],

@@ -26,17 +26,19 @@ def test_layer_pairs(tiny):
 
 def test_random_vectors_are_as_long_as_what_they_stand_for():
     states = torch.randn(3, 4, 50) * torch.tensor([1.0, 10, 100])[:, None, None]
-    random = same_norm(states, ["a", "b", "c"], 0)
+    random = same_norm(states, ["a", "b", "c"], [0, 1, 2, 5], 0)
     torch.testing.assert_close(random.norm(dim=-1), states.norm(dim=-1))
     assert torch.nn.functional.cosine_similarity(random, states, dim=-1).abs().max() < 0.6
 
 
 def test_the_random_vector_of_a_unit_is_its_own():
     states = torch.ones(3, 2, 50)
-    random = same_norm(states, ["a", "b", "c"], 7)
-    torch.testing.assert_close(same_norm(states[:1], ["c"], 7)[0], random[2], rtol=0, atol=0)
-    torch.testing.assert_close(same_norm(states, ["c", "x", "a"], 7)[2], random[0], rtol=0, atol=0)
-    directions = torch.cat([random.flatten(0, 1), same_norm(states, ["a", "b", "c"], 8).flatten(0, 1)])
+    random = same_norm(states, ["a", "b", "c"], [3, 1], 7)
+    torch.testing.assert_close(same_norm(states[:1], ["c"], [3, 1], 7)[0], random[2], rtol=0, atol=0)
+    torch.testing.assert_close(same_norm(states, ["c", "x", "a"], [3, 1], 7)[2], random[0], rtol=0, atol=0)
+    # Nor does it matter which other layers are read.
+    torch.testing.assert_close(same_norm(states, ["a", "b", "c"], [1, 2], 7)[:, 0], random[:, 1], rtol=0, atol=0)
+    directions = torch.cat([random.flatten(0, 1), same_norm(states, ["a", "b", "c"], [3, 1], 8).flatten(0, 1)])
     cosines = torch.nn.functional.cosine_similarity(directions[:, None], directions[None], dim=-1)
     assert (cosines - torch.eye(12)).abs().max() < 0.6
 

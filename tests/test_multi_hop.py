@@ -22,13 +22,14 @@ from pscope.experiments.multi_hop import (
     VANILLA,
     WITH_PLACEHOLDER,
     MultiHop,
+    MultiHopScores,
     answered_hops,
     pairs_of,
     plain_hops,
     step_by_step,
-    summarise,
-    transcripts,
 )
+from pscope.experiments.multi_hop_summary import gains, summarise, transcripts
+from pscope.experiments.scored_sweep import best_pairs
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import shipped_relations
@@ -102,11 +103,6 @@ def test_every_row_against_the_one_row_loop(tiny, memory):
             place = len(ids) + position
             said = patched_continuation(tiny.hf, tiny.layers, ids, place, row.target_layer, vector, 5)
             assert row.continuation == decode(said)
-            logits = patched_logits(tiny.hf, tiny.layers, ids, place, row.target_layer, vector)[-1]
-            answer = tiny.tokenizer(f" {query.answers[0]}").input_ids[0]
-            # Among 49,152 random logits some are equal but for rounding.
-            assert abs(row.rank - 1 - (logits > logits[answer]).sum()) <= 2
-            assert row.probability == pytest.approx(logits.softmax(0)[answer].item(), rel=1e-3)
         if row.method == BACKPATCH and row.condition != CLEAN:
             assert row.target_layer < row.layer
     alone = table_of(tiny, QUERIES[1:2], memory=memory)
@@ -116,6 +112,92 @@ def test_every_row_against_the_one_row_loop(tiny, memory):
     same = [table_of(tiny, QUERIES, memory=memory, seed=seed) for seed in (3, 3, 4)]
     pd.testing.assert_frame_equal(same[0], same[1])
     assert not same[0].equals(same[2])
+
+
+@pytest.mark.parametrize("memory", [1, 2**30])
+def test_every_score_against_the_one_row_loop(tiny, memory):
+    # One more query of cities, which nobody asks, has an answer that is a candidate all the same.
+    more = Query("the land of fado", "A city in", ("Lisbon",), ("Portugal",))
+    table = MultiHopScores(tiny, QUERIES, PAIRS, among=[more], memory=memory).table()
+    assert not table.duplicated(["query", "method", "condition", "layer", "target_layer"]).any()
+    assert table["layer"].notna().sum() == 4 * 2 * (4 + 4 + 2)
+    candidates = {"The money of": ["yen", "peso"], "A city in": ["Tokyo", "Rome", "Lisbon"]}
+    tokens = {word: tiny.tokenizer(f" {word}").input_ids[0] for words in candidates.values() for word in words}
+    assert len(set(tokens.values())) == 5
+    for row in table.itertuples():
+        query = QUERIES[row.query]
+        source = {BACKPATCH: query.text}.get(row.method, query.first)
+        target, position = {
+            VANILLA: (query.text, -1),
+            COT: (query.second, -1),
+            WITH_PLACEHOLDER: (f"{query.second} x is", -2),
+            BACKPATCH: (query.text, -1),
+        }[row.method]
+        ids = tiny.prompt(target).ids
+        place = len(ids) + position
+        if row.condition == RANDOM:
+            assert row.answer in candidates[query.second]
+            continue
+        layer = row.target_layer if row.condition == PATCHED else 0
+        read, at = (tiny.prompt(source), row.layer) if row.condition == PATCHED else (tiny.prompt(target), 0)
+        where = -1 if row.condition == PATCHED else place
+        vector = hidden_states(tiny.hf, tiny.layers, read.ids)[at, where]
+        logits = patched_logits(tiny.hf, tiny.layers, ids, place, layer, vector)[-1].log_softmax(-1)
+        assert row.answer == max(candidates[query.second], key=lambda word: logits[tokens[word]])
+        assert row.found == (row.answer == query.answers[0])
+        assert row.log_probability == pytest.approx(logits[tokens[query.answers[0]]].item(), abs=1e-4)
+
+
+def test_what_is_chosen_among(tiny):
+    # A second hop with one answer alone has those of all others beside it.
+    single = Query("the land of fado", "The river of", ("Tejo",), ("Portugal",))
+    table = MultiHopScores(tiny, [*QUERIES, single], [(3, 1)]).table()
+    assert table[table["query"] == 4]["answer"].nunique() >= 1
+    units = [unit for unit in MultiHopScores(tiny, [*QUERIES, single], [(3, 1)]).units if hasattr(unit, "candidates")]
+    assert {unit.candidates for unit in units if unit.about["query"] == 4} == {("yen", "peso", "Tokyo", "Rome", "Tejo")}
+    assert {unit.candidates for unit in units if unit.about["query"] == 0} == {("yen", "peso")}
+    with pytest.raises(PscopeError, match="all queries have one answer, so that there is nothing to choose among"):
+        MultiHopScores(tiny, QUERIES[:1], [(3, 1)])
+
+
+def test_words_are_heard_where_scores_are_best_for_others(tiny):
+    scores = MultiHopScores(tiny, QUERIES, PAIRS).table()
+    best = best_pairs(scores, "method", ["query"])
+    assert set(best) == {COT, WITH_PLACEHOLDER, BACKPATCH}
+    assert all(set(folds) == {0, 1, 2} for folds in best.values())
+    said = MultiHop(tiny, QUERIES, best, Decoding(5), reasoning=Decoding(7)).table()
+    grid = table_of(tiny, QUERIES).set_index(["query", "method", "condition", "layer", "target_layer"])
+    for row in said[said["layer"].notna()].itertuples():
+        pair = row.layer, row.target_layer
+        assert pair in best[row.method].values()
+        assert row.chosen == (pair == best[row.method][row.fold])
+        assert row.continuation == grid.loc[(row.query, row.method, row.condition, *pair), "continuation"]
+    summary = summarise(scores, said).set_index(["judged", "method", "measure"])
+    own = said[(said["method"] == COT) & said["chosen"].fillna(False) & (said["condition"] == PATCHED)]
+    assert len(own) == 4
+    assert summary.loc[("said", COT, "held-out pair"), "found"] == own["found"].mean()
+    assert ("said", COT, "oracle") not in summary.index
+    assert ("scored", COT, "oracle") in summary.index
+
+
+def test_gains_by_hand():
+    # Six queries of six bridges; at (3, 0) each gains 2 nats but the first, which loses 4; random vectors lose 1.
+    rows = []
+    for query in range(6):
+        base = {"query": query, "bridge": f"{query}", "fold": query % 3, "found": False}
+        rows.append({**base, "method": VANILLA, "condition": CLEAN, "log_probability": -5.0 - query})
+        for layer in (1, 3):
+            at = {**base, "method": COT, "layer": layer, "target_layer": 0}
+            gain = 0.5 if layer == 1 else (-4 if query == 0 else 2)
+            rows.append({**at, "condition": PATCHED, "log_probability": -5.0 - query + gain})
+            rows.append({**at, "condition": RANDOM, "log_probability": -6.0 - query})
+    table = pd.DataFrame(rows).astype({"layer": "Int64", "target_layer": "Int64"})
+    gained = gains(table).set_index("condition")
+    # On folds without query 0, 3 is best; where it is among the others, theirs is (2 + 2 + 2 - 4) / 4, as is that of 1.
+    assert gained.loc[PATCHED, "gain"] == pytest.approx((-4 + 2 + 4 * (2 + 0.5) / 2) / 6)
+    assert gained.loc[RANDOM, "gain"] == pytest.approx(-1)
+    assert gained.loc[PATCHED, "queries"] == 6
+    assert gains(table[table["query"] < 2].assign(fold=0)).empty
 
 
 def test_both_hops_are_asked_alone(smollm2):
@@ -251,6 +333,7 @@ def planted(queries=6) -> pd.DataFrame:
 
 def test_the_summary_by_hand():
     summary = summarise(planted()).set_index(["method", "measure"])
+    assert set(summary["judged"]) == {"scored"}
     assert summary.loc[(VANILLA, "accuracy"), "found"] == pytest.approx(1 / 6)
     assert summary.loc[(STEP_BY_STEP, "accuracy"), "found"] == pytest.approx(2 / 6)
     cot = summary.loc[COT]
@@ -322,6 +405,18 @@ def test_the_figures_show_the_table():
     widths = [round(bar.get_width(), 3) for container in axes.containers for bar in getattr(container, "patches", [])]
     assert sorted(widths) == sorted(summary["found"].round(3))
     assert [label.get_text() for label in axes.get_yticklabels()] == summary["method"].tolist()
+    said = planted()
+    said["found"] = said["found"] & (said["condition"] == PATCHED)
+    both = summarise(planted(), said)
+    panels = answers_figure(both, "$").axes
+    assert [axes.get_title() for axes in panels] == ["answer scored", "answer said"]
+    for axes, judged in zip(panels, ("scored", "said"), strict=True):
+        bars = [bar for container in axes.containers for bar in getattr(container, "patches", [])]
+        expected = both[both["judged"] == judged].set_index(["method", "measure"])["found"]
+        got = {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in bars}
+        rows = summary[["method", "measure"]].itertuples(index=False, name=None)
+        places = {row: len(summary) - 1 - place for place, row in enumerate(rows)}
+        assert {row: got[place] for row, place in places.items()} == pytest.approx(expected.to_dict())
     cot, backpatch = answers_heatmaps(planted(), "title").axes[:2]
     # Source layers 1 and 3 to the right, target layers 0 and 2 upwards.
     assert [label.get_text() for label in cot.get_xticklabels()] == ["1", "3"]

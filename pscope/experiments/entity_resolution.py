@@ -20,7 +20,7 @@ from pscope.experiments.experiment import Experiment, Work, permuted, tidy
 from pscope.experiments.grid import Pair, line_break, source_prompt
 from pscope.experiments.held_out import best_on_half
 from pscope.experiments.known import Plain, answer_plainly, by_length
-from pscope.experiments.sweep import PATCHED, Source, Through, borrowed, decoded_rows, sweep
+from pscope.experiments.sweep import PATCHED, Source, Through, borrowed, patched_rows, sweep
 from pscope.inputs.entities import ALL, Entity
 from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
@@ -150,7 +150,7 @@ class EntityDescriptions(Experiment[Source | Plain]):
         return (
             Source(
                 entity.name,
-                decoded_rows(pairs, random=self._controls),
+                patched_rows(pairs, random=self._controls),
                 self.target,
                 source,
                 pairs,

@@ -28,15 +28,16 @@ def draw_folds(groups: Sequence[str], seed: int) -> list[int]:
     return folds.tolist()
 
 
-def found_at(rows: pd.DataFrame, condition: str, unit: list[str]) -> pd.DataFrame:
-    """Found or not in one condition of a table, (units, layer × target layer); the columns `unit` tell units apart."""
+def found_at(rows: pd.DataFrame, condition: str, unit: list[str], what: str = "found") -> pd.DataFrame:
+    """Found or not in one condition of a table, (units, layer × target layer); the columns `unit` tell units apart.
+
+    `what` may be another column of numbers.
+    """
     layers = ["layer", "target_layer"]
     here = (
-        rows[rows["condition"] == condition]
-        .dropna(subset=layers)
-        .astype({**dict.fromkeys(layers, int), "found": float})
+        rows[rows["condition"] == condition].dropna(subset=layers).astype({**dict.fromkeys(layers, int), what: float})
     )
-    return here.pivot(index=unit, columns=layers, values="found").sort_index(axis=1)
+    return here.pivot(index=unit, columns=layers, values=what).sort_index(axis=1)
 
 
 class Half(NamedTuple):
@@ -68,6 +69,21 @@ def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:
         means = scores[folds != fold].mean()
         chosen.loc[folds == fold] = (means == means.max()).to_numpy()
     return chosen
+
+
+def best_elsewhere(found: pd.DataFrame, log_probabilities: pd.DataFrame, folds: pd.Series) -> dict[int, Pair]:
+    """For each fold the column that is best on the others, one alone: of those that tie the most probable in the mean.
+
+    `found` and `log_probabilities` are (units, columns), `folds` (units,). Where there is but one fold, what is best on
+    it stands for want of others.
+    """
+    best = {}
+    for fold in sorted(folds.unique()):
+        others = folds != fold if folds.nunique() > 1 else folds == fold
+        means = found[others].mean()
+        layer, target = log_probabilities[others].mean()[means == means.max()].idxmax()
+        best[int(fold)] = int(layer), int(target)
+    return best
 
 
 def at_chosen(scores: pd.DataFrame, chosen: pd.DataFrame) -> pd.Series:

@@ -7,21 +7,21 @@ it, "The current CEO of". The whole question is what a model often gets wrong al
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Thread
 
-import numpy as np
 import pandas as pd
 
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
+from pscope.engine.scores import Measure
 from pscope.errors import PscopeError
-from pscope.experiments.bands import share_bands
 from pscope.experiments.experiment import Experiment, Work, tidy
 from pscope.experiments.grid import Pair, source_prompt
-from pscope.experiments.held_out import FOLDS, at_chosen, chosen_elsewhere, draw_folds, found_at
+from pscope.experiments.held_out import draw_folds
 from pscope.experiments.known import Plain, Wanted, answer_plainly, by_length
-from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, TYPES, Source, decoded_rows, sweep
+from pscope.experiments.scored_sweep import SCORED_TYPES, scored_plainly, scored_sweep
+from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_rows, sweep
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import PLACEHOLDER
 from pscope.metrics import answer_found
@@ -33,15 +33,16 @@ COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
 WIRINGS = (COT, WITH_PLACEHOLDER, BACKPATCH)
 TEMPLATE_SECONDS = 10
 
-_TYPES = {
+_ABOUT = {
     "query": "int64",
     "text": "string",
     "source": "string",
     "bridge": "string",
     "fold": "int64",
     "method": "string",
-    **TYPES,
 }
+SAID_TYPES = {**_ABOUT, **TYPES, "chosen": "boolean"}
+SCORE_TYPES = {**_ABOUT, **SCORED_TYPES}
 
 
 def plain_hops(queries: Sequence[Query]) -> list[Wanted]:
@@ -108,20 +109,21 @@ def step_by_step(model: LanguageModel, query: Query, chat: bool) -> str:
     return filled[0]
 
 
-class MultiHop(Experiment[Source | Plain]):
-    """Figure 4: every query asked as it stands, step by step, and by Patchscopes of three wirings at every (ℓ, ℓ*).
+class MultiHopScores(Experiment[Source | Plain]):
+    """Figure 4 over all pairs of layers: the most probable answer to every query, in three wirings at every (ℓ, ℓ*).
 
     A row of the table is one query × method × pair × condition: `query` (its number), `text`, `source`, `bridge` (see
-    `shared_bridge`), `fold`, `method`, and the columns of a sweep (`pscope.experiments.sweep`). Queries that share a
-    bridge share a fold. The methods:
+    `shared_bridge`), `fold`, `method`, and the columns of a scored sweep (`pscope.experiments.scored_sweep`). Queries
+    that share a bridge share a fold. What is chosen among are the answers to all queries with the same second hop, of
+    those that are asked and others, `among`; where they have one answer, to all queries. The methods:
 
-    - "vanilla": the whole query, unpatched; "step by step": with that request, continued as `reasoning` says;
+    - "vanilla": the whole query, unpatched;
     - "cot": the state of π1's last token, patched over the last token of π2;
     - "placeholder": the same state, patched over the placeholder of "π2 x is";
     - "backpatch": the whole query's last token at layer ℓ, patched over itself at a lower ℓ*.
 
     The condition is "patched", "random vector" (a random direction of the same norm), or "clean target" for what is not
-    patched.
+    patched. Raises PscopeError if all queries have one answer.
     """
 
     def __init__(
@@ -129,6 +131,55 @@ class MultiHop(Experiment[Source | Plain]):
         model: LanguageModel,
         queries: Sequence[Query],
         pairs: Sequence[Pair],
+        *,
+        among: Sequence[Query] = (),
+        by: Measure = "start",
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        self._by, self._seed = by, seed
+        self._candidates = _candidates([*queries, *among])
+        about = _about(queries, seed)
+        prompts = [model.prompt(query.text) for query in queries]
+        vanilla = (_plain(VANILLA, *asked) for asked in zip(queries, about, prompts, strict=True))
+        wired = [
+            replace(source, candidates=self._candidates[queries[source.about["query"]].second])
+            for source in _all_wired(model, queries, about, {wiring: pairs_of(wiring, pairs) for wiring in WIRINGS})
+        ]
+        self.units = [*by_length(vanilla), *wired]
+        super().__init__(model, max(prompts, key=len), memory)
+        self._seconds = [query.second for query in queries]
+
+    def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
+        if isinstance(units[0], Source):
+            rows = scored_sweep(self.scope(units[0].target), units, self._seed, self._by)
+        else:
+            rows = [self._plainly(unit) for unit in units]
+        return tidy(rows, SCORE_TYPES)
+
+    def work(self, unit: Source | Plain) -> Work:
+        return unit.work(new_tokens=0)
+
+    def _plainly(self, unit: Plain) -> dict[str, object]:
+        scope = self.scope(unit.prompt)
+        candidates = self._candidates[self._seconds[unit.about["query"]]]
+        return {**unit.about, "path": scope.path, **scored_plainly(scope, candidates, unit.answers, self._by)}
+
+
+class MultiHop(Experiment[Source | Plain]):
+    """Figure 4 as the paper has it: what each method says to every query, at the pairs that are worth hearing.
+
+    The table is that of `MultiHopScores` with the columns of a sweep (`pscope.experiments.sweep`), and one method more,
+    "step by step": the query with that request, continued as `reasoning` says. `pairs` are those of a grid, or, by
+    wiring and fold, those that are best elsewhere (`scored_sweep.best_pairs`): then every query is asked at those of
+    all folds, and `chosen` marks its own.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        queries: Sequence[Query],
+        pairs: Sequence[Pair] | Mapping[str, Mapping[int, Pair]],
         decoding: Decoding = GREEDY,
         *,
         chat: bool = False,
@@ -140,18 +191,8 @@ class MultiHop(Experiment[Source | Plain]):
         if not queries:
             raise PscopeError("there is no query to ask")
         self._decodings, self._seed = {VANILLA: decoding, STEP_BY_STEP: reasoning}, seed
-        self._decoding = decoding
-        folds = draw_folds([shared_bridge(query) for query in queries], seed)
-        about = [
-            {
-                "query": number,
-                "text": query.text,
-                "source": query.source,
-                "bridge": shared_bridge(query),
-                "fold": fold,
-            }
-            for number, (query, fold) in enumerate(zip(queries, folds, strict=True))
-        ]
+        self._decoding, self._best = decoding, pairs if isinstance(pairs, Mapping) else None
+        about = _about(queries, seed)
         prompts = {
             VANILLA: [query.text for query in queries],
             STEP_BY_STEP: [step_by_step(model, query, chat) for query in queries],
@@ -160,35 +201,70 @@ class MultiHop(Experiment[Source | Plain]):
         self._longest = {method: model.prompt(max(texts, key=len)) for method, texts in prompts.items()}
         units: list[Source | Plain] = []
         for method, texts in prompts.items():
-            asked = [
-                _plain(method, query, model.prompt(text), told)
-                for query, told, text in zip(queries, about, texts, strict=True)
-            ]
-            units += by_length(asked)
-        for wiring in wirings:
-            grid = tuple(pairs_of(wiring, pairs))
-            if grid:
-                sources = [
-                    _wired(model, query, wiring, grid, {**told, "method": wiring})
-                    for query, told in zip(queries, about, strict=True)
-                ]
-                order = {source.target: place for place, source in reversed([*enumerate(sources)])}
-                units += sorted(sources, key=lambda source: order[source.target])
-        self.units = units
+            asked = zip(queries, about, map(model.prompt, texts), strict=True)
+            units += by_length(_plain(method, *each) for each in asked)
+        grids = {
+            wiring: pairs_of(wiring, pairs) if self._best is None else [*dict.fromkeys(pairs.get(wiring, {}).values())]
+            for wiring in wirings
+        }
+        self.units = [*units, *_all_wired(model, queries, about, grids)]
         super().__init__(model, self._longest[VANILLA], memory)
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         if isinstance(units[0], Source):
-            return tidy(sweep(self.scope(units[0].target), units, self._decoding, self._seed), _TYPES)
+            return tidy(sweep(self.scope(units[0].target), units, self._decoding, self._seed), SAID_TYPES)
         method = units[0].target
         options = {"memory": self.memory, "path": self.scope(self._longest[method]).path}
-        return tidy(answer_plainly(self.model, units, self._decodings[method], **options), _TYPES)
+        return tidy(answer_plainly(self.model, units, self._decodings[method], **options), SAID_TYPES)
 
     def work(self, unit: Source | Plain) -> Work:
         return unit.work(self._decodings.get(unit.target, self._decoding).new_tokens)
 
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """With the pairs that were chosen."""
+        return table if self._best is None else mark_chosen(table, "method", self._best)
 
-def _plain(method: str, query: Query, prompt: Prompt, about: Mapping[str, object]) -> Plain:
+
+def _about(queries: Sequence[Query], seed: int) -> list[dict[str, object]]:
+    """The columns that say what each query is."""
+    bridges = [shared_bridge(query) for query in queries]
+    return [
+        {"query": number, "text": query.text, "source": query.source, "bridge": bridge, "fold": fold}
+        for number, (query, bridge, fold) in enumerate(zip(queries, bridges, draw_folds(bridges, seed), strict=True))
+    ]
+
+
+def _candidates(queries: Sequence[Query]) -> dict[str, tuple[str, ...]]:
+    """For every second hop the answers among which one is chosen."""
+    everything = tuple(dict.fromkeys(query.answers[0] for query in queries))
+    if len(everything) < 2:
+        raise PscopeError("all queries have one answer, so that there is nothing to choose among")
+    own: dict[str, dict[str, None]] = {}
+    for query in queries:
+        own.setdefault(query.second, {})[query.answers[0]] = None
+    return {second: tuple(answers) if len(answers) > 1 else everything for second, answers in own.items()}
+
+
+def _all_wired(
+    model: LanguageModel,
+    queries: Sequence[Query],
+    about: Sequence[Mapping[str, object]],
+    grids: Mapping[str, Sequence[Pair]],
+) -> list[Source]:
+    """The queries in each wiring, at the pairs of its grid; those that share a target stand side by side."""
+    units: list[Source] = []
+    for wiring, grid in grids.items():
+        if grid:
+            sources = [
+                _wired(model, query, wiring, tuple(grid), {**told, "method": wiring})
+                for query, told in zip(queries, about, strict=True)
+            ]
+            order = {source.target: place for place, source in reversed([*enumerate(sources)])}
+            units += sorted(sources, key=lambda source: order[source.target])
+    return units
+
+
+def _plain(method: str, query: Query, about: Mapping[str, object], prompt: Prompt) -> Plain:
     """A query that is asked unpatched."""
     about = {**about, "method": method, "condition": CLEAN}
     return Plain(f"{method}/{query.text}", 1, method, prompt, about, query.answers)
@@ -204,7 +280,7 @@ def _wired(
         BACKPATCH: lambda: model.prompt(query.text),
     }[wiring]()
     source = source_prompt(model, query.text if wiring == BACKPATCH else query.first)
-    return Source(f"{wiring}/{query.text}", decoded_rows(pairs), target, source, pairs, about, query.answers)
+    return Source(f"{wiring}/{query.text}", patched_rows(pairs), target, source, pairs, about, query.answers)
 
 
 def shared_bridge(query: Query) -> str:
@@ -215,77 +291,3 @@ def shared_bridge(query: Query) -> str:
 def pairs_of(wiring: str, pairs: Sequence[Pair]) -> list[Pair]:
     """The pairs that make sense for a wiring: back-patching goes from a later layer into an earlier one."""
     return [(layer, target) for layer, target in pairs if wiring != BACKPATCH or target < layer]
-
-
-def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """How often each method answers: one row per method × measure, the share of queries `found`, `low` and `high`.
-
-    Vanilla and step by step have one measure, "accuracy". A wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives
-    the answer, and "held-out pair", at the (ℓ, ℓ*) that was best for the queries of the other folds, averaged over
-    those that tie; and of both what random vectors give. `pairs` is how many were chosen in all, `layer` and
-    `target_layer` the one that counts most, missing where several count alike. Bands are from resampling bridges with
-    all their queries, and exact where all agree; below three bridges nothing is held out.
-    """
-    found = []
-    bridges = table.drop_duplicates("query").set_index("query")["bridge"]
-    for method, rows in table.groupby("method", sort=False):
-        if method in (VANILLA, STEP_BY_STEP):
-            answered = rows.set_index("query")["found"].astype(float)
-            found.append(_measured(method, "accuracy", answered, bridges, seed))
-            continue
-        own, random = (found_at(rows, condition, ["query"]) for condition in (PATCHED, RANDOM))
-        found.append(_measured(method, "oracle", own.max(axis=1), bridges, seed))
-        found.append(_measured(method, "oracle, random vector", random.max(axis=1), bridges, seed))
-        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
-        if folds.nunique() == FOLDS:
-            chosen = chosen_elsewhere(own, folds)
-            layers = _pairs_told(chosen)
-            for measure, cells in (("held-out pair", own), ("held-out pair, random vector", random)):
-                found.append({**_measured(method, measure, at_chosen(cells, chosen), bridges, seed), **layers})
-    columns = ["method", "measure", "found", "low", "high", "queries", "bridges", "pairs", "layer", "target_layer"]
-    return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
-
-
-def _pairs_told(chosen: pd.DataFrame) -> dict:
-    """What the summary says of the pairs that `chosen_elsewhere` chose; those that tie share a query among them."""
-    weights = chosen.div(chosen.sum(axis=1), axis=0).sum()
-    most = weights[np.isclose(weights, weights.max())]
-    layer, target = most.index[0] if len(most) == 1 else (None, None)
-    return {"pairs": (weights > 0).sum(), "layer": layer, "target_layer": target}
-
-
-def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict]:
-    """Every text of every query: what was asked, what is right, and what each method said, by pair."""
-    told = []
-    for number, rows in table.groupby("query"):
-        query = queries[number]
-        said: dict[str, object] = {}
-        for method, texts in rows.groupby("method", sort=False):
-            if method in (VANILLA, STEP_BY_STEP):
-                said[method] = texts["continuation"].iloc[0]
-                continue
-            said[method] = {
-                condition: {
-                    "clean" if row.condition == CLEAN else f"{row.layer} → {row.target_layer}": row.continuation
-                    for row in of_condition.itertuples()
-                }
-                for condition, of_condition in texts.groupby("condition", sort=False)
-            }
-        asked = {"query": query.text, "first": query.first, "second": query.second, "source": query.source}
-        told.append({**asked, "answers": query.answers, "bridge": query.bridge, **said})
-    return told
-
-
-def _measured(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict:
-    """`found` and `bridges` are (queries,), by the query's number."""
-    groups = found.groupby(bridges)
-    (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
-    return {
-        "method": method,
-        "measure": measure,
-        "found": found.mean(),
-        "low": low,
-        "high": high,
-        "queries": len(found),
-        "bridges": groups.ngroups,
-    }

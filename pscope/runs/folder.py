@@ -22,10 +22,12 @@ from pscope.files import beside, written_whole
 from pscope.runs.parts import Parts
 
 SETTINGS = "settings.json"
-STAGES = ("known", "table")
-"""What the model knows unpatched, where that decides over what there is to read; and the table of the run."""
+STAGES = ("known", "table", "said")
+"""What the model knows unpatched, where that decides over what there is to read; the table of the run; and what is said
+where the table tells that it is worth hearing.
+"""
 
-TABLE = STAGES[-1]
+TABLE, SAID = STAGES[1:]
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 

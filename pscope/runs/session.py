@@ -14,7 +14,7 @@ import pandas as pd
 from pscope.errors import PscopeError, RunError
 from pscope.experiments.experiment import Experiment, Unit
 from pscope.memory import out_of_memory
-from pscope.runs.folder import TABLE, Run
+from pscope.runs.folder import STAGES, TABLE, Run
 from pscope.runs.memory import read_in_memory
 from pscope.runs.processes import Processes
 from pscope.runs.provenance import DATA, differences
@@ -54,7 +54,6 @@ class Session:
         self._began = time.monotonic()
         self._stage, self._parts = "", None
         self._lock = "share-{}-of-{}".format(*share) if share else "run"
-        self._whole_before = self.run.whole
 
     def open(self, settings: Mapping[str, object], identity: Mapping[str, object]) -> None:
         """Begin the run with its first settings, or go on with one that has the same `identity`."""
@@ -84,26 +83,31 @@ class Session:
         if self._share and self.run.is_held("run"):
             raise RunError(f"{self.run.folder} is being done whole by another process; its shares come too late")
 
-    def stage(self, stage: str, experiment: Experiment, settings: Mapping[str, object]) -> pd.DataFrame | None:
+    def stage(
+        self, stage: str, experiment: Experiment, settings: Mapping[str, object], *, last: bool = True
+    ) -> pd.DataFrame | None:
         """The table of a stage, once all processes have done their parts of it.
 
-        Of the last stage, that of the table, only the first process has it, and none while shares may be missing.
+        Of the last stage only the first process has it. Shares are of the stage of the table: nobody has that while
+        some may be missing.
         """
-        last = stage == TABLE
-        # Of a stage before the last, which all shares of a run need, one does all, and the others wait for it.
-        alone = self._share is not None and not last and self._processes.main
+        shared = stage == TABLE
+        # A stage before that one, which all shares of a run need, one does whole, and the others wait for it.
+        alone = self._share is not None and not shared and self._processes.main
         with self.run.lock(stage, wait=True) if alone else nullcontext():
             self._processes.wait()
             if self._processes.from_main(self.run.table(stage) is None):
                 self._read(stage, experiment, settings)
-            elif self._share and last:
+            elif self._share and shared:
                 self._told(f"{self.run.folder} is whole already")
-        return self.run.table(stage) if not last or (self._processes.main and not self._share) else None
+        if self._share and shared:
+            return None
+        return self.run.table(stage) if not last or self._processes.main else None
 
     def complete(self) -> None:
         """Say that all is there, and delete what was needed on the way."""
         if self._processes.main and not self._share:
-            took = {} if self._whole_before else {"seconds": self._seconds()}
+            took = {"seconds": self._seconds()} if self._stage else {}
             self.run.tell(status="complete", rows=len(self.run.table()), **took)
             self.run.clear()
         self._held.close()
@@ -118,7 +122,8 @@ class Session:
             if not self._processes.main and not self._has_the_last_word():
                 return None
             # What cannot be done as asked will not be done later either.
-            vain = isinstance(error, PscopeError) and not isinstance(error, RunError) and self._stage != TABLE
+            before_table = self._stage not in STAGES[STAGES.index(TABLE) :]
+            vain = isinstance(error, PscopeError) and not isinstance(error, RunError) and before_table
             alone = not self._resume and not self._share and self._processes.main
             if alone and (vain or not self.run.finished):
                 self.run.leave_nothing()

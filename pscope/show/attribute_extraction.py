@@ -8,20 +8,23 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from pscope.experiments.attribute_extraction import ANOTHER, PROBE
+from pscope.experiments.attribute_summary import BEST, HELD_OUT, MEAN, SCORED
 from pscope.experiments.sweep import PATCHED, RANDOM
 from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
 from pscope.show.tables import literal, narrow_table, number
 
-_LABELS = {
-    PATCHED: "patched, any target layer (oracle)",
-    PROBE: "probe",
-    ANOTHER: "another subject (oracle)",
-    RANDOM: "random vector (oracle)",
+_LINES = {
+    (PATCHED, BEST): ("patched, any target layer (oracle)", "-"),
+    (PATCHED, HELD_OUT): ("patched, target layer best for others", "-"),
+    (PATCHED, MEAN): ("patched, mean over target layers", "--"),
+    (PROBE, None): ("probe", "-."),
+    (ANOTHER, BEST): ("another subject (oracle)", ":"),
+    (RANDOM, BEST): ("random vector (oracle)", ":"),
 }
 
 
 def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Figure:
-    """From `attribute_extraction.over_layers`: a panel for each relation, a line and band for each condition."""
+    """From `attribute_summary.over_layers`: a panel for each relation, a line and band for each way of reading."""
     relations = list(dict.fromkeys(accuracy["relation"]))
     rows = -(-len(relations) // columns)
     columns = min(columns, len(relations))
@@ -30,23 +33,25 @@ def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Fig
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         for axes, relation in zip(panels, relations, strict=False):
             here = accuracy[accuracy["relation"] == relation]
-            for (condition, label), colour in zip(_LABELS.items(), sns.color_palette("deep"), strict=False):
-                line = here[here["condition"] == condition].astype({"layer": int})
-                axes.plot(line["layer"], line["found"], color=colour, label=label)
+            for (key, (label, style)), colour in zip(_LINES.items(), sns.color_palette("colorblind"), strict=False):
+                condition, taken = key
+                same = here["taken"].isna() if taken is None else here["taken"] == taken
+                line = here[(here["condition"] == condition) & same].astype({"layer": int})
+                axes.plot(line["layer"], line["found"], style, color=colour, label=label)
                 fill(axes, line["layer"], line["low"], line["high"], colour)
             axes.set(title=drawable(relation), ylim=(0, 1.02))
             label_layers(axes, "Source layer")
             axes.label_outer()
         for axes in panels[len(relations) :]:
             axes.remove()
-        figure.supylabel("Accuracy")
+        figure.supylabel("Accuracy: the right object is the most probable")
         figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(drawable(title))
     return figure
 
 
 def accuracy_heatmaps(table: pd.DataFrame, title: str) -> Figure:
-    """From the table of `attribute_extraction`: the share of samples answered at every (ℓ, ℓ*)."""
+    """From the table of `AttributeScores`: the share of samples answered at every (ℓ, ℓ*)."""
     patched = table[table["condition"] == PATCHED].astype({"found": float})
     means = {
         relation: rows.groupby(["layer", "target_layer"])["found"].mean()
@@ -56,29 +61,37 @@ def accuracy_heatmaps(table: pd.DataFrame, title: str) -> Figure:
 
 
 def accuracy_table(summary: pd.DataFrame) -> Table:
-    """The same for a terminal: a line for each relation."""
+    """The same for a terminal: for each relation a line of scores, and one of what was said."""
     shown = narrow_table(
-        "oracle: any target layer gives the answer, mean ± std over source layers (the paper's number); held out: at "
-        "the pair of layers that was best for other subjects, averaged over those that tie; p: of held out against the "
-        "probe at the layer that was best for other subjects, times the number of relations (Bonferroni), over the "
-        "subjects whose answer others have too, since a probe can name no other; blank where those are too few for .05",
+        "scored: the right object is the most probable of the relation's; said: it stands in the continuation; "
+        "oracle: any target layer gives the answer, mean over source layers (the paper's number); held out: at the "
+        "pair of layers that was best for other subjects; p: of held out against the probe at the layer that was best "
+        "for other subjects, times the number of relations (Bonferroni), over the subjects whose answer others have "
+        f"too, since a probe can name no other; {_smallest_p(summary)}",
         tight=True,
     )
-    headings = ("n", "oracle", "random\noracle", "another\noracle", "held\nout", "probe", "majo-\nrity", "clean", "p")
+    headings = ("n", "oracle", "random\noracle", "held\nout", "random", "other", "probe", "majo-\nrity", "clean", "p")
     shown.add_column("relation", no_wrap=True)
+    shown.add_column("", no_wrap=True)
     for heading in headings:
         shown.add_column(heading, justify="right", no_wrap=True)
     for row in summary.itertuples():
+        scored = row.judged == SCORED
         shown.add_row(
-            literal(row.relation),
-            str(row.samples),
-            f"{row.oracle:.2f}±{row.oracle_std:.2f}",
-            number(row.random_oracle),
-            number(row.another_oracle),
-            number(row.held_out),
-            number(row.probe),
-            number(row.majority),
+            literal(row.relation) if scored else "",
+            row.judged,
+            str(row.samples) if scored else "",
+            *map(number, (row.oracle, row.random_oracle, row.held_out, row.random_held_out, row.another_held_out)),
+            *map(number, (row.probe_held_out, row.majority) if scored else (float("nan"),) * 2),
             number(row.clean),
             "" if row.p != row.p else "<.001" if row.p < 0.001 else f"{row.p:.2g}",
         )
     return shown
+
+
+def _smallest_p(summary: pd.DataFrame) -> str:
+    """What is said of the p that the numbers of subjects allow."""
+    least = summary["least_p"]
+    return (
+        f"the smallest that so many can give is {least.min():.2g} to {least.max():.2g}, blank where that is above .05"
+    )

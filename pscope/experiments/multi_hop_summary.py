@@ -1,0 +1,130 @@
+"""What Figure 4 shows: how often each way of asking gives the answer, scored and said, and what patching adds to it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import pandas as pd
+
+from pscope.experiments.attribute_summary import SAID, SCORED
+from pscope.experiments.bands import mean_bands, share_bands
+from pscope.experiments.held_out import FOLDS, at_chosen, chosen_elsewhere, found_at
+from pscope.experiments.multi_hop import STEP_BY_STEP, VANILLA
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
+from pscope.inputs.queries import Query
+
+
+def summarise(scores: pd.DataFrame, said: pd.DataFrame | None = None, seed: int = 0) -> pd.DataFrame:
+    """How often each method answers: one row per way an answer is `judged` × method × measure.
+
+    `found` is the share of queries, `low` and `high` its band. Vanilla and step by step have one measure, "accuracy". A
+    wiring has four: "oracle", any (ℓ, ℓ*) of the grid gives the answer, and "held-out pair", at the (ℓ, ℓ*) that was
+    best for the queries of the other folds (by scores, where rows were said at those pairs alone, which then have no
+    oracle), averaged over those that tie; and of both what random vectors give. `pairs` is how many were chosen in all,
+    `layer` and `target_layer` the one that counts most, missing where several count alike. Bands are from resampling
+    bridges with all their queries, and exact where all agree; below three bridges nothing is held out.
+    """
+    tables = {SCORED: scores} if said is None else {SCORED: scores, SAID: said}
+    found = [row for judged, table in tables.items() for row in _judged(judged, table, seed)]
+    columns = ["judged", "method", "measure", "found", "low", "high", "queries", "bridges"]
+    layers = ["pairs", "layer", "target_layer"]
+    return pd.DataFrame(found).reindex(columns=[*columns, *layers]).astype(dict.fromkeys(layers, "Int64"))
+
+
+def _judged(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, object]]:
+    found = []
+    bridges = table.drop_duplicates("query").set_index("query")["bridge"]
+
+    def add(method: str, measure: str, share: pd.Series, **layers: object) -> None:
+        found.append({"judged": judged, **_measured(method, measure, share, bridges, seed), **layers})
+
+    for method, rows in table.groupby("method", sort=False):
+        if method in (VANILLA, STEP_BY_STEP):
+            add(method, "accuracy", rows.set_index("query")["found"].astype(float))
+            continue
+        own, random = (found_at(rows, condition, ["query"]) for condition in (PATCHED, RANDOM))
+        marked = "chosen" in rows and bool(rows["chosen"].notna().any())
+        if not marked:
+            add(method, "oracle", own.max(axis=1))
+            add(method, "oracle, random vector", random.max(axis=1))
+        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+        if folds.nunique() == FOLDS:
+            chosen = found_at(rows, PATCHED, ["query"], "chosen") > 0 if marked else chosen_elsewhere(own, folds)
+            layers = _pairs_told(chosen)
+            for measure, cells in (("held-out pair", own), ("held-out pair, random vector", random)):
+                add(method, measure, at_chosen(cells, chosen), **layers)
+    return found
+
+
+def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
+    """What patching adds to the log-probability of the answer, against the query as it stands: no threshold is needed.
+
+    One row per wiring × condition: the mean `gain`, in nats, of patched states and of random vectors, `low` and `high`,
+    from resampling bridges with all their queries, at the (ℓ, ℓ*) of the largest mean gain for the queries of the other
+    folds; `pairs`, `layer` and `target_layer` as in `summarise`, and the `share` of queries that gain at all. Empty
+    below three bridges.
+    """
+    plain = scores[scores["method"] == VANILLA].set_index("query")["log_probability"].astype(float)
+    bridges = scores.drop_duplicates("query").set_index("query")["bridge"]
+    found = []
+    for method, rows in scores[scores["method"] != VANILLA].groupby("method", sort=False):
+        own, random = (found_at(rows, name, ["query"], "log_probability") for name in (PATCHED, RANDOM))
+        own, random = (cells.sub(plain.loc[cells.index], axis=0) for cells in (own, random))
+        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+        if folds.nunique() < FOLDS:
+            continue
+        chosen = chosen_elsewhere(own, folds)
+        for condition, cells in ((PATCHED, own), (RANDOM, random)):
+            gain = at_chosen(cells, chosen)
+            groups = gain.groupby(bridges)
+            (low,), (high,) = mean_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
+            told = {"gain": gain.mean(), "low": low, "high": high, "share": (gain > 0).mean(), "queries": len(gain)}
+            found.append({"method": method, "condition": condition, **told, **_pairs_told(chosen)})
+    columns = ["method", "condition", "gain", "low", "high", "share", "queries", "pairs", "layer", "target_layer"]
+    return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
+
+
+def _pairs_told(chosen: pd.DataFrame) -> dict:
+    """What the summary says of the pairs that `chosen_elsewhere` chose; those that tie share a query among them."""
+    weights = chosen.div(chosen.sum(axis=1), axis=0).sum()
+    most = weights[np.isclose(weights, weights.max())]
+    layer, target = most.index[0] if len(most) == 1 else (None, None)
+    return {"pairs": (weights > 0).sum(), "layer": layer, "target_layer": target}
+
+
+def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict]:
+    """Every text of every query: what was asked, what is right, and what each method said, by pair."""
+    told = []
+    for number, rows in table.groupby("query"):
+        query = queries[number]
+        said: dict[str, object] = {}
+        for method, texts in rows.groupby("method", sort=False):
+            if method in (VANILLA, STEP_BY_STEP):
+                said[method] = texts["continuation"].iloc[0]
+                continue
+            said[method] = {
+                condition: {
+                    "clean" if row.condition == CLEAN else f"{row.layer} → {row.target_layer}": row.continuation
+                    for row in of_condition.itertuples()
+                }
+                for condition, of_condition in texts.groupby("condition", sort=False)
+            }
+        asked = {"query": query.text, "first": query.first, "second": query.second, "source": query.source}
+        told.append({**asked, "answers": query.answers, "bridge": query.bridge, **said})
+    return told
+
+
+def _measured(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict:
+    """`found` and `bridges` are (queries,), by the query's number."""
+    groups = found.groupby(bridges)
+    (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
+    return {
+        "method": method,
+        "measure": measure,
+        "found": found.mean(),
+        "low": low,
+        "high": high,
+        "queries": len(found),
+        "bridges": groups.ngroups,
+    }

@@ -1,0 +1,91 @@
+"""The sweep over source and target layers, scored: which of some answers is the most probable at every pair.
+
+Nothing is decoded: the answers' first tokens stand in the logits that a pass over the target ends with, so that every
+pair of layers costs what a corner of the grid does when rows have to speak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pandas as pd
+import torch
+
+from pscope.engine.patchscope import Patchscope
+from pscope.engine.scores import Choice, Measure
+from pscope.experiments.held_out import best_elsewhere, found_at
+from pscope.experiments.sweep import PATCHED, Source, as_rows, naming_rows, read_states, rows_of
+from pscope.metrics import answer_found
+from pscope.models.residual import Pair
+
+SCORED_TYPES = {
+    "condition": "string",
+    "layer": "Int64",
+    "target_layer": "Int64",
+    "position": "Int64",
+    "token": "string",
+    "path": "string",
+    "answer": "string",
+    "found": "bool",
+    "log_probability": "Float64",
+}
+"""The columns that a scored sweep fills, beside those that say whose row it is."""
+
+
+def scored_sweep(
+    scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure = "start"
+) -> Iterator[dict[str, object]]:
+    """The rows of the table, by their columns, for sources that share a target, their pairs, and their candidates.
+
+    They are as those of a sweep, but for `answer`, the candidate that is most probable by the measure (see
+    `Patchscope.choose`); whether it counts as an answer of the source (`found`); and the `log_probability`, in nats, of
+    the source's own first answer: of its first token, or, by another measure than "start", its score by that. Raises
+    PscopeError, naming the source, for a row that fails.
+    """
+    pairs, candidates = sources[0].pairs, sources[0].candidates
+    read = read_states(scope.model, sources, seed)
+    with naming_rows(read, pairs):
+        choices = scope.choose(*as_rows(read, pairs), [f" {candidate}" for candidate in candidates], by=by)
+    told = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
+    yield from rows_of(
+        read,
+        sources,
+        scope.path,
+        lambda place, number: told[read.sources[place][0].name](choices.patched, place * len(pairs) + number),
+        lambda source: told[source.name](choices.clean, 0),
+    )
+
+
+def scored_plainly(
+    scope: Patchscope, candidates: Sequence[str], answers: Sequence[str], by: Measure
+) -> dict[str, object]:
+    """What is chosen after the target as it stands: `answer`, `found`, `log_probability`, as in a scored sweep."""
+    # A row that is patched at the very top is as good as none.
+    state = torch.ones(1, scope.model.hidden_size)
+    choices = scope.choose(state, scope.model.n_layers, [f" {candidate}" for candidate in candidates], by=by)
+    return _Judge(candidates, answers, by)(choices.clean, 0)
+
+
+def best_pairs(scores: pd.DataFrame, key: str, unit: list[str]) -> dict[str, dict[int, Pair]]:
+    """By the column `key` and by fold, the pair of layers that scores best in the other folds, for patched states."""
+    best = {}
+    for name, rows in scores[scores["condition"] == PATCHED].groupby(key, sort=False):
+        found, near = (found_at(rows, PATCHED, unit, what) for what in ("found", "log_probability"))
+        folds = rows.drop_duplicates(unit).set_index(unit)["fold"]
+        best[name] = best_elsewhere(found, near, folds.loc[found.index])
+    return best
+
+
+class _Judge:
+    """Says of a row what was chosen, and whether that is one of the answers."""
+
+    def __init__(self, candidates: Sequence[str], answers: Sequence[str], by: Measure) -> None:
+        self._candidates, self._by = candidates, by
+        self._right = [answer_found(candidate, answers) for candidate in candidates]
+        self._own = candidates.index(answers[0])
+
+    def __call__(self, choice: Choice, row: int) -> dict[str, object]:
+        chosen = int(choice.chosen[row])
+        scores = choice.first if self._by == "start" else choice.scores
+        own = {"log_probability": float(scores[row, self._own])}
+        return {"answer": self._candidates[chosen], "found": self._right[chosen], **own}
