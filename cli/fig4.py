@@ -114,7 +114,6 @@ def fig4(
     saying = {"chat": chat, "reasoning": reasoning, **options}
     told = {"queries": " ".join(query) if query else str(queries or "composed of the relations shipped with pscope")}
     told |= {"counts": counts, "chat": chat, "folds": FOLDS, "seed": seed}
-    tell("queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
     if walking:
         said_at = grid.coarse(model, GRID)
         said = frame.carry_out(MultiHop(model, asked, said_at, decoding, **saying), **told, pairs=said_at)
@@ -124,8 +123,9 @@ def fig4(
             out.print(shown, soft_wrap=isinstance(shown, str))
         tell(f"table: {frame.folder / 'table.parquet'}")
         return
-    warn_few({"queries": len(asked), "bridges": len({shared_bridge(one) for one in asked})})
     experiment = MultiHopScores(model, asked, pairs, among=composed, by=grid.score.value, **options)
+    tell("queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
+    warn_few({"queries": len(asked), "bridges": len({shared_bridge(one) for one in asked})})
     tell_price(experiment)
     scores = frame.score(experiment, **told, scored_by=grid.score.value, pairs=pairs)
     said_at = grid.said(model, GRID, None if scores is None else best_pairs(scores, "method", ["query"]))
