@@ -27,6 +27,7 @@ from benchmarks.growth import exponents, growth, whole_figure
 from benchmarks.half import half_compared
 from benchmarks.overhead import NO_HOOK, overheads, wide_llama
 from benchmarks.peers import PEERS, installed
+from benchmarks.scores import scores_compared
 from benchmarks.sweep import STAIRCASE, continuations_compared, logits_compared, sweep_of
 from pscope.runs.provenance import versions
 
@@ -67,6 +68,8 @@ def main(
     _show("logits of a sweep over all layers, per row", results["logits"])
     results["continuations"] = continuations_compared(sweep, new_tokens, speaking, short)
     _show(f"continuations of {new_tokens} tokens, per row", results["continuations"])
+    results["scores"] = scores_compared(sweep, new_tokens, speaking, short)
+    _show("scores, per row", results["scores"])
     results["floor"] = floors_compared(sweep, new_tokens, short)
     _show("against the bare matrix products", results["floor"])
     most_tokens = 64 * 512 if full else 32 if quick else 512

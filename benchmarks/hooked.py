@@ -18,9 +18,7 @@ class Hooked:
 
     def logits(self, states: Tensor, layers: Sequence[int]) -> list[Tensor]:
         """Logits after the target prompt, (rows, vocab) of each batch. Only the last token is unembedded, a favour."""
-        return self._run(
-            states, layers, lambda ids: self.model.hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1]
-        )
+        return self.run(states, layers, lambda ids: self.model.hf(ids, use_cache=False, logits_to_keep=1).logits[:, -1])
 
     def generate(self, states: Tensor, layers: Sequence[int], new_tokens: int) -> list[list[int]]:
         """Greedy continuations by transformers' own `generate`, each up to the token that ended it."""
@@ -30,11 +28,11 @@ class Hooked:
                 ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=new_tokens
             )
 
-        spoken = [row[len(self.target) :].tolist() for part in self._run(states, layers, forward) for row in part]
+        spoken = [row[len(self.target) :].tolist() for part in self.run(states, layers, forward) for row in part]
         return [_until_end(row, self.model.end_tokens) for row in spoken]
 
     @torch.no_grad()
-    def _run(self, states: Tensor, layers: Sequence[int], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
+    def run(self, states: Tensor, layers: Sequence[int], forward: Callable[[Tensor], Tensor]) -> list[Tensor]:
         """`forward` of each batch of prompts, with the rows' states written in."""
         results = []
         for start in range(0, len(states), self.batch):

@@ -63,7 +63,9 @@ def fig4(
     """Figure 4: questions of two hops, asked plainly, step by step, and by Patchscopes of three wirings.
 
     cot: the state of "the company that created X" over the last token of "The current CEO of"; placeholder: the same
-    over the x of "The current CEO of x is"; backpatch: a later layer of the whole question over an earlier one.
+    over the x of "The current CEO of x is"; backpatch: a later layer of the whole question over an earlier one. An
+    answer is right where it is the most probable of those to the same second hop, at every pair of layers, and, at
+    some, where the row says it; beside that stands how much more probable patching makes it.
     """
     if query is not None and (queries is not None or example is not None):
         raise PscopeError("--query stands by itself; leave out QUERIES and --example")

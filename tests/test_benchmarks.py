@@ -6,7 +6,7 @@ import pytest
 from typer import Typer
 from typer.testing import CliRunner
 
-from benchmarks import sweep
+from benchmarks import scores, sweep
 from benchmarks.__main__ import main
 from benchmarks.floor import row_products
 from benchmarks.hooked import Hooked
@@ -38,6 +38,7 @@ def test_a_quick_run_of_all(folder, tmp_path):
             assert "absent" in result.output
         else:
             assert row["equal"] == row["rows"]
+    assert [row["difference"] < 1e-3 for row in told["scores"] if "hooks" in row["contestant"]] == [True]
     assert {row["work"] for row in told["floor"]} == {"source passes", "sweep", "continuations"}
     assert {row["quantity"] for row in told["exponents"]} == {"samples", "target tokens", "new tokens", "layers"}
     assert {row["phase"] for row in told["overhead"]} == {"prefill", "decode"}
@@ -53,6 +54,14 @@ def test_a_contestant_that_answers_otherwise_is_not_timed(tiny, monkeypatch):
     monkeypatch.setattr(sweep, "in_turn", lambda *_: pytest.fail("timed"))
     with pytest.raises(AssertionError, match="hooks, batches of 128 is .* from the staircase"):
         sweep.logits_compared(sweep.sweep_of(tiny, 1), 1, 0)
+
+
+def test_scores_that_are_others_are_not_timed(tiny, monkeypatch):
+    run = Hooked.run
+    monkeypatch.setattr(Hooked, "run", lambda self, states, layers, forward: run(self, states * 1.1, layers, forward))
+    monkeypatch.setattr(scores, "in_turn", lambda *_: pytest.fail("timed"))
+    with pytest.raises(AssertionError, match="hooks score .* from the staircase"):
+        scores.scores_compared(sweep.sweep_of(tiny, 1), 2, 1, 0)
 
 
 def test_the_floor_counts_what_the_staircase_multiplies(tiny):
