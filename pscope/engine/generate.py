@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from functools import lru_cache
@@ -120,6 +120,15 @@ class CachedRows:
 
     def __init__(self, model: LanguageModel, cache: Cache, logits: Tensor) -> None:
         self._model, self._cache, self.logits = model, cache, logits
+
+    @classmethod
+    def joined(cls, parts: Sequence[CachedRows]) -> CachedRows:
+        """Rows of several prompts as one batch, in which each has keys and values for as many tokens."""
+        first = parts[0]
+        for layers in zip(*(part._cache.layers for part in parts), strict=True):
+            layers[0].keys = torch.cat([layer.keys for layer in layers])
+            layers[0].values = torch.cat([layer.values for layer in layers])
+        return cls(first._model, first._cache, torch.cat([part.logits for part in parts]))
 
     def step(self, tokens: Tensor) -> None:
         self.logits = self._model.next_token_logits(tokens[:, None], self._cache)

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import GREEDY, Decoding, Settled, check_finite, continue_rows
+from pscope.engine.generate import GREEDY, Decoding, Rows, Settled, check_finite, continue_rows
 from pscope.engine.plain import PlainPath
 from pscope.engine.scores import MEASURES, Choices, Measure, Scores, Tokens, choose_rows, score_rows
 from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
@@ -123,6 +123,15 @@ class Patchscope:
             for path, part in self._passes(len(states), decoding)
         ]
         return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
+
+    def start(self, states: Tensor, target_layers: Sequence[int] | int, decoding: Decoding) -> Rows:
+        """The patched rows, after the clean one, ready to go on: what `generate` continues, in one pass.
+
+        As many are given as fit in the memory budget (`rows_per_pass`).
+        """
+        self.model.check_window(len(self.target) + decoding.new_tokens)
+        states, layers = self._checked(states, target_layers)
+        return self._now()[0].start(states, layers, decoding.new_tokens)
 
     def score(
         self,

@@ -226,7 +226,7 @@ class AttributeScores(_Attributes[Source | Probing]):
     def read(self, units: Sequence[Source | Probing]) -> pd.DataFrame:
         if isinstance(units[0], Probing):
             return pd.concat([self._probed(unit) for unit in units], ignore_index=True)
-        return self._tidied(scored_sweep(self.scope(units[0].target), units, self._seed, self._by))
+        return self._tidied(scored_sweep(self.scope, units, self._seed, self._by))
 
     def work(self, unit: Source | Probing) -> Work:
         if isinstance(unit, Probing):
@@ -287,7 +287,7 @@ class AttributeExtraction(_Attributes[Source]):
         yield from self._sources(question, tuple(pairs))
 
     def read(self, units: Sequence[Source]) -> pd.DataFrame:
-        return self._tidied(sweep(self.scope(units[0].target), units, self._decoding, self._seed))
+        return self._tidied(sweep(self.scope, units, self._decoding, self._seed))
 
     def work(self, unit: Source) -> Work:
         return unit.work(self._decoding.new_tokens)

@@ -88,7 +88,7 @@ class EntityLayers(Experiment[Source]):
         return unit.work(self._decoding.new_tokens)
 
     def read(self, units: Sequence[Source]) -> pd.DataFrame:
-        rows = pd.DataFrame(sweep(self.scope(self.target), units, self._decoding, 0, self._through))
+        rows = pd.DataFrame(sweep(self.scope, units, self._decoding, 0, self._through))
         texts, references = rows["continuation"].tolist(), [self._reference] * len(rows)
         scores = np.nan if self._reference is None else rouge_l(texts, references)
         columns = ("condition", "layer", "target_layer", "continuation", "rouge_l")
@@ -171,7 +171,7 @@ class EntityDescriptions(Experiment[Source | Plain]):
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         scope = self.scope(self.target)
         if isinstance(units[0], Source):
-            return scored(pd.DataFrame(sweep(scope, units, self._decoding, self._seed, self._through)))
+            return scored(pd.DataFrame(sweep(self.scope, units, self._decoding, self._seed, self._through)))
         options = {"memory": self.memory, "path": scope.path}
         return scored(pd.DataFrame(answer_plainly(self.model, units, self._decoding, **options)))
 

@@ -31,12 +31,17 @@ MOST_PARTS = 16
 class Unit:
     """What can be read alone. `name` tells it from all others of its experiment.
 
-    `rows` of its are decoded. Units share passes if they have the same `target`: one prompt, or one way of asking.
+    `rows` of its are patched or asked. Its `target` is one prompt, or one way of asking.
     """
 
     name: str
     rows: int
     target: object
+
+    @property
+    def shares(self) -> object:
+        """Units of which this is the same share passes."""
+        return self.target
 
 
 @dataclass(frozen=True)
@@ -62,8 +67,8 @@ class Experiment(ABC, Generic[U]):
     """Units in, tidy rows out.
 
     `memory`, in bytes, is for the rows of one pass; it may be changed between calls of `read`. Of several targets,
-    `target` is the one by which passes are planned, and of which the check is told. Units that share one stand side by
-    side in `units`.
+    `target` is the one by which passes are planned, and of which the check is told. Units that share passes stand side
+    by side in `units`.
     """
 
     units: Sequence[U]
@@ -75,7 +80,7 @@ class Experiment(ABC, Generic[U]):
 
     @abstractmethod
     def read(self, units: Sequence[U]) -> pd.DataFrame:
-        """The rows of the table for some units that share a target, those of one unit together.
+        """The rows of the table for some units that share passes, those of one unit together.
 
         Raises PscopeError, naming the unit, for a row that fails.
         """
@@ -111,11 +116,11 @@ class Experiment(ABC, Generic[U]):
         return min(rows_per_pass, max(FEWEST_ROWS, -(-sum(unit.rows for unit in self.units) // MOST_PARTS)))
 
     def parts(self, rows: int) -> list[list[U]]:
-        """The units in groups that share a target and have about so many rows together, or one unit with more."""
+        """The units in groups that share passes and have about so many rows together, or one unit with more."""
         parts: list[list[U]] = []
         room = 0
         for unit in self.units:
-            if not parts or unit.target != parts[-1][-1].target or unit.rows > room:
+            if not parts or unit.shares != parts[-1][-1].shares or unit.rows > room:
                 parts.append([])
                 room = rows
             parts[-1].append(unit)

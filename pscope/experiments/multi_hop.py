@@ -152,7 +152,7 @@ class MultiHopScores(Experiment[Source | Plain]):
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         if isinstance(units[0], Source):
-            rows = scored_sweep(self.scope(units[0].target), units, self._seed, self._by)
+            rows = scored_sweep(self.scope, units, self._seed, self._by)
         else:
             rows = [self._plainly(unit) for unit in units]
         return tidy(rows, SCORE_TYPES)
@@ -212,7 +212,7 @@ class MultiHop(Experiment[Source | Plain]):
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         if isinstance(units[0], Source):
-            return tidy(sweep(self.scope(units[0].target), units, self._decoding, self._seed), SAID_TYPES)
+            return tidy(sweep(self.scope, units, self._decoding, self._seed), SAID_TYPES)
         method = units[0].target
         options = {"memory": self.memory, "path": self.scope(self._longest[method]).path}
         return tidy(answer_plainly(self.model, units, self._decodings[method], **options), SAID_TYPES)
@@ -251,7 +251,7 @@ def _all_wired(
     about: Sequence[Mapping[str, object]],
     grids: Mapping[str, Sequence[Pair]],
 ) -> list[Source]:
-    """The queries in each wiring, at the pairs of its grid; those that share a target stand side by side."""
+    """The queries in each wiring, at the pairs of its grid; those of one target, or of its length, side by side."""
     units: list[Source] = []
     for wiring, grid in grids.items():
         if grid:
@@ -260,7 +260,7 @@ def _all_wired(
                 for query, told in zip(queries, about, strict=True)
             ]
             order = {source.target: place for place, source in reversed([*enumerate(sources)])}
-            units += sorted(sources, key=lambda source: order[source.target])
+            units += sorted(sources, key=lambda source: (len(source.target), order[source.target]))
     return units
 
 

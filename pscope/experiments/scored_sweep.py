@@ -6,7 +6,8 @@ pair of layers costs what a corner of the grid does when rows have to speak.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 
 import pandas as pd
 import torch
@@ -16,6 +17,7 @@ from pscope.engine.scores import Choice, Measure
 from pscope.experiments.held_out import best_elsewhere, found_at
 from pscope.experiments.sweep import PATCHED, Source, as_rows, naming_rows, read_states, rows_of
 from pscope.metrics import answer_found
+from pscope.models.prompts import Prompt
 from pscope.models.residual import Pair
 
 SCORED_TYPES = {
@@ -33,15 +35,20 @@ SCORED_TYPES = {
 
 
 def scored_sweep(
-    scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure = "start"
+    scope_of: Callable[[Prompt], Patchscope], sources: Sequence[Source], seed: int, by: Measure = "start"
 ) -> Iterator[dict[str, object]]:
-    """The rows of the table, by their columns, for sources that share a target, their pairs, and their candidates.
+    """The rows of the table, by their columns, for sources of which those that share a target share their candidates.
 
     They are as those of a sweep, but for `answer`, the candidate that is most probable by the measure (see
     `Patchscope.choose`); whether it counts as an answer of the source (`found`); and the `log_probability`, in nats, of
     the source's own first answer: of its first token, or, by another measure than "start", its score by that. Raises
     PscopeError, naming the source, for a row that fails.
     """
+    for target, alike in groupby(sources, key=lambda source: source.target):
+        yield from _scored(scope_of(target), [*alike], seed, by)
+
+
+def _scored(scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure) -> Iterator[dict[str, object]]:
     pairs, candidates = sources[0].pairs, sources[0].candidates
     read = read_states(scope.model, sources, seed)
     with naming_rows(read, pairs):
@@ -50,7 +57,7 @@ def scored_sweep(
     yield from rows_of(
         read,
         sources,
-        scope.path,
+        {scope.target: scope.path},
         lambda place, number: told[read.sources[place][0].name](choices.patched, place * len(pairs) + number),
         lambda source: told[source.name](choices.clean, 0),
     )

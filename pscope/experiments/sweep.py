@@ -18,6 +18,7 @@ from torch import Tensor
 
 from pscope.engine.generate import Decoding
 from pscope.engine.patchscope import Patchscope
+from pscope.engine.together import Asked, generate_together
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.experiment import Unit, Work
 from pscope.experiments.grid import Pair, source_layers
@@ -58,6 +59,11 @@ class Source(Unit):
     lent_to: tuple[tuple[str, ...], ...] = ()
     candidates: tuple[str, ...] = ()
     random: bool = True
+
+    @property
+    def shares(self) -> object:
+        """Rows of several targets of one length can speak in one batch, where their pairs are the same."""
+        return len(self.target), self.pairs
 
     @property
     def conditions(self) -> list[str]:
@@ -114,49 +120,56 @@ def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, thro
 
 
 def sweep(
-    scope: Patchscope, sources: Sequence[Source], decoding: Decoding, seed: int, through: Through | None = None
+    scope_of: Callable[[Prompt], Patchscope],
+    sources: Sequence[Source],
+    decoding: Decoding,
+    seed: int,
+    through: Through | None = None,
 ) -> Iterator[dict[str, object]]:
-    """The rows of the table, by their columns, for sources that share a target and their pairs, and say what they say.
+    """The rows of the table, by their columns, for sources that share their pairs, and say what they say.
 
     A row is one source × pair × condition: what the source is `about`, the columns of `TYPES`. `position` and `token`
     are where a state was read; `found` is whether an answer stands in the continuation. The clean row has no layers.
     Raises PscopeError, naming the source, for a row that fails.
     """
     pairs = sources[0].pairs
-    read = read_states(scope.model, sources, seed, through)
+    scopes = {target: scope_of(target) for target in dict.fromkeys(source.target for source in sources)}
+    model = scopes[sources[0].target].model
+    read = read_states(model, sources, seed, through)
     wanted = [(source.answers, *(source.lent_to if condition == PATCHED else ())) for source, condition in read.sources]
     settles = any(answers for group in wanted for answers in group)
 
     def settled(place: int, text: str) -> bool:
         return all(answer_settled(text, answers) for answers in wanted[place])
 
-    texts, clean = _spoken(scope, read, pairs, decoding, settled if settles else None)
+    texts, clean = _spoken(scopes, read, pairs, decoding, settled if settles else None)
     yield from rows_of(
         read,
         sources,
-        scope.path,
+        {target: scope.path for target, scope in scopes.items()},
         lambda place, number: _answered(texts[place][number], read.sources[place][0].answers),
-        lambda source: _answered(clean, source.answers),
+        lambda source: _answered(clean[source.target], source.answers),
     )
 
 
 def rows_of(
     read: Read,
     sources: Sequence[Source],
-    path: str,
+    paths: Mapping[Prompt, str],
     patched: Callable[[int, int], dict[str, object]],
     clean: Callable[[Source], dict[str, object]],
 ) -> Iterator[dict[str, object]]:
     """The rows of each source together: `patched(place, pair)` and `clean(source)` tell what came of them."""
     places = {(source.name, condition): place for place, (source, condition) in enumerate(read.sources)}
     for source in sources:
+        path = {"path": paths[source.target]}
         for condition in source.conditions:
             at = {"position": source.source.position, "token": source.source.token} if condition == PATCHED else {}
             place = places[source.name, condition]
             for number, (layer, target) in enumerate(source.pairs):
-                row = {"condition": condition, "layer": layer, "target_layer": target, "path": path, **at}
+                row = {"condition": condition, "layer": layer, "target_layer": target, **path, **at}
                 yield {**source.about, **row, **patched(place, number)}
-        yield {**source.about, "condition": CLEAN, "path": path, **clean(source)}
+        yield {**source.about, "condition": CLEAN, **path, **clean(source)}
 
 
 def borrowed(table: pd.DataFrame, borrowers: pd.DataFrame, key: str, within: Sequence[str] = ()) -> pd.DataFrame:
@@ -197,18 +210,29 @@ def _generator(*key: object) -> torch.Generator:
 
 
 def _spoken(
-    scope: Patchscope,
+    scopes: Mapping[Prompt, Patchscope],
     read: Read,
     pairs: Sequence[Pair],
     decoding: Decoding,
     settled: Callable[[int, str], bool] | None,
-) -> tuple[list[list[str]], str]:
-    """What each of the states that are read says, [read][pair], and what the clean row says."""
-    settled_row = None if settled is None else lambda row, text: settled(row // len(pairs), text)
-    with naming_rows(read, pairs):
-        spoken = scope.generate(*as_rows(read, pairs), decoding, settled_row)
-    texts = iter([decoding.text(tokens, scope.model.tokenizer) for tokens in spoken.patched])
-    return [[next(texts) for _ in pairs] for _ in read.sources], decoding.text(spoken.clean, scope.model.tokenizer)
+) -> tuple[dict[int, list[str]], dict[Prompt, str]]:
+    """What each of the states that are read says, by its place among them and the pair, and each clean target."""
+    of = {
+        target: [place for place, (source, _) in enumerate(read.sources) if source.target == target]
+        for target in scopes
+    }
+    order = [place for places in of.values() for place in places]
+    layers = [target for _, target in pairs]
+    asked = [
+        Asked(scopes[target], read.states[places].flatten(0, 1), layers * len(places)) for target, places in of.items()
+    ]
+    settled_row = None if settled is None else lambda row, text: settled(order[row // len(pairs)], text)
+    with naming_rows(Read([read.sources[place] for place in order], read.states), pairs):
+        spoken = generate_together(asked, decoding, settled_row)
+    tokenizer = asked[0].scope.model.tokenizer
+    texts = iter([decoding.text(row, tokenizer) for said in spoken for row in said.patched])
+    by_place = {place: [next(texts) for _ in pairs] for place in order}
+    return by_place, {target: decoding.text(said.clean, tokenizer) for target, said in zip(of, spoken, strict=True)}
 
 
 def as_rows(read: Read, pairs: Sequence[Pair]) -> tuple[Tensor, list[int]]:

@@ -1,0 +1,89 @@
+"""Rows of several targets that speak in one batch: where each has few, a batch of its own is hardly worth a pass.
+
+Targets of one length can share one: on the staircase their rows keep keys and values for equally many tokens, and each
+goes on from its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from itertools import count, islice
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pscope.engine.generate import CachedRows, Decoding, Settled, continue_rows
+from pscope.engine.patchscope import Continuations, Patchscope
+from pscope.errors import RowError
+
+
+class Asked(NamedTuple):
+    """States (rows, hidden) to be patched into the target of a Patchscope, each at its layer."""
+
+    scope: Patchscope
+    states: Tensor
+    target_layers: Sequence[int]
+
+
+def generate_together(
+    asked: Sequence[Asked], decoding: Decoding, settled: Settled | None = None
+) -> list[Continuations]:
+    """What `Patchscope.generate` gives for each of those asked, token for token; those that can share a batch do.
+
+    The Patchscopes are of one model. Rows are numbered through all that is asked, for `settled` and in a RowError.
+    """
+    said: list[Continuations] = []
+    numbered = 0
+    for group in _groups(asked, decoding):
+        said += _generate(group, decoding, settled, numbered)
+        numbered += sum(len(each.states) for each in group)
+    return said
+
+
+def _groups(asked: Sequence[Asked], decoding: Decoding) -> Iterator[list[Asked]]:
+    """Neighbours that can share a batch, and fit into it."""
+    group: list[Asked] = []
+    room = 0
+    for each in asked:
+        rows = 1 + len(each.states)
+        shares = each.scope.path == "staircase" and bool(group) and len(each.scope.target) == len(group[0].scope.target)
+        if group and not (shares and rows <= room):
+            yield group
+            group = []
+        if not group:
+            room = each.scope.rows_per_pass(decoding.new_tokens) if each.scope.path == "staircase" else 0
+        group.append(each)
+        room -= rows
+    if group:
+        yield group
+
+
+def _generate(group: list[Asked], decoding: Decoding, settled: Settled | None, first: int) -> list[Continuations]:
+    if len(group) == 1:
+        ((scope, states, layers),) = group
+        own = settled and (lambda row, text: settled(first + row, text))
+        try:
+            return [scope.generate(states, layers, decoding, own)]
+        except RowError as error:
+            raise RowError(error.row if error.row < 0 else first + error.row, error.reason) from error
+    # The clean row of each target, which has no number, comes before its patched ones.
+    counted = count(first)
+    numbers = [number for each in group for number in (-1, *islice(counted, len(each.states)))]
+    model = group[0].scope.model
+    rows = CachedRows.joined([each.scope.start(each.states, each.target_layers, decoding) for each in group])
+    draws = torch.cat([decoding.draws(1 + len(each.states)) for each in group])
+
+    def settled_here(row: int, text: str) -> bool:
+        return numbers[row] >= 0 and settled(numbers[row], text)
+
+    ends = decoding.ends(model.end_tokens, model.tokenizer, None if settled is None else settled_here)
+    try:
+        spoken = iter(continue_rows(rows, decoding, draws, ends))
+    except RowError as error:
+        raise RowError(numbers[error.row], error.reason) from error
+    said = []
+    for each in group:
+        clean = next(spoken)
+        said.append(Continuations([next(spoken) for _ in each.states], clean))
+    return said
