@@ -51,7 +51,7 @@ def test_the_shipped_relations(tiny):
     assert len(relations) >= 12
     assert {relation.kind for relation in relations} == {"factual", "commonsense"}
     for relation in relations:
-        assert 20 <= len(relation.samples) <= 60, relation.name
+        assert 20 <= len(relation.samples) <= 90, relation.name
         for sample in relation.samples:
             assert len(sample.sources) == len(set(sample.sources)) == 5
             assert not gives_away(sample.subject, [sample.object]), sample
