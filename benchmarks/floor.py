@@ -42,14 +42,14 @@ def decode_products(model: pscope.LanguageModel, spoken: Sequence[Sequence[int]]
 
 
 def floors_compared(sweep: Sweep, new_tokens: int, seconds: float) -> pd.DataFrame:
-    """Four source prompts, the sweep, and the continuations of one sample, each against its bare products.
+    """Sixteen source prompts, the sweep, and the continuations of one sample, each against its bare products.
 
     One row per kind of work: `seconds`, `floor` (seconds), `ratio` with its band, and `gmacs`, the multiply-adds of the
     floor in billions. Attention is not in the floor, so that it is a little too low.
     """
     model, target = sweep.model, sweep.target
     scope = pscope.Patchscope(model, target, path="staircase")
-    sources = sweep.sources[:4]
+    sources = sweep.sources[:16]
     states, layers = sweep.first(sweep.model.n_layers + 1)
     decoding = pscope.Decoding(new_tokens)
     spoken = scope.generate(states, layers, decoding)

@@ -68,6 +68,11 @@ class GridOptions:
         layers, target_layers = parse_layers(self.layers), parse_target_layers(self.target_layers)
         return layer_pairs(model, layers or every, target_layers or every)
 
+    def told(self, pairs: Sequence[Pair]) -> dict[str, object]:
+        """What stands in the settings of the scores at these pairs."""
+        source, target = (sorted(set(layers)) for layers in zip(*pairs, strict=True))
+        return {"source_layers": source, "target_layers": target, "scored_by": self.score.value}
+
     def said(
         self, model: LanguageModel, coarse: tuple[Sequence[float], Sequence[float]], best: Mapping[str, object] | None
     ) -> list[Pair] | Mapping[str, object]:

@@ -93,14 +93,13 @@ def table2(
         counts=counts,
         samples=samples,
         contexts=contexts,
-        scored_by=grid.score.value,
-        pairs=pairs,
+        **grid.told(pairs),
         folds=FOLDS,
         seed=seed,
     )
     best = None if scores is None else best_pairs(scores, "relation", ["subject", "context"])
     said_at = grid.said(model, GRID, best)
-    said = frame.say(AttributeExtraction(model, questions, said_at, decoding, **options), said_at=said_at)
+    said = frame.say(AttributeExtraction(model, questions, said_at, decoding, **options), best_pairs=best)
     summary, accuracy = summarise(scores, said, seed), over_layers(scores, seed)
     frame.note("summary", summary)
     frame.note("accuracy", accuracy)

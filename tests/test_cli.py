@@ -333,9 +333,8 @@ def test_table2_on_the_users_relations(relations, tmp_path):
     assert all("Tokyo" in row.continuation for row in heard.itertuples() if row.subject == "Japan" and row.found)
     settings = json.loads((folder / "settings.json").read_text("utf-8"))
     assert settings["counts"]["capital"] == [5, 4, 4]
-    assert settings["pairs"] == [[4, 1], [4, 8]]
-    assert settings["scored_by"] == "start"
-    assert set(settings["said_at"]["capital"]) == {"0", "1", "2"}
+    assert (settings["source_layers"], settings["target_layers"], settings["scored_by"]) == ([4], [1, 8], "start")
+    assert set(settings["best_pairs"]["capital"]) == {"0", "1", "2"}
     summary = pd.read_csv(folder / "summary.csv").set_index(["relation", "judged"])
     assert summary.loc[("capital", "said"), "subjects"] == summary.loc[("capital", "scored"), "subjects"] == 4
     assert summary.loc[("capital", "said"), "held_out"] == heard["found"].mean()

@@ -105,6 +105,10 @@ def test_length_batches_waste_little():
     batches = list(length_batches(lengths, batch_tokens=20))
     assert sorted(index for batch in batches for index in batch) == [0, 1, 2, 3, 4]
     assert [sorted(lengths[i] for i in batch) for batch in batches] == [[5, 5, 6], [99], [100]]
+    # What is worth a pass by itself is not padded much; what is not, is.
+    lengths = [10, 20, 100, 104, 108, 160, 200]
+    batches = [[lengths[i] for i in batch] for batch in length_batches(lengths, batch_tokens=1024)]
+    assert batches == [[10, 20, 100], [104, 108], [160], [200]]
 
 
 @pytest.mark.parametrize("name", ["tiny", "gpt_neo"])

@@ -33,6 +33,11 @@ its tokens stand in the text, a range; what it returns, unless None, replaces th
 Rewrite = Callable[[int, tuple, dict], tuple[tuple, dict]]
 """Gets the number of a decoder layer and the arguments it is called with; what it returns replaces them."""
 
+WORTH_A_PASS = 128
+"""Tokens of a pass that keep a CPU's matrix products about as busy as more would."""
+
+MOST_PADDING = 1 / 16
+
 _OWN = "_pscope_edit_knows_positions"
 _MACHINERY = ("accelerate", "transformers", "torch", "peft", "bitsandbytes")
 """Packages whose hooks are part of how a model runs, and change nothing of what it computes for a token."""
@@ -212,13 +217,20 @@ def capture(
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
-    """Indices in batches of neighbouring lengths, each at most `batch_tokens` tokens once padded (or one index)."""
+    """Indices in batches of neighbouring lengths, each at most `batch_tokens` tokens once padded (or one index).
+
+    Nor does a text join those of a batch worth its pass if more than `MOST_PADDING` of it would be padding then.
+    """
     batch: list[int] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if batch and (len(batch) + 1) * lengths[index] > batch_tokens:
+        padded = (len(batch) + 1) * lengths[index]
+        wasted = padded - tokens - lengths[index]
+        if batch and (padded > batch_tokens or (tokens >= WORTH_A_PASS and wasted > MOST_PADDING * padded)):
             yield batch
-            batch = []
+            batch, tokens = [], 0
         batch.append(index)
+        tokens += lengths[index]
     if batch:
         yield batch
 
