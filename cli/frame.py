@@ -195,7 +195,7 @@ class Frame(Loader):
 
     def known(self, asked: PlainWords) -> dict[str, str]:
         """What the model says to plain questions: a stage of its own, before it is known what else there is to do."""
-        table = self._stage("known", asked, {}) if not self._run.dry_run else asked.hoped_for()
+        table = self._stage("known", asked, {}, last=False) if not self._run.dry_run else asked.hoped_for()
         if self._run.dry_run:
             self._plan(asked, "what the model knows")
         return dict(zip(table["text"], table["continuation"], strict=True))
@@ -244,7 +244,7 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, self.name)
             raise typer.Exit
-        table = self._stage("table", experiment, settings, last=True)
+        table = self._stage("table", experiment, settings)
         if table is None:
             raise typer.Exit
         return table
@@ -254,7 +254,7 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, "scores")
             return None
-        table = self._stage("table", experiment, settings)
+        table = self._stage("table", experiment, settings, last=False)
         if table is None:
             raise typer.Exit
         return table
@@ -264,7 +264,7 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, "what is said")
             raise typer.Exit
-        table = self._stage("said", experiment, settings, last=True)
+        table = self._stage("said", experiment, settings)
         if table is None:
             raise typer.Exit
         return table
@@ -299,7 +299,7 @@ class Frame(Loader):
         error.__notes__ = [kept] if kept else []
 
     def _stage(
-        self, stage: str, experiment: Experiment, settings: dict[str, object], *, last: bool = False
+        self, stage: str, experiment: Experiment, settings: dict[str, object], *, last: bool = True
     ) -> pd.DataFrame | None:
         from pscope.models.fingerprint import digest
         from pscope.runs.provenance import describe, versions

@@ -81,8 +81,9 @@ class GridOptions:
         `coarse` are source and target layers of the grid as fractions of the depth.
         """
         if self.said_at is SaidAt.best:
-            # One for every fold, unless some are the same.
-            return self.pairs(model)[:3] if best is None else best
+            # One for every fold, unless some are the same; back-patching has those that lead downwards.
+            pairs = self.pairs(model)
+            return [pair for pair in pairs if pair[1] < pair[0]][:3] or pairs[:3] if best is None else best
         return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
 
     def coarse(self, model: LanguageModel, fractions: tuple[Sequence[float], Sequence[float]]) -> list[Pair]:

@@ -30,7 +30,7 @@ def show_plan(experiment: Experiment, what: str, device: str | None, rate: float
     for name, told in (
         ("stage", what),
         ("units", f"{planned.units:,} in {planned.parts:,} parts"),
-        ("rows", f"{planned.rows:,} are decoded, at most"),
+        ("rows", f"{planned.rows:,}, at most"),
         ("tokens", f"{planned.tokens:,} pass through decoder layers, at most"),
         (
             "memory",

@@ -46,10 +46,10 @@ def table2(
     """Table 2: attributes of subjects, extracted by Patchscopes and by a logistic-regression probe.
 
     A subject's state, read in a sentence that mentions it, is patched over the placeholder of "The official currency of
-    x is". An answer is right where it is the most probable of the relation's objects, at every pair of layers, and, at
-    some, where the row says it. Of the subjects whose answer the model knows, some of each relation are read. Beside
-    the accuracy stand those of a probe per layer, the majority class, another subject's state, a random vector and the
-    target unpatched.
+    x is". An answer is right where it is the most probable of the objects of all subjects read, at every pair of
+    layers, and, at some, where the row says it. Of the subjects whose answer the model knows, some of each relation are
+    read. Beside the accuracy stand those of a probe per layer, the majority class, another subject's state, a random
+    vector and the target unpatched.
     """
     samples, contexts = samples or (6 if grid.quick else 12), contexts or (1 if grid.quick else 2)
 
@@ -78,7 +78,11 @@ def table2(
         question, answered = whole.known(said, samples, seed)
         name, subjects = whole.relation.name, len(whole.relation.samples)
         counts[name] = [subjects, answered, len(question.samples)]
-        fate = f"{len(question.samples)} are read" if question.enough else f"skipped, fewer than the {FOLDS} folds"
+        fate = (
+            f"{len(question.samples)} are read"
+            if question.enough
+            else f"skipped, fewer than the {FOLDS} folds, or of one object"
+        )
         tell(f"{name}: {answered} of {subjects} subjects are known, {fate}")
         questions += [question] if question.enough else []
     if not questions:

@@ -349,8 +349,12 @@ def test_what_the_model_knows_is_kept(smollm2):
         ids = smollm2.prompt(f"The capital city of {sample.subject} is").ids
         assert sample.object in smollm2.tokenizer.decode(greedy(smollm2, ids, 20))
     for experiment in (AttributeExtraction, AttributeScores):
-        with pytest.raises(PscopeError, match="capital: 2 subjects are fewer than the 3 folds"):
+        with pytest.raises(PscopeError, match="capital: 2 subjects of 2 objects; 3 and 2 are needed, for the folds"):
             experiment(smollm2, [question], [(1, 1)])
+    same = every_sample(smollm2, relation_of([("gold",)] * 5))
+    assert not same.enough
+    with pytest.raises(PscopeError, match="planted: 5 subjects of 1 objects"):
+        AttributeScores(smollm2, [same], [(1, 1)])
     assert everything.enough
 
 

@@ -353,7 +353,7 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
     assert "apart: position 99 is outside the prompt's 2 tokens" in result.stderr
     assert "more.tsv: rows with an empty prompt_source: 1" in result.stderr
     assert "more: source prompts left out: 1, the first because 'Cat' stands only inside longer tokens" in result.stderr
-    assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds" in result.stderr
+    assert "food: 0 of 4 subjects are known, skipped, fewer than the 3 folds, or of one object" in result.stderr
     assert "pscope: no relation is left: the model knows too few subjects of each" in result.stderr
     assert not (tmp_path / "run").exists()
 

@@ -186,6 +186,8 @@ def test_gains_by_hand():
     for query in range(6):
         base = {"query": query, "bridge": f"{query}", "fold": query % 3, "found": False}
         rows.append({**base, "method": VANILLA, "condition": CLEAN, "log_probability": -5.0 - query})
+        # The second hop alone makes the answer more probable than the whole query does.
+        rows.append({**base, "method": COT, "condition": CLEAN, "log_probability": -4.75 - query})
         for layer in (1, 3):
             at = {**base, "method": COT, "layer": layer, "target_layer": 0}
             gain = 0.5 if layer == 1 else (-4 if query == 0 else 2)
@@ -196,6 +198,8 @@ def test_gains_by_hand():
     # On folds without query 0, 3 is best; where it is among the others, theirs is (2 + 2 + 2 - 4) / 4, as is that of 1.
     assert gained.loc[PATCHED, "gain"] == pytest.approx((-4 + 2 + 4 * (2 + 0.5) / 2) / 6)
     assert gained.loc[RANDOM, "gain"] == pytest.approx(-1)
+    assert gained.loc[CLEAN, ["gain", "share"]].tolist() == [0.25, 1]
+    assert gained.loc[CLEAN, "layer"] is pd.NA
     assert gained.loc[PATCHED, "queries"] == 6
     assert gains(table[table["query"] < 2].assign(fold=0)).empty
 

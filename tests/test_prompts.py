@@ -5,7 +5,15 @@ from tokenizers.processors import ByteLevel, TemplateProcessing
 from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from pscope import Every, PromptError
-from pscope.models.prompts import ENTITY_DESCRIPTION, TOKEN_IDENTITY, Nearest, continuing_tokens, tokenize, written_out
+from pscope.models.prompts import (
+    ENTITY_DESCRIPTION,
+    TOKEN_IDENTITY,
+    Nearest,
+    continuing_tokens,
+    spoken_after,
+    tokenize,
+    written_out,
+)
 
 SPECIAL = [("<|endoftext|>", 0), ("<|im_start|>", 1), ("<|im_end|>", 2)]
 
@@ -153,6 +161,7 @@ def test_the_tokens_that_go_on_after_a_prompt(tokenizer, bos_eos_tokenizer):
         prompt = tokenize(tok, "The capital of x is")
         assert tok.convert_ids_to_tokens(list(continuing_tokens(tok, prompt, " Tokyo"))) == ["ĠTokyo"]
         assert tok.decode(continuing_tokens(tok, prompt, " Tokyo, of course")) == " Tokyo, of course"
+    assert [spoken_after(tokenize(tokenizer, text), "Tokyo") for text in ("it is", "it is ")] == [" Tokyo", "Tokyo"]
     for text, fault in (("  \n", "is not tokenised as its continuation"), ("", "something in it"), (3, "not 3")):
         with pytest.raises(PromptError, match=fault):
             continuing_tokens(tokenizer, tokenize(tokenizer, "x  "), text)

@@ -107,7 +107,7 @@ def test_length_batches_waste_little():
     assert [sorted(lengths[i] for i in batch) for batch in batches] == [[5, 5, 6], [99], [100]]
     # What is worth a pass by itself is not padded much; what is not, is.
     lengths = [10, 20, 100, 104, 108, 160, 200]
-    batches = [[lengths[i] for i in batch] for batch in length_batches(lengths, batch_tokens=1024)]
+    batches = [[lengths[i] for i in batch] for batch in length_batches(lengths, 1024, most_padding=1 / 16)]
     assert batches == [[10, 20, 100], [104, 108], [160], [200]]
 
 

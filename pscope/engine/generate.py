@@ -125,9 +125,14 @@ class CachedRows:
     def joined(cls, parts: Sequence[CachedRows]) -> CachedRows:
         """Rows of several prompts as one batch, in which each has keys and values for as many tokens."""
         first = parts[0]
-        for layers in zip(*(part._cache.layers for part in parts), strict=True):
-            layers[0].keys = torch.cat([layer.keys for layer in layers])
-            layers[0].values = torch.cat([layer.values for layer in layers])
+        for own, *others in zip(*(part._cache.layers for part in parts), strict=True):
+            # A layer that no module uses has none.
+            if own.keys is not None:
+                own.keys = torch.cat([own.keys, *(layer.keys for layer in others)])
+                own.values = torch.cat([own.values, *(layer.values for layer in others)])
+            for layer in others:
+                # So that little is held twice at once.
+                layer.keys = layer.values = None
         return cls(first._model, first._cache, torch.cat([part.logits for part in parts]))
 
     def step(self, tokens: Tensor) -> None:

@@ -71,12 +71,14 @@ def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scor
     for tokens in dict.fromkeys(continuations):
         alike = torch.tensor([row for row, own in enumerate(continuations) if own == tokens])
         for rows, logits in read(alike, tokens[:-1], len(tokens)):
-            ids = torch.tensor(tokens, device=logits.device)[:, None]  # (tokens, 1)
-            own = logits.gather(-1, ids.expand(len(logits), -1, -1))  # (1 + rows, tokens, 1)
-            log_probabilities = _normalised(own, logits).squeeze(-1).cpu()
+            own = [logits[:, place, token] for place, token in enumerate(tokens)]  # (1 + rows,) for each token
+            # One after the other, since a copy of the logits is made on the way.
+            each = [_normalised(of_token, logits[:, place]) for place, of_token in enumerate(own)]
+            log_probabilities = torch.stack(each, dim=1).cpu()
             found[0, rows, : len(tokens)], found[1, rows, : len(tokens)] = log_probabilities[1:], log_probabilities[0]
             if ranks:
-                place = (logits >= own).sum(dim=-1).cpu()
+                ahead = [(logits[:, place] >= of_token[:, None]).sum(dim=-1) for place, of_token in enumerate(own)]
+                place = torch.stack(ahead, dim=1).cpu()
                 places[0, rows, : len(tokens)], places[1, rows, : len(tokens)] = place[1:], place[0]
     patched, clean = (Scored(*both) for both in zip(found, places if ranks else (None, None), strict=True))
     return Scores(patched, clean)
@@ -148,6 +150,5 @@ def _with_clean(read: Read, needed: Tensor, forced: Tokens, last: int) -> Iterat
 
 
 def _normalised(own: Tensor, logits: Tensor) -> Tensor:
-    """The logits of some tokens as log-probabilities, given those of the whole vocabulary, (…, vocab)."""
-    every = logits.float().logsumexp(dim=-1, keepdim=own.ndim == logits.ndim)
-    return own.float() - every
+    """The logits of a token, (rows,), or of some, (rows, tokens), as log-probabilities; `logits` are (rows, vocab)."""
+    return own.float() - logits.float().logsumexp(dim=-1, keepdim=own.ndim == 2)

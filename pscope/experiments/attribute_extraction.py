@@ -2,7 +2,8 @@
 
 The paper's section 4.2 (Table 2). The state of a subject, read in a sentence that only mentions it, is patched over the
 placeholder of a prompt that asks for one of its attributes, "The official currency of x". An answer is scored, right
-where it is the most probable of the relation's objects; or said, right where it stands in the continuation.
+where it is the most probable of the objects of all subjects that are read; or said, right where it stands in the
+continuation.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pscope.experiments.sweep import PATCHED, TYPES, Source, borrowed, mark_chos
 from pscope.inputs.relations import Relation, Sample
 from pscope.metrics import answer_found
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt, continuing_tokens, written_out
+from pscope.models.prompts import Prompt, continuing_tokens, spoken_after, written_out
 from pscope.models.residual import capture
 
 ANOTHER, PROBE, MAJORITY = "another subject", "probe", "majority class"
@@ -58,8 +59,8 @@ class Question:
 
     @property
     def enough(self) -> bool:
-        """Whether there is a subject for every fold."""
-        return len(self.samples) >= FOLDS
+        """Whether there is a subject for every fold, and more than one object to choose among."""
+        return len(self.samples) >= FOLDS and len(self.candidates) > 1
 
     def plain(self, sample: Sample) -> str:
         """The question with the subject in the place of the placeholder."""
@@ -91,7 +92,7 @@ def question_of(model: LanguageModel, relation: Relation, contexts: int) -> Ques
             unread += faults
             if prompts:
                 model.prompt(written_out(target, sample.subject))
-                continuing_tokens(model.tokenizer, target, f" {sample.object}")
+                continuing_tokens(model.tokenizer, target, spoken_after(target, sample.object))
                 samples.append(sample)
                 sources.append(prompts[:contexts])
     except PromptError as error:
@@ -126,7 +127,7 @@ class Probing(Unit):
 class _Attributes(Experiment[U]):
     """What the scores and the words of attributes have in common: every question asked of every source state.
 
-    The folds are of whole subjects. Raises PscopeError for a question with fewer subjects than folds.
+    The folds are of whole subjects. Raises PscopeError for a question with fewer subjects than folds, or one object.
     """
 
     types: Mapping[str, str]
@@ -136,7 +137,11 @@ class _Attributes(Experiment[U]):
         for question in questions:
             if not question.enough:
                 name, subjects = question.relation.name, len(question.samples)
-                raise PscopeError(f"{name}: {subjects} subjects are fewer than the {FOLDS} folds")
+                objects = len(question.candidates)
+                raise PscopeError(
+                    f"{name}: {subjects} subjects of {objects} objects; {FOLDS} and 2 are needed, for the folds and to "
+                    "choose among"
+                )
         self._seed = seed
         self._lenders: list[dict[str, object]] = []
         self.units = [unit for question in questions for unit in self._units(question)]
@@ -187,7 +192,7 @@ class _Attributes(Experiment[U]):
 
 
 class AttributeScores(_Attributes[Source | Probing]):
-    """Table 2 over all pairs of layers: the most probable of the relation's objects at every (ℓ, ℓ*), and a probe.
+    """Table 2 over all pairs of layers: the most probable of the objects asked for, at every (ℓ, ℓ*), and a probe.
 
     A row of the table is one source × pair × condition: `relation`, `subject`, `object`, `context` (the number of the
     source prompt), `fold`, the columns of a scored sweep (`pscope.experiments.scored_sweep`), and `state_of`. What is

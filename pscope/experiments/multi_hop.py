@@ -238,7 +238,9 @@ def _candidates(queries: Sequence[Query]) -> dict[str, tuple[str, ...]]:
     """For every second hop the answers among which one is chosen."""
     everything = tuple(dict.fromkeys(query.answers[0] for query in queries))
     if len(everything) < 2:
-        raise PscopeError("all queries have one answer, so that there is nothing to choose among")
+        raise PscopeError(
+            "all queries have one answer, so that there is nothing to choose among; give some with others"
+        )
     own: dict[str, dict[str, None]] = {}
     for query in queries:
         own.setdefault(query.second, {})[query.answers[0]] = None

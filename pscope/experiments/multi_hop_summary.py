@@ -58,12 +58,13 @@ def _judged(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, objec
 
 
 def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
-    """What patching adds to the log-probability of the answer, against the query as it stands: no threshold is needed.
+    """How much more probable the answer is than after the query as it stands: a measure that needs no threshold.
 
-    One row per wiring × condition: the mean `gain`, in nats, of patched states and of random vectors, `low` and `high`,
-    from resampling bridges with all their queries, at the (ℓ, ℓ*) of the largest mean gain for the queries of the other
-    folds; `pairs`, `layer` and `target_layer` as in `summarise`, and the `share` of queries that gain at all. Empty
-    below three bridges.
+    `log_probability` is compared, by default that of the answer's first token. One row per wiring × condition: the mean
+    `gain`, in nats, of patched states and of random vectors, `low` and `high`, from resampling bridges with all their
+    queries, at the (ℓ, ℓ*) of the largest mean gain for the queries of the other folds; `pairs`, `layer` and
+    `target_layer` as in `summarise`, and the `share` of queries that gain at all. What the wiring's target gains by
+    itself, unpatched, is no merit of the patch and stands beside them. Empty below three bridges.
     """
     plain = scores[scores["method"] == VANILLA].set_index("query")["log_probability"].astype(float)
     bridges = scores.drop_duplicates("query").set_index("query")["bridge"]
@@ -75,12 +76,20 @@ def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         if folds.nunique() < FOLDS:
             continue
         chosen = chosen_elsewhere(own, folds)
-        for condition, cells in ((PATCHED, own), (RANDOM, random)):
-            gain = at_chosen(cells, chosen)
+        layers = _pairs_told(chosen)
+        clean = rows[rows["condition"] == CLEAN].set_index("query")["log_probability"].astype(float)
+        gained = {
+            PATCHED: (at_chosen(own, chosen), layers),
+            RANDOM: (at_chosen(random, chosen), layers),
+            CLEAN: (clean - plain.loc[clean.index], {}),
+        }
+        for condition, (gain, told) in gained.items():
             groups = gain.groupby(bridges)
             (low,), (high,) = mean_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
-            told = {"gain": gain.mean(), "low": low, "high": high, "share": (gain > 0).mean(), "queries": len(gain)}
-            found.append({"method": method, "condition": condition, **told, **_pairs_told(chosen)})
+            told = {"share": (gain > 0).mean(), "queries": len(gain), **told}
+            found.append(
+                {"method": method, "condition": condition, "gain": gain.mean(), "low": low, "high": high, **told}
+            )
     columns = ["method", "condition", "gain", "low", "high", "share", "queries", "pairs", "layer", "target_layer"]
     return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
 

@@ -14,10 +14,11 @@ import torch
 
 from pscope.engine.patchscope import Patchscope
 from pscope.engine.scores import Choice, Measure
+from pscope.errors import PscopeError, RowError
 from pscope.experiments.held_out import best_elsewhere, found_at
 from pscope.experiments.sweep import PATCHED, Source, as_rows, naming_rows, read_states, rows_of
 from pscope.metrics import answer_found
-from pscope.models.prompts import Prompt
+from pscope.models.prompts import Prompt, spoken_after
 from pscope.models.residual import Pair
 
 SCORED_TYPES = {
@@ -52,7 +53,7 @@ def _scored(scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure
     pairs, candidates = sources[0].pairs, sources[0].candidates
     read = read_states(scope.model, sources, seed)
     with naming_rows(read, pairs):
-        choices = scope.choose(*as_rows(read, pairs), [f" {candidate}" for candidate in candidates], by=by)
+        choices = scope.choose(*as_rows(read, pairs), _spoken(scope, candidates), by=by)
     told = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
     yield from rows_of(
         read,
@@ -69,8 +70,15 @@ def scored_plainly(
     """What is chosen after the target as it stands: `answer`, `found`, `log_probability`, as in a scored sweep."""
     # A row that is patched at the very top is as good as none.
     state = torch.ones(1, scope.model.hidden_size)
-    choices = scope.choose(state, scope.model.n_layers, [f" {candidate}" for candidate in candidates], by=by)
+    try:
+        choices = scope.choose(state, scope.model.n_layers, _spoken(scope, candidates), by=by)
+    except RowError as error:
+        raise PscopeError(f"{scope.target.text!r} failed: {error.reason}") from error
     return _Judge(candidates, answers, by)(choices.clean, 0)
+
+
+def _spoken(scope: Patchscope, candidates: Sequence[str]) -> list[str]:
+    return [spoken_after(scope.target, candidate) for candidate in candidates]
 
 
 def best_pairs(scores: pd.DataFrame, key: str, unit: list[str]) -> dict[str, dict[int, Pair]]:

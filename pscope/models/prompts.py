@@ -158,6 +158,11 @@ def written_out(prompt: Prompt, words: str) -> str:
     return prompt.text[:start] + words + prompt.text[start + len(marked) :]
 
 
+def spoken_after(prompt: Prompt, words: str) -> str:
+    """Words as they go on after a prompt: with a blank between, unless it ends with one."""
+    return words if prompt.text[-1:].isspace() else f" {words}"
+
+
 def continuing_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: str) -> tuple[int, ...]:
     """The tokens of a text that goes on after the prompt, with a blank before it where there is to be one.
 

@@ -199,7 +199,9 @@ def capture(
 
     picked: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     read_order: list[int] = []
-    batches = length_batches([len(prompt) for prompt in prompts], batch_tokens)
+    # A GPU is not busy with as few tokens as a CPU is.
+    most_padding = MOST_PADDING if model.device.type == "cpu" else 1.0
+    batches = length_batches([len(prompt) for prompt in prompts], batch_tokens, most_padding)
     for batch in batches:
         ids = torch.zeros(len(batch), max(len(prompts[index]) for index in batch), dtype=torch.long)
         for row, index in enumerate(batch):
@@ -216,17 +218,17 @@ def capture(
     return states[torch.tensor(slots).argsort().to(states.device)]
 
 
-def length_batches(lengths: Sequence[int], batch_tokens: int) -> Iterator[list[int]]:
+def length_batches(lengths: Sequence[int], batch_tokens: int, most_padding: float = 1.0) -> Iterator[list[int]]:
     """Indices in batches of neighbouring lengths, each at most `batch_tokens` tokens once padded (or one index).
 
-    Nor does a text join those of a batch worth its pass if more than `MOST_PADDING` of it would be padding then.
+    Nor does a text join those of a batch worth its pass if more than `most_padding` of it would be padding then.
     """
     batch: list[int] = []
     tokens = 0
     for index in sorted(range(len(lengths)), key=lengths.__getitem__):
         padded = (len(batch) + 1) * lengths[index]
         wasted = padded - tokens - lengths[index]
-        if batch and (padded > batch_tokens or (tokens >= WORTH_A_PASS and wasted > MOST_PADDING * padded)):
+        if batch and (padded > batch_tokens or (tokens >= WORTH_A_PASS and wasted > most_padding * padded)):
             yield batch
             batch, tokens = [], 0
         batch.append(index)

@@ -27,7 +27,7 @@ STAGES = ("known", "table", "said")
 where the table tells that it is worth hearing.
 """
 
-TABLE, SAID = STAGES[1:]
+TABLE = STAGES[1]
 
 _NO_LINKS = {errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS, errno.EMLINK}
 

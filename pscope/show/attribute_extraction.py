@@ -13,6 +13,9 @@ from pscope.experiments.sweep import PATCHED, RANDOM
 from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
 from pscope.show.tables import literal, narrow_table, number
 
+_WITH_BANDS = [(PATCHED, HELD_OUT), (PROBE, None)]
+"""Of six bands that overlap nobody would see one."""
+
 _LINES = {
     (PATCHED, BEST): ("patched, any target layer (oracle)", "-"),
     (PATCHED, HELD_OUT): ("patched, target layer best for others", "-"),
@@ -24,7 +27,10 @@ _LINES = {
 
 
 def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Figure:
-    """From `attribute_summary.over_layers`: a panel for each relation, a line and band for each way of reading."""
+    """From `attribute_summary.over_layers`: a panel for each relation, a line for each way of reading.
+
+    Those that are held against each other, the target layer held out and the probe, have bands.
+    """
     relations = list(dict.fromkeys(accuracy["relation"]))
     rows = -(-len(relations) // columns)
     columns = min(columns, len(relations))
@@ -38,7 +44,8 @@ def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Fig
                 same = here["taken"].isna() if taken is None else here["taken"] == taken
                 line = here[(here["condition"] == condition) & same].astype({"layer": int})
                 axes.plot(line["layer"], line["found"], style, color=colour, label=label)
-                fill(axes, line["layer"], line["low"], line["high"], colour)
+                if key in _WITH_BANDS:
+                    fill(axes, line["layer"], line["low"], line["high"], colour)
             axes.set(title=drawable(relation), ylim=(0, 1.02))
             label_layers(axes, "Source layer")
             axes.label_outer()
@@ -63,7 +70,7 @@ def accuracy_heatmaps(table: pd.DataFrame, title: str) -> Figure:
 def accuracy_table(summary: pd.DataFrame) -> Table:
     """The same for a terminal: for each relation a line of scores, and one of what was said."""
     shown = narrow_table(
-        "scored: the right object is the most probable of the relation's; said: it stands in the continuation; "
+        "scored: the right object is the most probable of those of the subjects read; said: it is in the continuation; "
         "oracle: any target layer gives the answer, mean over source layers (the paper's number); held out: at the "
         "pair of layers that was best for other subjects; p: of held out against the probe at the layer that was best "
         "for other subjects, times the number of relations (Bonferroni), over the subjects whose answer others have "

@@ -33,7 +33,8 @@ def answers_figure(summary: pd.DataFrame, title: str) -> Figure:
     places = {row: len(rows) - 1 - place for place, row in enumerate(rows.itertuples(index=False, name=None))}
     with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
         figure = Figure(figsize=(2.5 + 5 * len(panels), 1.6 + 0.36 * len(rows)), layout="constrained")
-        for axes, judged in zip(figure.subplots(1, len(panels), sharey=True, squeeze=False)[0], panels, strict=True):
+        drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, judged in zip(drawn, panels, strict=True):
             bars = summary[summary["judged"] == judged]
             bars = bars.assign(place=[places[pair] for pair in zip(bars["method"], bars["measure"], strict=True)])
             for measure in labels:
@@ -44,7 +45,8 @@ def answers_figure(summary: pd.DataFrame, title: str) -> Figure:
                 axes.barh(here["place"], here["found"], xerr=error, **options)
             axes.set_yticks([*places.values()], [drawable(method) for method, _ in places])
             axes.set(title=drawable(f"answer {judged}"), xlabel="Share of queries answered", xlim=(0, 1))
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=2)
+        # The first has bars of every measure.
+        figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
         figure.suptitle(drawable(title))
     return figure
 
@@ -63,11 +65,11 @@ def answers_table(summary: pd.DataFrame, lengths: str) -> Table:
     """The same for a terminal: a line for every measure of every method; `lengths` says how long each may speak."""
     shown = narrow_table(
         "share of queries answered (95 % band from resampling bridges, each with all its queries; exact where all "
-        "agree); scored: the right answer is the most probable of those to the same question; said: it stands in the "
-        "continuation; oracle: any pair of layers gives the answer; held-out pair: the one that was best for queries "
+        "agree); scored: the right answer is the most probable of those to the same second hop, right after the "
+        "prompt as it stands; said: it stands in the continuation; oracle: any pair of layers gives the answer; held-out pair: the one that was best for queries "
         f"of other bridges; {lengths}"
     )
-    for heading in ("method", "measure", SCORED, SAID, "layers"):
+    for heading in ("method", "measure", SCORED, SAID, "layers\n(scored)"):
         shown.add_column(heading, justify="right" if heading in (SCORED, SAID) else "left")
     previous = None
     by = summary.set_index(["method", "measure", "judged"])
@@ -86,8 +88,8 @@ def answers_table(summary: pd.DataFrame, lengths: str) -> Table:
 def gains_table(gains: pd.DataFrame) -> Table:
     """What patching adds to the log-probability of the answer, for a terminal."""
     shown = narrow_table(
-        "log-probability of the answer gained over the query as it stands, in nats, and the share of queries that "
-        "gain, at the pair of layers where those of other bridges gain most (95 % band from resampling bridges)"
+        "log-probability of the answer (its first token, unless --score says otherwise) gained over the query as it "
+        "stands, in nats, and the share of queries that gain; clean target: what the target gains unpatched; at the pair of layers where those of other bridges gain most (95 % band from resampling bridges)"
     )
     for heading in ("method", "condition", "gain", "share", "layers"):
         shown.add_column(heading, justify="right" if heading in ("gain", "share") else "left")
