@@ -65,9 +65,9 @@ def answers_table(summary: pd.DataFrame, lengths: str) -> Table:
     """The same for a terminal: a line for every measure of every method; `lengths` says how long each may speak."""
     shown = narrow_table(
         "share of queries answered (95 % band from resampling bridges, each with all its queries; exact where all "
-        "agree); scored: the right answer is the most probable of those to the same second hop, right after the "
-        "prompt as it stands; said: it stands in the continuation; oracle: any pair of layers gives the answer; held-out pair: the one that was best for queries "
-        f"of other bridges; {lengths}"
+        "agree); scored: the right answer is the most probable of those to the same second hop, right after the prompt "
+        "as it stands; said: it stands in the continuation; oracle: any pair of layers gives the answer; held-out "
+        f"pair: the one that was best for queries of other bridges; {lengths}"
     )
     for heading in ("method", "measure", SCORED, SAID, "layers\n(scored)"):
         shown.add_column(heading, justify="right" if heading in (SCORED, SAID) else "left")
@@ -89,7 +89,8 @@ def gains_table(gains: pd.DataFrame) -> Table:
     """What patching adds to the log-probability of the answer, for a terminal."""
     shown = narrow_table(
         "log-probability of the answer (its first token, unless --score says otherwise) gained over the query as it "
-        "stands, in nats, and the share of queries that gain; clean target: what the target gains unpatched; at the pair of layers where those of other bridges gain most (95 % band from resampling bridges)"
+        "stands, in nats, and the share of queries that gain; clean target: what the target gains unpatched; at the "
+        "pair of layers where those of other bridges gain most (95 % band from resampling bridges)"
     )
     for heading in ("method", "condition", "gain", "share", "layers"):
         shown.add_column(heading, justify="right" if heading in ("gain", "share") else "left")
