@@ -81,10 +81,15 @@ class GridOptions:
         `coarse` are source and target layers of the grid as fractions of the depth.
         """
         if self.said_at is SaidAt.best:
-            # One for every fold, unless some are the same; back-patching has those that lead downwards.
-            pairs = self.pairs(model)
-            return [pair for pair in pairs if pair[1] < pair[0]][:3] or pairs[:3] if best is None else best
+            return self._as_many_as_best(model) if best is None else best
         return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
+
+    def _as_many_as_best(self, model: LanguageModel) -> list[Pair]:
+        """A pair for every fold, of those that lead downwards where there are any: back-patching has no others."""
+        from pscope.experiments.held_out import FOLDS
+
+        pairs = self.pairs(model)
+        return [(layer, target) for layer, target in pairs if target < layer][:FOLDS] or pairs[:FOLDS]
 
     def coarse(self, model: LanguageModel, fractions: tuple[Sequence[float], Sequence[float]]) -> list[Pair]:
         """The grid that is asked for, or that of source and target layers at these fractions of the depth."""

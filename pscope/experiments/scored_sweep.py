@@ -16,23 +16,13 @@ from pscope.engine.patchscope import Patchscope
 from pscope.engine.scores import Choice, Measure
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.held_out import best_elsewhere, found_at
-from pscope.experiments.sweep import PATCHED, Source, as_rows, naming_rows, read_states, rows_of
+from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Source, as_rows, naming_rows, read_states, rows_of
 from pscope.metrics import answer_found
 from pscope.models.prompts import Prompt, spoken_after
 from pscope.models.residual import Pair
 
-SCORED_TYPES = {
-    "condition": "string",
-    "layer": "Int64",
-    "target_layer": "Int64",
-    "position": "Int64",
-    "token": "string",
-    "path": "string",
-    "answer": "string",
-    "found": "bool",
-    "log_probability": "Float64",
-}
-"""The columns that a scored sweep fills, beside those that say whose row it is."""
+SCORED_TYPES = {**PATCH_TYPES, "answer": "string", "found": "bool", "log_probability": "Float64"}
+"""The columns that a scored sweep fills."""
 
 
 def scored_sweep(

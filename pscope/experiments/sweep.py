@@ -30,17 +30,18 @@ from pscope.models.residual import capture
 
 PATCHED, RANDOM, CLEAN = "patched", "random vector", "clean target"
 
-TYPES = {
+PATCH_TYPES = {
     "condition": "string",
     "layer": "Int64",
     "target_layer": "Int64",
     "position": "Int64",
     "token": "string",
     "path": "string",
-    "continuation": "string",
-    "found": "bool",
 }
-"""The columns that a sweep fills, beside those that say whose row it is."""
+"""The columns that say what is patched where, beside those that say whose row it is."""
+
+TYPES = {**PATCH_TYPES, "continuation": "string", "found": "bool"}
+"""The columns that a sweep fills."""
 
 
 @dataclass(frozen=True)
