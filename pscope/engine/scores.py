@@ -6,7 +6,7 @@ of decoded tokens would cost many of.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -95,15 +95,16 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
     for here, logits in _with_clean(read, everyone, (), 1):
         scores[here] = _normalised(logits[:, 0, [candidate[0] for candidate in candidates]], logits[:, 0]).cpu()
     first = scores.clone()
-    scored_by = _passes_of(stems)
-    exact = torch.tensor([not stem for stem in stems]).expand(1 + rows, -1).clone()  # (1 + rows, candidates)
-    while not exact.all():
-        wanted = _most_promising(scores, exact, scored_by) if measure == "start" else dict.fromkeys(scored_by, everyone)
-        if not wanted:
-            break
-        for stem, needed in wanted.items():
+    scored = [not stem for stem in stems]
+    for stem in _longest(stems):
+        members = [n for n, own in enumerate(stems) if not scored[n] and own == stem[: len(own)]]
+        needed = everyone
+        if measure == "start" and any(scored):
+            # What the members have so far can only become less.
+            needed = (scores[:, members].amax(dim=1) >= scores[:, scored].amax(dim=1)).nonzero().squeeze(1)
+        if len(needed):
             for here, logits in _with_clean(read, needed, stem, len(stem)):
-                for n in scored_by[stem]:
+                for n in members:
                     rest = [
                         _normalised(logits[:, place, token], logits[:, place])
                         for place, token in enumerate(pieces[n][1:])
@@ -112,7 +113,8 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
                         further = _normalised(logits[:, len(rest), onward[n]], logits[:, len(rest)])
                         rest.append((-further.exp().sum(dim=1).clamp(max=1)).log1p())
                     scores[here, n] = first[here, n] + torch.stack(rest).sum(dim=0).cpu()
-                    exact[here, n] = True
+        for n in members:
+            scored[n] = True
     if measure == "mean":
         scores /= torch.tensor([len(candidate) for candidate in candidates])
     return Choices(
@@ -134,25 +136,9 @@ def _onward(piece: Tokens, pieces: Sequence[Tokens]) -> list[int]:
     return sorted({other[len(piece)] for other in pieces if len(other) > len(piece) and other[: len(piece)] == piece})
 
 
-def _passes_of(stems: Sequence[Tokens]) -> dict[Tokens, list[int]]:
-    """The stems that no other one goes on from, and the candidates that a pass over each scores, every one once."""
-    longest = [stem for stem in dict.fromkeys(stems) if stem and not _onward(stem, stems)]
-    of = [next((each for each in longest if stem and stem == each[: len(stem)]), None) for stem in stems]
-    return {stem: [n for n, own in enumerate(of) if own == stem] for stem in longest}
-
-
-def _most_promising(scores: Tensor, exact: Tensor, scored_by: Mapping[Tokens, Sequence[int]]) -> dict[Tokens, Tensor]:
-    """For each row that is undecided, by the stem that is to be looked at next, the numbers of such rows.
-
-    What is not exact yet can only become less, so that it is that of the largest score, unless an exact one is above.
-    """
-    bound, which = scores.masked_fill(exact, -torch.inf).max(dim=1)
-    undecided = ~exact.all(dim=1) & (bound >= scores.masked_fill(~exact, -torch.inf).amax(dim=1))
-    rows = {
-        stem: (undecided & torch.isin(which, torch.tensor(members))).nonzero().squeeze(1)
-        for stem, members in scored_by.items()
-    }
-    return {stem: needed for stem, needed in rows.items() if len(needed)}
+def _longest(stems: Sequence[Tokens]) -> list[Tokens]:
+    """The stems that no other one goes on from."""
+    return [stem for stem in dict.fromkeys(stems) if stem and not _onward(stem, stems)]
 
 
 def _with_clean(read: Read, needed: Tensor, forced: Tokens, last: int) -> Iterator[tuple[Tensor, Tensor]]:
