@@ -118,7 +118,8 @@ def parse_position(at: str | None, index: str | None, text: str, option: str = "
     """The position in `text` that `--at` or `--at-index` gives, as the library takes it. Raises PscopeError.
 
     What is no text of the prompt may be given to `--at` too, as long as the prompt does not hold it as text: whole
-    numbers, which are indices, and `all:` with a piece of which every place is meant.
+    numbers, which are indices, and `all:` with a piece of which every place is meant, or `first:` with one of which the
+    first token is.
     """
     if index is not None:
         if at is not None:
@@ -135,10 +136,11 @@ def parse_position(at: str | None, index: str | None, text: str, option: str = "
                 f"number, and for the text some of what stands before it as well"
             )
         return _indices(at)
-    if at.startswith("all:") and at not in text:
-        from pscope.models.prompts import Every
+    kind, _, piece = at.partition(":")
+    if kind in ("all", "first") and piece and at not in text:
+        from pscope.models.prompts import Every, First
 
-        return Every(at.removeprefix("all:"))
+        return Every(piece) if kind == "all" else First(piece)
     return at
 
 

@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from pscope.engine.lens import logit_lens as logit_lens
     from pscope.engine.patchscope import Patchscope as Patchscope
     from pscope.engine.unpatched import continue_prompts as continue_prompts
+    from pscope.engine.writes import Write as Write
+    from pscope.engine.writes import Writes as Writes
     from pscope.errors import DataError as DataError
     from pscope.errors import ModelError as ModelError
     from pscope.errors import PromptError as PromptError
@@ -24,11 +26,13 @@ if TYPE_CHECKING:
     from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_DESCRIPTION
     from pscope.models.prompts import TOKEN_IDENTITY as TOKEN_IDENTITY
     from pscope.models.prompts import Every as Every
+    from pscope.models.prompts import First as First
     from pscope.models.prompts import Prompt as Prompt
     from pscope.models.residual import capture as capture
     from pscope.models.residual import editing as editing
     from pscope.models.residual import overwriting as overwriting
     from pscope.models.residual import recording as recording
+    from pscope.models.states import States as States
 
 _HOME = {
     "Affine": "mappings.mapping",
@@ -37,6 +41,7 @@ _HOME = {
     "TOKEN_IDENTITY": "models.prompts",
     "Decoding": "engine.generate",
     "Every": "models.prompts",
+    "First": "models.prompts",
     "LanguageModel": "models.model",
     "MappingSet": "mappings.mapping_set",
     "ModelError": "errors",
@@ -46,6 +51,9 @@ _HOME = {
     "PscopeError": "errors",
     "RowError": "errors",
     "RunError": "errors",
+    "States": "models.states",
+    "Write": "engine.writes",
+    "Writes": "engine.writes",
     "capture": "models.residual",
     "continue_prompts": "engine.unpatched",
     "editing": "models.residual",

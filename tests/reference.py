@@ -16,27 +16,46 @@ def hidden_states(hf, decoder_layers, ids):
     return torch.stack(caught)
 
 
-@torch.no_grad()
 def patched_logits(hf, decoder_layers, ids, position, layer, state):
     """The logits at every token, (tokens, vocab), when `state` stands at `position` of residual stream `layer`."""
+    return written_logits(hf, decoder_layers, ids, [(layer, position, state)])
 
-    def write(stream):
-        stream = stream.clone()
-        stream[0, position] = state
-        return stream
 
-    if layer == 0:
-        handle = decoder_layers[0].register_forward_pre_hook(lambda _, args: (write(args[0]), *args[1:]))
-    else:
-        handle = decoder_layers[layer - 1].register_forward_hook(
-            lambda _, args, output: (
-                write(output) if isinstance(output, torch.Tensor) else (write(output[0]), *output[1:])
-            )
+@torch.no_grad()
+def written_logits(hf, decoder_layers, ids, writes):
+    """The logits at every token, (tokens, vocab), when vectors stand where (layer, position, vector) says."""
+    handles = []
+    for layer, position, vector in writes:
+
+        def write(stream, position=position, vector=vector):
+            stream = stream.clone()
+            stream[0, position] = vector
+            return stream
+
+        def after(_, args, output, write=write):
+            return write(output) if isinstance(output, torch.Tensor) else (write(output[0]), *output[1:])
+
+        def before(_, args, write=write):
+            return (write(args[0]), *args[1:])
+
+        handles.append(
+            decoder_layers[layer - 1].register_forward_hook(after)
+            if layer
+            else decoder_layers[0].register_forward_pre_hook(before)
         )
     try:
         return hf(torch.tensor([list(ids)]), use_cache=False).logits[0]
     finally:
-        handle.remove()
+        for handle in handles:
+            handle.remove()
+
+
+def written_continuation(hf, decoder_layers, ids, writes, new_tokens):
+    """Greedy continuation: the whole prompt is run again for every token, with all that is written into it."""
+    ids = list(ids)
+    for _ in range(new_tokens):
+        ids.append(written_logits(hf, decoder_layers, ids, writes)[-1].argmax().item())
+    return ids[-new_tokens:]
 
 
 def patched_continuation(hf, decoder_layers, ids, position, layer, state, new_tokens, end_tokens=()):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from architectures import ARCHITECTURES, KNOWN, VOCABULARY, build
-from reference import hidden_states, patched_continuation, patched_logits
+from reference import hidden_states, patched_continuation, patched_logits, written_logits
 
-from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, capture, logit_lens
+from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, Write, Writes, capture, logit_lens
 from pscope.models.structure import check_structure
 
 README = Path(__file__).parent.parent / "README.md"
@@ -36,8 +36,8 @@ class Numbers:
         return {"input_ids": [int(number) for number in text.split()]}
 
 
-def prompt(ids, position):
-    return Prompt(" ".join(map(str, ids)), tuple(ids), ("",) * len(ids), (position,))
+def prompt(ids, *positions):
+    return Prompt(" ".join(map(str, ids)), tuple(ids), ("",) * len(ids), positions)
 
 
 @cache
@@ -75,6 +75,23 @@ def assert_scores_agree(scope, layers):
         assert ((got - expected).abs() / logits.std(-1)).max() < TOLERANCE
 
 
+def assert_writes_agree(model, layers, path):
+    """Rows that write in several layers, at two positions, against the one-row loop: logits and two tokens."""
+    target, states, top = prompt(TOKENS, 11, 15), random_states(model), model.n_layers
+    rows = [
+        [Write(top - 1, 15, states[0]), Write(1, 11, states[2]), Write(1, 15, states[1]), Write(0, 11, states[top])],
+        [Write(layer, 11, states[1]) for layer in range(top + 1)],
+        [Write(top, 15, states[0])],
+    ]
+    scope = Patchscope(model, target, path=path)
+    (part,) = scope.logits(Writes.of(rows))
+    spoken = scope.generate(Writes.of(rows), decoding=Decoding(2))
+    for row, logits, said in zip(rows, part.patched, spoken.patched, strict=True):
+        expected = written_logits(model.hf, layers, [*target.ids, said[0]], row)
+        assert_close(logits, expected[-2])
+        assert said[:1] + said[1:] == [expected[-2].argmax(), *([expected[-1].argmax()] if len(said) > 1 else [])]
+
+
 def assert_close(got, expected):
     assert (got - expected).abs().max() / expected.std() < TOLERANCE
     assert got.argmax() == expected.argmax()
@@ -106,6 +123,7 @@ def test_an_architecture(name):
     for where in POSITIONS:
         assert_rows_agree(scope_of(name, where), layers)
         assert_scores_agree(scope_of(name, where), layers)
+    assert_writes_agree(model, layers, scope_of(name, "middle").path)
 
     prompts = [prompt(TOKENS[:length], length - 1) for length in (20, 5, 13)]
     states = capture(model, prompts)

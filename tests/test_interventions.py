@@ -1,6 +1,7 @@
 """A Patchscope is that of the model as it is at the call: its weights, its adapters, and what others do to it."""
 
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -139,9 +140,10 @@ def test_a_scaled_state_is_no_rounding(own, monkeypatch):
     # Everywhere, and at each layer alone; the tail's norm takes the length out of what enters at the last.
     for layer in (None, 0, 2, 3):
 
-        def scaled(self, states, layers, new_tokens, last, layer=layer):
-            factors = torch.where(layers == layer, 1.1, 1.0) if layer is not None else torch.full(layers.shape, 1.1)
-            return climb(self, (states * factors[:, None, None]).to(states.dtype), layers, new_tokens, last)
+        def scaled(self, writes, new_tokens, last, layer=layer):
+            here = torch.full(writes.layers.shape, True) if layer is None else writes.layers == layer
+            scaled = (writes.vectors * torch.where(here, 1.1, 1.0)[..., None]).to(writes.vectors.dtype)
+            return climb(self, replace(writes, vectors=scaled), new_tokens, last)
 
         monkeypatch.setattr(pscope.engine.staircase.Staircase, "_climb", scaled)
         assert Patchscope(model, model.prompt(TARGET)).check.path == "plain"

@@ -12,7 +12,6 @@ from transformers import MambaConfig, MambaForCausalLM
 from pscope import Decoding, LanguageModel, Prompt, PscopeError
 from pscope.engine.generate import GREEDY
 from pscope.engine.selfcheck import PATHS, SelfCheck
-from pscope.experiments import multi_hop
 from pscope.experiments.attribute_extraction import plain_questions, question_of
 from pscope.experiments.known import PlainWords
 from pscope.experiments.multi_hop import (
@@ -34,6 +33,7 @@ from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import shipped_relations
 from pscope.metrics import answer_found
+from pscope.models import chats
 from pscope.show.multi_hop import answers_figure, answers_heatmaps
 
 PAIRS = [(0, 0), (3, 1), (4, 2), (1, 4)]
@@ -285,7 +285,7 @@ def test_the_path_of_every_target_is_its_own(tiny, monkeypatch):
     ],
 )
 def test_a_chat_template_that_cannot_be_filled_in(tiny, monkeypatch, template, fault):
-    monkeypatch.setattr(multi_hop, "TEMPLATE_SECONDS", 0.2)
+    monkeypatch.setattr(chats, "TEMPLATE_SECONDS", 0.2)
     tokenizer = copy.deepcopy(tiny.tokenizer)
     tokenizer.chat_template = template
     model = LanguageModel(tiny.hf, tokenizer, "tiny")

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from conftest import random_model, rows_for_every_layer
@@ -94,8 +96,8 @@ def test_own_state_in_its_own_place_is_the_clean_row(tiny, at):
 def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypatch):
     climb = Staircase._climb
 
-    def off_by_a_little(self, states, target_layers, new_tokens, last):
-        return climb(self, states * 1.05, target_layers, new_tokens, last)
+    def off_by_a_little(self, writes, new_tokens, last):
+        return climb(self, replace(writes, vectors=writes.vectors * 1.05), new_tokens, last)
 
     monkeypatch.setattr(Staircase, "_climb", off_by_a_little)
     scope = Patchscope(tiny, tiny.prompt(TARGET))
@@ -132,7 +134,7 @@ def test_the_self_check_catches_an_error_confined_to_continuations(tiny, monkeyp
     spoil(
         monkeypatch,
         tiny,
-        lambda ids, cache: ids.shape == (5, 1) and cache is not None and isinstance(cache.layers[0], growing),
+        lambda ids, cache: ids.shape == (6, 1) and cache is not None and isinstance(cache.layers[0], growing),
     )
     scope = Patchscope(tiny, tiny.prompt(TARGET, 3))
     assert scope.check.path == "plain"
@@ -149,7 +151,7 @@ def test_the_self_check_catches_a_cache_that_cannot_be_relied_on_once_rows_have_
 @pytest.mark.parametrize(
     ("wrong", "where"),
     [
-        (1.0, lambda ids, layer: len(ids) == 5 and layer._room == 0),
+        (1.0, lambda ids, layer: len(ids) == 6 and layer._room == 0),
         (float("nan"), lambda ids, layer: ids.shape == (3, 1)),
     ],
     ids=["with no room to go on", "not a number"],

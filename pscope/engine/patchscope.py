@@ -19,13 +19,23 @@ from pscope.engine.plain import PlainPath
 from pscope.engine.scores import MEASURES, Choices, Measure, Scores, Tokens, choose_rows, score_rows
 from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
 from pscope.engine.staircase import Staircase
+from pscope.engine.writes import NOWHERE, Writes, over_clean, spread_over
 from pscope.errors import PromptError, PscopeError, RowError
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, continuing_tokens
-from pscope.models.residual import check_layer, others_intervene
+from pscope.models.residual import capture, check_layer, check_layers, others_intervene
+from pscope.models.states import States
 
 MEMORY = 2**30
 """The default budget for the rows of one pass, in bytes."""
+
+Patch = States | Tensor | Writes
+"""What rows are patched with: a state each, (rows, hidden), or, where the target marks several positions, one for each
+of them, (rows, positions, hidden); or writes, which say themselves where they go.
+"""
+
+TargetLayers = Sequence[int] | int | None
+"""The layer of each row, or of all; none for writes."""
 
 
 class Logits(NamedTuple):
@@ -83,84 +93,111 @@ class Patchscope:
     def __repr__(self) -> str:
         return f"Patchscope({self.model!r}, {self.target!r}, {self.check.path} path)"
 
-    def logits(self, states: Tensor, target_layers: Sequence[int] | int) -> Iterator[Logits]:
+    def writes(
+        self,
+        states: States | Tensor,
+        target_layers: Sequence[int] | int,
+        *,
+        hold: Sequence[int] = (),
+        scale: float = 1.0,
+        norm: bool = False,
+        add: bool = False,
+    ) -> Writes:
+        """What a row writes for each of `states`, (rows, hidden) or (rows, positions, hidden), at its layer.
+
+        It writes the same in all layers of `hold` too, so that the target's own states there are not seen beside the
+        patch (the paper's appendix D.3). With `norm` a vector is first given the length of the clean target's state in
+        its place; then it is scaled; with `add` it is added to that state, which with a `scale` of 0 makes the clean
+        row.
+        """
+        states, layers = self._checked(states, target_layers)
+        check_layers(self.model, hold)
+        held = [[layer, *(NOWHERE if other == layer else other for other in hold)] for layer in layers.tolist()]
+        writes = spread_over(states, torch.tensor(held), self.target.positions)
+        if norm or add:
+            clean = self._clean(writes)
+            return replace(writes, vectors=over_clean(writes.vectors, clean, scale=scale, norm=norm, add=add))
+        return writes if scale == 1 else replace(writes, vectors=scale * writes.vectors)
+
+    def logits(self, states: Patch, target_layers: TargetLayers = None) -> Iterator[Logits]:
         """Patch `states`, (rows, hidden), into the target, each row at its layer; yield the logits that follow.
 
         Where the target marks several positions, a state goes to all of them, or, given as (rows, positions, hidden),
-        each has its own.
+        each has its own. They may be of any device and floating-point type.
 
-        `target_layers` has one layer of 0..L for each row, or is one layer for all. The rows come in the order given,
-        in chunks, so that any number takes no more memory than the budget. Raises RowError if those of a row are not
-        finite.
+        `target_layers` has one layer of 0..L for each row, or is one layer for all. Instead of states, rows may come
+        as `Writes`, in several layers or otherwise than by replacing, which are made by `writes`. The rows come in the
+        order given, in chunks, so that any number takes no more memory than the budget. Raises RowError if those of a
+        row are not finite.
         """
-        states, layers = self._checked(states, target_layers)
+        writes = self._written(states, target_layers)
         # A view of the clean row would keep the logits of all rows.
         return (
             Logits(slice(int(rows[0]), int(rows[-1]) + 1), logits[1:, -1], logits[0, -1].clone())
-            for rows, logits in self._read(states, layers, torch.arange(len(states)))
+            for rows, logits in self._read(writes, torch.arange(len(writes)))
         )
 
     def generate(
         self,
-        states: Tensor,
-        target_layers: Sequence[int] | int,
+        states: Patch,
+        target_layers: TargetLayers = None,
         decoding: Decoding = GREEDY,
         settled: Settled | None = None,
     ) -> Continuations:
-        """Patch each of `states`, (rows, hidden), into the target at its layer, and let the model go on from there.
+        """Patch each of `states`, as `logits` takes them, into the target, and let the model go on from there.
 
+        What is patched is the target: tokens that are said after it are the model's own, nothing is written over them.
         Rows that have ended leave the batch, and those of which `settled(row, text)` says that they need not go on (the
         clean row is never asked). Sampled tokens depend on the seed and the row's index, not on which rows
         share its pass. Raises RowError if the logits of a row are not finite.
         """
         self.model.check_window(len(self.target) + decoding.new_tokens)
-        states, layers = self._checked(states, target_layers)
-        draws = decoding.draws(len(states) + 1)
+        writes = self._written(states, target_layers)
+        draws = decoding.draws(len(writes) + 1)
         spoken = [
-            self._speak(
-                path, part, states[part], layers[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled
-            )
-            for path, part in self._passes(len(states), decoding)
+            self._speak(path, part, writes[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
+            for path, part in self._passes(len(writes), decoding)
         ]
         return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
 
-    def start(self, states: Tensor, target_layers: Sequence[int] | int, decoding: Decoding) -> Rows:
+    def start(self, states: Patch, target_layers: TargetLayers, decoding: Decoding) -> Rows:
         """The patched rows, after the clean one, ready to go on: what `generate` continues, in one pass.
 
         As many are given as fit in the memory budget (`rows_per_pass`).
         """
         self.model.check_window(len(self.target) + decoding.new_tokens)
-        states, layers = self._checked(states, target_layers)
-        return self._now()[0].start(states, layers, decoding.new_tokens)
+        return self._now()[0].start(self._written(states, target_layers), decoding.new_tokens)
 
     def score(
         self,
-        states: Tensor,
-        target_layers: Sequence[int] | int,
-        continuation: str | Sequence[str],
+        states: Patch,
+        target_layers: TargetLayers,
+        continuation: str | Sequence[str | Tokens],
         *,
         ranks: bool = False,
     ) -> Scores:
-        """How probable a given continuation is after the target, where each of `states`, (rows, hidden), is patched in.
+        """How probable a given continuation is after the target, where each of `states` is patched in.
 
-        The continuation is one text for all rows, or one for each, and begins with a blank where a word follows the
-        target. Rows of one continuation share passes over target and continuation. With `ranks` also the place of each
+        States are as `logits` takes them. The continuation is one text for all rows, or one for each, and begins with
+        a blank where a word follows the target; or the tokens that a row has said, as `generate` gives them. Rows of
+        one continuation share passes over target and continuation. With `ranks` also the place of each
         token among the vocabulary. Raises PromptError for a continuation whose tokens do not follow those of the
         target, RowError if the logits of a row are not finite.
         """
-        states, layers = self._checked(states, target_layers)
-        texts = [continuation] * len(states) if isinstance(continuation, str) else list(continuation)
-        if len(texts) != len(states):
+        writes = self._written(states, target_layers)
+        given = [continuation] * len(writes) if isinstance(continuation, str) else list(continuation)
+        if len(given) != len(writes):
             raise PscopeError(
-                f"{len(states)} states came with {len(texts)} continuations; give one for all, or for each"
+                f"{len(writes)} states came with {len(given)} continuations; give one for all, or for each"
             )
-        tokens = {text: self._following(text) for text in dict.fromkeys(texts)}
-        return score_rows(partial(self._read, states, layers), [tokens[text] for text in texts], ranks)
+        texts = [each if isinstance(each, str) else tuple(each) for each in given]
+        tokens = {each: self._following(each) for each in dict.fromkeys(texts)}
+        return score_rows(partial(self._read, writes), [tokens[each] for each in texts], ranks)
 
     def choose(
         self,
-        states: Tensor,
-        target_layers: Sequence[int] | int,
+        states: Patch,
+        target_layers: TargetLayers,
         candidates: Sequence[str],
         *,
         by: Measure = "start",
@@ -177,7 +214,7 @@ class Patchscope:
         Raises PscopeError if there are no candidates, some with the same tokens, or no such measure; PromptError for
         one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
         """
-        states, layers = self._checked(states, target_layers)
+        writes = self._written(states, target_layers)
         if by not in MEASURES:
             raise PscopeError(f"candidates are not measured by {by!r}; one of {', '.join(MEASURES)}")
         if isinstance(candidates, str) or not candidates:
@@ -185,7 +222,7 @@ class Patchscope:
         tokens = [self._following(text) for text in candidates]
         if len(set(tokens)) < len(tokens):
             raise PscopeError(f"some of the candidates {list(candidates)} have the same tokens")
-        return choose_rows(partial(self._read, states, layers), len(states), tokens, by)
+        return choose_rows(partial(self._read, writes), len(writes), tokens, by)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
@@ -221,20 +258,46 @@ class Patchscope:
             self._paths[check.path, forced] = PATHS[check.path](self.model, target)
         return self._paths[check.path, forced], check
 
-    def _following(self, text: str) -> Tokens:
-        """The tokens of a text that follows the target. Raises PromptError."""
-        tokens = continuing_tokens(self.model.tokenizer, self.target, text)
+    def _following(self, text: str | Tokens) -> Tokens:
+        """The tokens of a text that follows the target, or those given. Raises PromptError."""
+        tokens = continuing_tokens(self.model.tokenizer, self.target, text) if isinstance(text, str) else text
+        if not tokens or not all(isinstance(token, int) and 0 <= token < self.model.embeddings for token in tokens):
+            raise PromptError(f"{tokens!r} are no tokens of {self.model.name}")
         # What comes after its last token is not asked.
         self.model.check_window(len(self.target) + len(tokens) - 1)
         return tokens
 
-    def _checked(self, states: Tensor, target_layers: Sequence[int] | int) -> tuple[Tensor, Tensor]:
+    def _written(self, states: Patch, target_layers: TargetLayers) -> Writes:
+        """What rows write, once it is known to fit the target and the model."""
+        if not isinstance(states, Writes):
+            return self.writes(states, target_layers)
+        if target_layers is not None:
+            raise PscopeError("writes have layers of their own; leave the target layers out")
+        states.check(self.target.positions, self.model.n_layers, self.model.hidden_size)
+        return states
+
+    def _clean(self, writes: Writes) -> Tensor:
+        """The clean target's states in the places of writes: (rows, writes, hidden)."""
+        target, present = self.target, writes.present
+        states = capture(self.model, [target], layers=present)  # (positions, layers, hidden)
+        place = {position: number for number, position in enumerate(target.positions)}
+        layer = {layer: number for number, layer in enumerate(present)}
+        rows = [[place[position] for position in row] for row in writes.positions.tolist()]
+        columns = [[layer.get(of, 0) for of in row] for row in writes.layers.tolist()]
+        return states[rows, columns]
+
+    def _checked(self, states: States | Tensor, target_layers: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
         """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
+        if isinstance(states, States):
+            states = states.vectors
+        if target_layers is None:
+            raise PscopeError("each state has a target layer; give one for all, or a list of one for each")
         positions, hidden = len(self.target.positions), self.model.hidden_size
         if states.shape[1:] not in [(hidden,), (positions, hidden)]:
             raise PscopeError(
                 f"states of shape {tuple(states.shape)} do not fit {self.model.name} at {positions} position(s), which "
-                f"take (rows, {hidden}) or (rows, {positions}, {hidden}); map those of another width to {hidden} first"
+                f"take (rows, {hidden}) or (rows, {positions}, {hidden}); those of another width need a mapping, as "
+                "`pscope fit --target-model` makes"
             )
         if not states.is_floating_point():
             raise PscopeError(f"states of {states.dtype} are no hidden states; give real floating-point numbers")
@@ -247,17 +310,17 @@ class Patchscope:
             check_layer(self.model, layer)
         if states.ndim == 2:
             states = states[:, None].expand(-1, positions, -1)
-        return states, torch.tensor(layers)
+        return states.detach(), torch.tensor(layers)
 
     def _read(
-        self, states: Tensor, layers: Tensor, rows: Tensor, forced: Tokens = (), last: int = 1
+        self, writes: Writes, rows: Tensor, forced: Tokens = (), last: int = 1
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """The logits of some rows where tokens are forced to follow the target: see `scores.Read`."""
         start = 0
         while start < len(rows):
             path, _ = self._now(forced)
             part = rows[start : start + max(1, self.memory // path.row_bytes(0, last))]
-            logits = path.read(states[part.to(states.device)], layers[part], last)
+            logits = path.read(writes[part], last)
             for place in range(last):
                 check_finite(logits[:, place], torch.cat([torch.tensor([-1]), part]))
             yield part, logits
@@ -277,13 +340,12 @@ class Patchscope:
         self,
         path: Staircase | PlainPath,
         part: slice,
-        states: Tensor,
-        layers: Tensor,
+        writes: Writes,
         decoding: Decoding,
         draws: Tensor,
         settled: Settled | None,
     ) -> Continuations:
-        rows = path.start(states, layers, decoding.new_tokens)
+        rows = path.start(writes, decoding.new_tokens)
         # The clean row comes first.
         numbers = [-1, *range(part.start, part.stop)]
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from pscope.engine.generate import CachedRows, Rows, UncachedRows
+from pscope.engine.writes import Here, Writes
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 from pscope.models.residual import Edit, editing
@@ -24,18 +25,15 @@ class PlainPath:
     def __init__(self, model: LanguageModel, target: Prompt, *, cached: bool = True) -> None:
         self.model, self.target, self._cached = model, target, cached
 
-    def read(self, states: Tensor, target_layers: Tensor, last: int = 1) -> Tensor:
-        """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,).
-
-        Returns the logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab).
-        """
-        ids, patching = self._batch(states, target_layers)
+    def read(self, writes: Writes, last: int = 1) -> Tensor:
+        """The logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab)."""
+        ids, patching = self._batch(writes)
         with patching(torch.arange(len(ids))):
             return self.model.logits(ids, last=last)
 
-    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int) -> Rows:
+    def start(self, writes: Writes, new_tokens: int) -> Rows:
         """As `read`, for rows that go on, the clean row first."""
-        ids, patching = self._batch(states, target_layers)
+        ids, patching = self._batch(writes)
         if not self._cached:
             return UncachedRows(self.model, ids, patching)
         cache = self.model.own_cache()
@@ -48,29 +46,25 @@ class PlainPath:
         cached = self.model.cache_bytes(tokens) if self._cached and new_tokens else 0
         return cached + self.model.activation_bytes(tokens, last=last)
 
-    def _batch(
-        self, states: Tensor, target_layers: Tensor
-    ) -> tuple[Tensor, Callable[[Tensor], AbstractContextManager[None]]]:
+    def _batch(self, writes: Writes) -> tuple[Tensor, Callable[[Tensor], AbstractContextManager[None]]]:
         """The ids of the clean row and the patched ones, and, for some of them by number, a block to run them in."""
-        ids = torch.tensor([self.target.ids], device=self.model.device).repeat(len(states) + 1, 1)
-        # The clean row is patched at no layer.
-        layers = torch.cat([target_layers.new_tensor([-1]), target_layers])
-        states = torch.cat([torch.zeros_like(states[:1]), states]).to(self.model.device)
-        return ids, lambda rows: self._patching(rows, states, layers)
+        ids = torch.tensor([self.target.ids], device=self.model.device).repeat(len(writes) + 1, 1)
+        return ids, lambda rows: self._patching(rows, writes)
 
-    def _patching(self, rows: Tensor, states: Tensor, layers: Tensor) -> AbstractContextManager[None]:
-        """A block within which the rows of the batch, numbers into the others, are overwritten each at its layer."""
-        here = layers[rows]
-        edits = {
-            layer: self._overwrite((here == layer).nonzero().squeeze(1), states[rows[here == layer].to(states.device)])
-            for layer in here[here >= 0].unique().tolist()
-        }
-        return editing(self.model, edits)
+    def _patching(self, rows: Tensor, writes: Writes) -> AbstractContextManager[None]:
+        """A block within which each of some `rows`, by number, has its writes made; row 0, the clean one, has none."""
+        patched = (rows > 0).nonzero().squeeze(1)
+        present = writes[rows[patched] - 1]
+        return editing(self.model, {layer: _written(patched, present.at(layer)) for layer in present.present})
 
-    def _overwrite(self, rows: Tensor, states: Tensor) -> Edit:
-        def edit(stream: Tensor) -> Tensor:
-            stream = stream.clone()
-            stream[rows[:, None], self.target.positions] = states.to(stream)
-            return stream
 
-        return edit
+def _written(patched: Tensor, here: Here) -> Edit:
+    """The edit that makes the writes of one layer, of rows that stand in the batch where `patched` says."""
+    rows = patched[here.rows]
+
+    def edit(stream: Tensor) -> Tensor:
+        stream = stream.clone()
+        stream[rows, here.positions] = here.vectors.to(stream)
+        return stream
+
+    return edit

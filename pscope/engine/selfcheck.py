@@ -14,6 +14,7 @@ from torch import Tensor
 
 from pscope.engine.plain import PlainPath
 from pscope.engine.staircase import Staircase
+from pscope.engine.writes import Write, Writes
 from pscope.errors import ModelError
 from pscope.memory import out_of_memory
 from pscope.models.model import LanguageModel, not_finite
@@ -58,17 +59,23 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     twice what one more rounding in each layer changes. Raises ModelError if the model's own logits are not finite.
     """
     # From the top down, which is not the order in which rows climb.
-    layers = torch.tensor(sorted({0, model.n_layers // 2, model.n_layers - 1, model.n_layers}, reverse=True))
+    layers = sorted({0, model.n_layers // 2, model.n_layers - 1, model.n_layers}, reverse=True)
     with recording(model, range(model.n_layers + 1)) as streams:
         model.next_token_logits(torch.tensor([target.ids], device=model.device))
     # States of the clean run, each patched where it does not belong, but as long as the one that stands there: far
     # too long ones can make a row that no two roundings agree on.
     places = list(target.positions)
     clean = torch.stack([streams[layer][0, places].to(model.device) for layer in range(model.n_layers + 1)])
-    borrowed = clean[(layers + model.n_layers // 2 + 1) % (model.n_layers + 1)]
+    borrowed = clean[[(layer + model.n_layers // 2 + 1) % (model.n_layers + 1) for layer in layers]]
     lengths = clean[layers].norm(dim=-1, keepdim=True) / borrowed.norm(dim=-1, keepdim=True)
     states = borrowed * lengths.nan_to_num(nan=1.0, posinf=1.0)
-    trial = _Trial(model, target, states, layers)
+    rows = [
+        [Write(layer, position, vector) for position, vector in zip(places, own, strict=True)]
+        for layer, own in zip(layers, states, strict=True)
+    ]
+    # One more that writes in several layers as it climbs.
+    rows.append([write for row in rows for write in row if write.layer >= model.n_layers // 2])
+    trial = _Trial(model, target, Writes.of(rows))
     yardstick = PATHS["uncached"](model, target)
     expected = trial.run(yardstick)
     if not all(logits.isfinite().all() for logits in expected):
@@ -94,12 +101,11 @@ class _Found(NamedTuple):
 
 @dataclass(frozen=True)
 class _Trial:
-    """The rows that are run on every path: `states` (rows, positions, hidden), each at its layer, (rows,)."""
+    """The rows that are run on every path."""
 
     model: LanguageModel
     target: Prompt
-    states: Tensor
-    layers: Tensor
+    writes: Writes
 
     def run(self, path: Staircase | PlainPath) -> list[Tensor]:
         """The logits of all rows, then after a token more, then of every other row after yet another, as the window
@@ -108,7 +114,7 @@ class _Trial:
         room = 2 if self.model.window is None else min(2, self.model.window - len(self.target))
         answers = []
         if room:
-            rows = path.start(self.states, self.layers, new_tokens=room)
+            rows = path.start(self.writes, new_tokens=room)
             answers.append(rows.logits)
             # Any tokens will do, as long as they are the same on every path.
             tokens = torch.arange(3, 3 + len(rows.logits), device=rows.logits.device) % rows.logits.shape[1]
@@ -119,7 +125,7 @@ class _Trial:
             rows.keep(kept)
             rows.step(tokens[kept])
             answers.append(rows.logits)
-        return [*answers, path.read(self.states, self.layers)[:, -1]]
+        return [*answers, path.read(self.writes)[:, -1]]
 
     def allowed(self, yardstick: PlainPath, expected: list[Tensor]) -> list[Tensor]:
         """How far the logits of each row may be from those expected, (rows,) for each answer."""
@@ -142,11 +148,12 @@ class _Trial:
 
     def hold(self, standing: Mapping[int, Tensor]) -> bool:
         """Whether the states that are patched stand in the streams that decoder layers have read."""
+        # What is patched into the last is read by the model's tail, to which its length is nothing.
+        layers = [layer for layer in self.writes.present if layer < self.model.n_layers]
         return all(
-            _stands(state.to(standing[layer]), standing[layer])
-            for layer, state in zip(self.layers.tolist(), self.states, strict=True)
-            # What is patched into the last is read by the model's tail, to which its length is nothing.
-            if layer < self.model.n_layers
+            _stands(here.vectors[here.rows == row].to(standing[layer]), standing[layer])
+            for layer, here in ((layer, self.writes.at(layer)) for layer in layers)
+            for row in here.rows.unique()
         )
 
 

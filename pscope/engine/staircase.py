@@ -3,7 +3,8 @@
 A patch at layer ℓ* and position i* changes nothing before i*, and nothing below ℓ*. So the tokens before i* are run
 once and their keys and values shared, and the pass over the rest starts with a single row, the clean prompt. After
 each decoder layer the rows patched there join it, as copies of the clean row with position i* overwritten: the batch
-grows as it climbs. In the cache, a row's keys and values below its own layer are the clean row's.
+grows as it climbs. In the cache, a row's keys and values below its own layer are the clean row's. A row that writes in
+several layers joins at the lowest, and is overwritten again as it climbs.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from transformers import Cache, DynamicCache, DynamicLayer
 
 from pscope.engine.batching import find_batch_axes, fitting
 from pscope.engine.generate import CachedRows
+from pscope.engine.writes import Here, Writes
 from pscope.errors import ModelError
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
@@ -33,33 +35,30 @@ class Staircase:
         _check_cache(model)
         first = min(target.positions)
         self._prefix_ids, self._suffix_ids = target.ids[:first], target.ids[first:]
-        self._places = [position - first for position in target.positions]
         prefix = self._run_prefix()
         self._batch_axes = find_batch_axes(
             model, lambda rows: model.next_token_logits(self._suffix(rows), _grown(prefix, rows))
         )
 
-    def read(self, states: Tensor, target_layers: Tensor, last: int = 1) -> Tensor:
-        """Patch `states` (rows, positions, hidden) into the target, each row at its layer, (rows,).
+    def read(self, writes: Writes, last: int = 1) -> Tensor:
+        """The logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab)."""
+        return self._climb(writes, 0, last)[0]
 
-        Returns the logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab).
-        """
-        return self._climb(states, target_layers, 0, last)[0]
-
-    def start(self, states: Tensor, target_layers: Tensor, new_tokens: int) -> CachedRows:
+    def start(self, writes: Writes, new_tokens: int) -> CachedRows:
         """As `read`, for rows that go on, the clean row first: with room in their cache for `new_tokens`, 1 or more."""
-        logits, cache = self._climb(states, target_layers, new_tokens, 1)
+        logits, cache = self._climb(writes, new_tokens, 1)
         return CachedRows(self.model, cache, logits[:, -1])
 
-    def _climb(self, states: Tensor, target_layers: Tensor, new_tokens: int, last: int) -> tuple[Tensor, Cache]:
+    def _climb(self, writes: Writes, new_tokens: int, last: int) -> tuple[Tensor, Cache]:
         """The logits of the clean row and the patched ones, (1 + rows, last, vocab), and their cache."""
-        total, top = len(states) + 1, self.model.n_layers
+        total, top = len(writes) + 1, self.model.n_layers
+        joining = writes.lowest
+        # They climb by layer. The stream is put back in the order given, since the logits are many times as large.
+        given = torch.cat([torch.zeros(1, dtype=torch.long), 1 + joining.argsort(stable=True).argsort()])
         edits = {
-            layer: _join(states[target_layers == layer], self._places) for layer in target_layers.unique().tolist()
+            layer: self._written(int((joining == layer).sum()), writes.at(layer), given) for layer in writes.present
         }
         edits[0] = _in_turn(_only_clean, edits.get(0))
-        # They climb by layer. The stream is put back in the order given, since the logits are many times as large.
-        given = torch.cat([torch.zeros(1, dtype=torch.long), 1 + target_layers.argsort(stable=True).argsort()])
         edits[top] = _in_turn(edits.get(top), lambda stream: stream[given.to(stream.device)])
         # The model is given all rows, so that what it does with the whole batch at the top is right; of their streams
         # the first goes up, and the others join it, each at its layer.
@@ -71,6 +70,20 @@ class Staircase:
         if new_tokens:
             cache.reorder_cache(given.to(self.model.device))
         return logits, cache
+
+    def _written(self, joining: int, here: Here, given: Tensor) -> Edit:
+        """The edit that lets rows join, as copies of the clean row, row 0, and makes the writes of one layer.
+
+        `given` are the places in the stream of rows as they are numbered, the clean one first.
+        """
+        rows, columns = given[1 + here.rows], here.positions - len(self._prefix_ids)
+
+        def edit(stream: Tensor) -> Tensor:
+            stream = torch.cat([stream, stream[:1].expand(joining, -1, -1)])
+            stream[rows, columns] = here.vectors.to(stream)
+            return stream
+
+        return edit
 
     def row_bytes(self, new_tokens: int, last: int = 1) -> int:
         """About how much memory a row takes at the top of the staircase, its keys and values included."""
@@ -128,17 +141,6 @@ def _in_turn(*edits: Edit | None) -> Edit:
         for each in edits:
             stream = stream if each is None else each(stream)
         return stream
-
-    return edit
-
-
-def _join(entering: Tensor, places: list[int]) -> Edit:
-    """The edit that lets rows join: copies of the clean row, row 0, overwritten at some places of the suffix."""
-
-    def edit(stream: Tensor) -> Tensor:
-        rows = stream[:1].expand(len(entering), -1, -1).clone()  # (entering, suffix, hidden)
-        rows[:, places] = entering.to(stream)
-        return torch.cat([stream, rows])
 
     return edit
 

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pscope.errors import PscopeError
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import At, Every, Nearest, Prompt
+from pscope.models.prompts import At, Every, First, Nearest, Prompt
 from pscope.models.residual import Pair, check_layers
 
 
@@ -45,7 +45,7 @@ def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | No
     if before is not None:
         return model.prompt(before + text, at)
     prompt = model.prompt(text, at)
-    counted = at >= 0 if isinstance(at, int) else not isinstance(at, (str, Every, Nearest))
+    counted = at >= 0 if isinstance(at, int) else not isinstance(at, (str, Every, First, Nearest))
     return prompt if counted or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)
 
 

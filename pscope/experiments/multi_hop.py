@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from threading import Thread
 
 import pandas as pd
 
@@ -25,14 +24,13 @@ from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import PLACEHOLDER
 from pscope.metrics import answer_found
+from pscope.models.chats import chat_text
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 
 VANILLA, STEP_BY_STEP = "vanilla", "step by step"
 COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
 WIRINGS = (COT, WITH_PLACEHOLDER, BACKPATCH)
-TEMPLATE_SECONDS = 10
-
 _ABOUT = {
     "query": "int64",
     "text": "string",
@@ -90,23 +88,7 @@ def step_by_step(model: LanguageModel, query: Query, chat: bool) -> str:
     if not chat:
         return f"Let's think step by step. {query.text}"
     message = {"role": "user", "content": f"{query.text}? Let's think step by step."}
-    filled: list[str] = []
-    fault = f"it did not end within {TEMPLATE_SECONDS} seconds"
-
-    def fill() -> None:
-        nonlocal fault
-        try:
-            filled.append(model.tokenizer.apply_chat_template([message], tokenize=False, add_generation_prompt=True))
-        except Exception as error:
-            fault = " ".join(str(error).split())
-
-    # A template is a program that comes with a checkpoint, and may have loops that nobody sees the end of.
-    filling = Thread(target=fill, daemon=True)
-    filling.start()
-    filling.join(TEMPLATE_SECONDS)
-    if not filled:
-        raise PscopeError(f"the chat template of {model.name} cannot be filled in: {fault}; ask without it")
-    return filled[0]
+    return chat_text(model.tokenizer, model.name, [message], begin=True)
 
 
 class MultiHopScores(Experiment[Source | Plain]):

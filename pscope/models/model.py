@@ -5,6 +5,7 @@ The model stays the HuggingFace model it is; `LanguageModel` only keeps it toget
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -18,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 from pscope.errors import ModelError, PromptError
 from pscope.memory import out_of_memory
+from pscope.models.chats import Message, chat_text
 from pscope.models.prompts import At, Prompt, tokenize
 
 
@@ -214,6 +216,14 @@ class LanguageModel:
                     "leave it out"
                 )
         return prompt
+
+    def chat(self, messages: Sequence[Message], at: At = -1, *, begin: bool = True) -> Prompt:
+        """The prompt of a chat, by the model's own template, marked as `prompt` marks it.
+
+        `messages` are as [{"role": "user", "content": "…"}]. With `begin`, the assistant's turn is begun, or its last
+        message left open. Raises PromptError also where there is no template, or it refuses the messages.
+        """
+        return self.prompt(chat_text(self.tokenizer, self.name, messages, begin=begin), at)
 
     def check_window(self, tokens: int) -> None:
         """Raise PromptError if that many tokens are more than the model can attend to."""

@@ -2,8 +2,8 @@
 
 A prompt and its position are half of a Patchscope in the paper's notation: (S, i) for the source, (T, i*) for the
 target. A position is an index into the tokens (negative ones count from the end), `"last"`, or a piece of the text:
-it must stand in the prompt as whole tokens, exactly once, and its last token is meant. Several may be marked: a list of
-positions, or `Every("x")`, as for the placeholders of "x x x x x" (SelfIE).
+it must stand in the prompt as whole tokens, exactly once, and its last token is meant, or, by `First("the capital")`,
+the first. Several may be marked: a list of positions, or `Every("x")`, as for the placeholders of "x x x x x" (SelfIE).
 """
 
 from __future__ import annotations
@@ -36,6 +36,13 @@ class Every:
 
 
 @dataclass(frozen=True)
+class First:
+    """The first token of a piece of text that stands in a prompt once, as whole tokens."""
+
+    piece: str
+
+
+@dataclass(frozen=True)
 class Nearest:
     """A position given by a piece of the text that may stand in it several times: the nearest to a place is meant.
 
@@ -55,7 +62,9 @@ class Nearest:
         return min(positions, key=lambda position: abs(position - index))
 
 
-At = str | int | Every | Nearest | Sequence[str | int | Every | Nearest]
+Place = str | int | Every | First | Nearest
+
+At = Place | Sequence[Place]
 """A position, or several."""
 
 
@@ -128,7 +137,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
         )
     marks = list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at]
     for mark in marks:
-        if not isinstance(mark, (str, int, Every, Nearest)):
+        if not isinstance(mark, (str, int, Every, First, Nearest)):
             raise PromptError(f"{mark!r} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
@@ -193,7 +202,7 @@ def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
 
 
 def _places(
-    at: str | int | Every | Nearest,
+    at: Place,
     text: str,
     tokens: tuple[str, ...],
     offsets: list | None,
@@ -204,10 +213,10 @@ def _places(
         if not -len(tokens) <= at < len(tokens):
             raise PromptError(f"position {at} is outside the prompt's {len(tokens)} tokens: {_listed(tokens)}")
         return [at % len(tokens)]
-    piece = at.piece if isinstance(at, (Every, Nearest)) else at
+    piece = at if isinstance(at, str) else at.piece
     if at == LAST:
         end = len(tokens) - 1
-        words = [] if offsets is None else _whole_token_matches(LAST, text, offsets)
+        words = [] if offsets is None else [end for _, end in _whole_token_matches(LAST, text, offsets)]
         if set(words) <= {end} and (offsets is not None or LAST not in text):
             return [end]
         raise PromptError(
@@ -219,7 +228,8 @@ def _places(
             f"the tokenizer {type(tokenizer).__name__} tells no offsets, so {piece!r} cannot be looked up; "
             f"give an index from 0 to {len(tokens) - 1}: {_listed(tokens)}"
         )
-    found = _whole_token_matches(piece, text, offsets)
+    matches = _whole_token_matches(piece, text, offsets)
+    found = [begin if isinstance(at, First) else end for begin, end in matches]
     if not found:
         where = "only inside longer tokens of" if piece and piece in text else "nowhere in"
         raise PromptError(f"{piece!r} stands {where} the prompt; its tokens are {_listed(tokens)}")
@@ -229,9 +239,9 @@ def _places(
         raise PromptError(
             f"{piece!r} is one word repeated; mark {_all_of(word)}, or give the indices: {_listed(tokens)}"
         )
-    if len(found) > 1 and piece is at:
+    if len(found) > 1 and not isinstance(at, Every):
         raise PromptError(
-            f"{at!r} stands {len(found)} times in the prompt, at {found}; give one of these indices, or mark "
+            f"{piece!r} stands {len(found)} times in the prompt, at {found}; give one of these indices, or mark "
             f"{_all_of(piece)}: {_listed(tokens)}"
         )
     return found
@@ -247,18 +257,20 @@ def _repeated(piece: str) -> str | None:
     return first if len(others) > (len(first) > 1) and set(others) == {first} else None
 
 
-def _whole_token_matches(piece: str, text: str, offsets: list) -> list[int]:
-    """The last token of every occurrence of `piece` that begins and ends where tokens do, blanks aside."""
+def _whole_token_matches(piece: str, text: str, offsets: list) -> list[tuple[int, int]]:
+    """The first and last token of every occurrence of `piece` that begins and ends where tokens do, blanks aside."""
     piece = piece.strip()
     matches = []
     start = text.find(piece) if piece else -1
     while start >= 0:
         end = start + len(piece)
-        begins = any(left <= start < right and not text[left:start].strip() for left, right in offsets)
+        begins = [
+            i for i, (left, right) in enumerate(offsets) if left <= start < right and not text[left:start].strip()
+        ]
         ends = [i for i, (left, right) in enumerate(offsets) if left < end <= right and not text[end:right].strip()]
         if begins and ends:
             # A character split into bytes has several tokens with the same offsets; the last completes it.
-            matches.append(ends[-1])
+            matches.append((begins[0], ends[-1]))
         start = text.find(piece, start + 1)
     return matches
 

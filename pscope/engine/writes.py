@@ -1,0 +1,142 @@
+"""What rows write over a target prompt: vectors, each in the place of what one layer holds at one position.
+
+Replacing is the one mechanism. What is added to a state, or given its length, is another vector to write, since the
+state is known: that of the clean target.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pscope.errors import PscopeError
+
+NOWHERE = -1
+"""The layer of a write that a row does not have where others have more."""
+
+
+class Write(NamedTuple):
+    """A `vector` (hidden,) that takes the place of what the residual stream of `layer` holds at `position`, which
+    counts the target's tokens from 0."""
+
+    layer: int
+    position: int
+    vector: Tensor
+
+
+class Here(NamedTuple):
+    """The writes in one layer: the row and the position of each, (writes,), and its vector, (writes, hidden)."""
+
+    rows: Tensor
+    positions: Tensor
+    vectors: Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Writes:
+    """What each row of a Patchscope writes: `vectors`, (rows, writes, hidden), at `layers`, (rows, writes), and
+    `positions`, (rows, writes).
+
+    Below its lowest layer a row is the clean row. Where it has fewer writes than others, the layer of the rest is -1.
+    """
+
+    vectors: Tensor
+    layers: Tensor
+    positions: Tensor
+
+    @classmethod
+    def of(cls, rows: Sequence[Sequence[Write]]) -> Writes:
+        """The writes of each row, in any layers and positions. Raises PscopeError for a row without any."""
+        if not all(len(row) for row in rows) or not len(rows):
+            raise PscopeError("a row has one write at least")
+        if astray := [write.layer for row in rows for write in row if write.layer < 0]:
+            raise PscopeError(f"layer {astray[0]} is out of range: layers are counted from 0")
+        most = max(map(len, rows))
+        layers = torch.full((len(rows), most), NOWHERE)
+        positions = torch.zeros(len(rows), most, dtype=torch.long)
+        vectors = []
+        for number, row in enumerate(rows):
+            layers[number, : len(row)] = torch.tensor([write.layer for write in row])
+            positions[number, : len(row)] = torch.tensor([write.position for write in row])
+            vectors.append(torch.stack([write.vector for write in (*row, *[row[-1]] * (most - len(row)))]))
+        return cls(torch.stack(vectors), layers, positions)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    def __getitem__(self, rows: slice | Tensor) -> Writes:
+        on_device = rows if isinstance(rows, slice) else rows.to(self.vectors.device)
+        return Writes(self.vectors[on_device], self.layers[rows], self.positions[rows])
+
+    def __repr__(self) -> str:
+        return f"Writes({len(self)} rows, {self.layers.shape[1]} each at most, in layers {self.present})"
+
+    @property
+    def present(self) -> list[int]:
+        """The layers in which anything is written, in ascending order."""
+        return [layer for layer in self.layers.unique().tolist() if layer != NOWHERE]
+
+    @property
+    def lowest(self) -> Tensor:
+        """The lowest layer in which each row writes, (rows,)."""
+        return torch.where(self.layers == NOWHERE, torch.iinfo(self.layers.dtype).max, self.layers).amin(dim=1)
+
+    def at(self, layer: int) -> Here:
+        """What is written in one layer."""
+        rows, slots = (self.layers == layer).nonzero(as_tuple=True)
+        device = self.vectors.device
+        return Here(rows, self.positions[rows, slots], self.vectors[rows.to(device), slots.to(device)])
+
+    def check(self, positions: Sequence[int], n_layers: int, hidden: int) -> None:
+        """Raise PscopeError unless all go to `positions` of a target, and fit a model of that size."""
+        if not self.vectors.is_floating_point():
+            raise PscopeError(f"vectors of {self.vectors.dtype} are no hidden states; give real floating-point numbers")
+        if self.vectors.shape[-1] != hidden:
+            raise PscopeError(f"vectors of width {self.vectors.shape[-1]} do not fit a model of width {hidden}")
+        written = self.layers != NOWHERE
+        outside = written & ((self.layers < 0) | (self.layers > n_layers))
+        if outside.any():
+            layer = int(self.layers[outside][0])
+            raise PscopeError(f"layer {layer} is out of range: the model has layers 0 to {n_layers}")
+        astray = written & ~torch.isin(self.positions, torch.tensor(list(positions)))
+        if astray.any():
+            raise PscopeError(
+                f"position {int(self.positions[astray][0])} is not marked in the target, where {list(positions)} are; "
+                "mark all that are written to"
+            )
+        # One number for each place, and none twice but for those that are nowhere.
+        places = (self.layers * (1 + max(positions)) + self.positions).masked_fill(~written, NOWHERE).sort(dim=1).values
+        twice = ((places.diff(dim=1) == 0) & (places[:, 1:] != NOWHERE)).nonzero()
+        if len(twice):
+            row, slot = twice[0].tolist()
+            layer, position = divmod(int(places[row, slot]), 1 + max(positions))
+            raise PscopeError(f"row {row} writes twice at layer {layer}, position {position}; give one vector for it")
+
+
+def spread_over(states: Tensor, layers: Tensor, positions: Sequence[int]) -> Writes:
+    """Writes of `states` (rows, positions, hidden), each in the layers (rows, layers) of its row: all positions of the
+    first layer come first.
+    """
+    rows, held = layers.shape
+    return Writes(
+        states.repeat(1, held, 1) if held > 1 else states,
+        layers.repeat_interleave(len(positions), dim=1),
+        torch.tensor(list(positions)).repeat(rows, held),
+    )
+
+
+def over_clean(states: Tensor, clean: Tensor, *, scale: float, norm: bool, add: bool) -> Tensor:
+    """Vectors to write, made from states and from those that they are written over, `clean` (…, hidden).
+
+    With `norm` a state is given the length of the clean one; then it is scaled; with `add` the clean one is added.
+    """
+    clean = clean.to(states)
+    if norm:
+        own = states.norm(dim=-1, keepdim=True)
+        states = states * (clean.norm(dim=-1, keepdim=True) / torch.where(own == 0, 1, own))
+    states = scale * states
+    return clean + states if add else states

@@ -1,0 +1,54 @@
+"""Chats: messages written out by a model's own template, which makes them a text like any other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from threading import Thread
+
+from transformers import PreTrainedTokenizerBase
+
+from pscope.errors import PromptError
+
+TEMPLATE_SECONDS = 10
+
+Message = Mapping[str, str]
+"""What somebody says: the "role", as "user", and the "content"."""
+
+
+def chat_text(tokenizer: PreTrainedTokenizerBase, name: str, messages: Sequence[Message], *, begin: bool) -> str:
+    """What a chat looks like to the model called `name`.
+
+    With `begin`, the assistant's turn is begun, or, where the last message is the assistant's, left open, so that it
+    goes on. Raises PromptError for what are no messages, for a model without a template, and for a template that
+    refuses them, or comes to no end.
+    """
+    if isinstance(messages, (str, Mapping)) or not messages or not all(map(_is_message, messages)):
+        raise PromptError(
+            f"a chat is a list of messages, each with a role and a content, as "
+            f'[{{"role": "user", "content": "…"}}]; not {messages!r}'
+        )
+    if not tokenizer.chat_template:
+        raise PromptError(f"{name} has no chat template; give a text instead")
+    goes_on = begin and messages[-1]["role"] == "assistant"
+    how = {"add_generation_prompt": begin and not goes_on, "continue_final_message": goes_on}
+    filled: list[str] = []
+    fault = f"it did not end within {TEMPLATE_SECONDS} seconds"
+
+    def fill() -> None:
+        nonlocal fault
+        try:
+            filled.append(tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False, **how))
+        except Exception as error:
+            fault = " ".join(str(error).split())
+
+    # A template is a program that comes with a checkpoint, and may have loops that nobody sees the end of.
+    filling = Thread(target=fill, daemon=True)
+    filling.start()
+    filling.join(TEMPLATE_SECONDS)
+    if not filled:
+        raise PromptError(f"the chat template of {name} cannot be filled in: {fault}; ask without it")
+    return filled[0]
+
+
+def _is_message(message: object) -> bool:
+    return isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
