@@ -80,10 +80,8 @@ def fit_across(
 
 def target_prompts(target: TargetOptions, default: str, *models: LanguageModel) -> list[Prompt]:
     """The target prompt in the tokens of each model. Raises PscopeError where an index would be that of one of them."""
-    from pscope.cli.prompts import parse_position
-
     text = default if target.text is None else target.text
-    at = parse_position(target.target_at, target.target_at_index, text, "--target-at")
+    at = target.position(text)
     if any(isinstance(each, int) and each >= 0 for each in (at if isinstance(at, list) else [at])):
         raise PscopeError(f"--target-at {at} counts the tokens of one model; mark the placeholder by its text")
     return [target.prompt(model, default) for model in models]

@@ -105,7 +105,10 @@ class Loader:
         """The model that is patched: the source itself where none is named, or one of the same weights is."""
         from pscope.models.fingerprint import fingerprint
 
-        name = options.target_model
+        name, adapter = options.target_model, options.target_adapter
+        if adapter is not None:
+            own = replace(self._model, revision=options.target_revision or self._model.revision)
+            return self._loaded(name or source.name, replace(own, device=options.target_device or own.device), adapter)
         asked = (name, options.target_device, options.target_revision)
         if name is None or asked == (source.name, None, self._model.revision):
             return source
@@ -114,7 +117,7 @@ class Loader:
         alike = model.device == source.device and fingerprint(model) == fingerprint(source)
         return source if alike else model
 
-    def _loaded(self, name: str, options: ModelOptions) -> LanguageModel:
+    def _loaded(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
         import transformers
 
         import pscope
@@ -141,6 +144,7 @@ class Loader:
                 revision=options.revision,
                 attention=options.attention,
                 tensor_parallel=options.tensor_parallel,
+                adapter=adapter,
             )
 
 
@@ -181,9 +185,9 @@ class Frame(Loader):
             check_writable(self._folder)
         return super().load(name)
 
-    def _loaded(self, name: str, options: ModelOptions) -> LanguageModel:
+    def _loaded(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
         if not self._run.dry_run:
-            return super()._loaded(name, options)
+            return super()._loaded(name, options, adapter)
         from pscope.models.loading import outline
 
         with working(f"Reading the config of {name}"):

@@ -66,6 +66,9 @@ class TargetModelOptions:
     ] = None
     target_revision: Annotated[str | None, _of(MODEL, help="Its branch, tag or commit on the hub.")] = None
     target_device: Annotated[str | None, _of(MODEL, help="Where it goes.", show_default="as --device")] = None
+    target_adapter: Annotated[
+        Path | None, _of(MODEL, help="Folder of an adapter (LoRA) on the target alone, which is --model by default.")
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from pscope.errors import PscopeError
 if TYPE_CHECKING:
     from pscope.engine.generate import Decoding
     from pscope.experiments.grid import Pair
+    from pscope.inputs.targets import Target
     from pscope.models.model import LanguageModel
     from pscope.models.prompts import At, Prompt
 
@@ -36,8 +37,8 @@ class TargetOptions:
     target: Annotated[
         str | None,
         typer.Option(
-            metavar="FILE|TEXT",
-            help="The prompt that is patched, or a file that holds it.",
+            metavar="NAME|FILE|TEXT",
+            help="The prompt that is patched: a name of `pscope targets`, a file that holds it, or a text.",
             show_default="the paper's",
         ),
     ] = None
@@ -45,7 +46,7 @@ class TargetOptions:
         str | None,
         typer.Option(
             help="Its placeholder, which is overwritten: text that stands there, all:x for every x, an index, or last.",
-            show_default="last",
+            show_default="last, or that of the name",
         ),
     ] = None
     target_at_index: Annotated[
@@ -60,6 +61,8 @@ class TargetOptions:
         """The prompt that `--target` gives, from a file where it names one."""
         if self.target is None:
             return None
+        if self.named is not None:
+            return self.named.text
         # Also what is no regular file, which is then refused by that name.
         if os.path.exists(self.target) and not os.path.isdir(self.target):
             from pscope.inputs.records import read_text
@@ -71,10 +74,25 @@ class TargetOptions:
             )
         return self.target
 
+    @cached_property
+    def named(self) -> Target | None:
+        """The target that `--target` names, if it does."""
+        if self.target is None or not re.fullmatch(r"[a-z]+(-[a-z]+)*", self.target):
+            return None
+        from pscope.inputs.targets import named_target
+
+        return named_target(self.target)
+
+    def position(self, text: str) -> At:
+        """Where the placeholder is in the text of the prompt. Raises PscopeError."""
+        own = self.named is not None and self.target_at is None and self.target_at_index is None
+        at = self.named.at if own else self.target_at
+        return parse_position(at, self.target_at_index, text, "--target-at")
+
     def prompt(self, model: LanguageModel, default: str) -> Prompt:
         """The prompt, marked where `--target-at` or `--target-at-index` says. Raises PscopeError."""
         text = default if self.text is None else self.text
-        return model.prompt(text, parse_position(self.target_at, self.target_at_index, text, "--target-at"))
+        return model.prompt(text, self.position(text))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pscope.errors import PscopeError as PscopeError
     from pscope.errors import RowError as RowError
     from pscope.errors import RunError as RunError
+    from pscope.experiments.reading import Reading as Reading
+    from pscope.experiments.reading import Writing as Writing
     from pscope.mappings.mapping import Affine as Affine
     from pscope.mappings.mapping_set import MappingSet as MappingSet
     from pscope.mappings.storage import read_mappings as read_mappings
@@ -49,11 +51,13 @@ _HOME = {
     "Prompt": "models.prompts",
     "PromptError": "errors",
     "PscopeError": "errors",
+    "Reading": "experiments.reading",
     "RowError": "errors",
     "RunError": "errors",
     "States": "models.states",
     "Write": "engine.writes",
     "Writes": "engine.writes",
+    "Writing": "experiments.reading",
     "capture": "models.residual",
     "continue_prompts": "engine.unpatched",
     "editing": "models.residual",

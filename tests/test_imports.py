@@ -38,7 +38,7 @@ def declared(extra: str | None = None) -> set[str]:
 
 
 @pytest.mark.parametrize(
-    ("folder", "extra"), [("pscope", None), ("cli", None), ("tests", "test"), ("benchmarks", "test")]
+    ("folder", "extra"), [("pscope", "adapters"), ("cli", None), ("tests", "test"), ("benchmarks", "test")]
 )
 def test_what_is_imported_is_declared(folder, extra):
     distributions = packages_distributions()

@@ -150,6 +150,8 @@ def test_words_written_out_in_the_place_of_the_marked_token(tokenizer, bos_eos_t
         prompt = tokenize(tok, "tax x is x too", -2)
         assert prompt.token == " x"
         assert written_out(prompt, "New York") == "tax x is New York too"
+    repeated = tokenize(tokenizer, "say x x x now, x", Every("x"))
+    assert written_out(repeated, "New York") == "say New York now, New York"
     with pytest.raises(PromptError, match="nothing can be written in the place of token 0"):
         written_out(tokenize(bos_eos_tokenizer, "one x", 0), "a")
     with pytest.raises(PromptError, match="nothing can be written"):

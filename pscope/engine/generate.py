@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -15,6 +15,9 @@ from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, Stopp
 
 from pscope.errors import PscopeError, RowError
 from pscope.models.model import LanguageModel, not_finite
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Settled = Callable[[int, str], bool]
 """Whether a row, by its number, need not go on after what it said, since nothing asked of it can change any more."""
@@ -101,6 +104,40 @@ def _stop_strings(tokenizer: PreTrainedTokenizerBase, stop: tuple[str, ...]) -> 
 
 
 GREEDY = Decoding()
+
+
+@dataclass(frozen=True)
+class Continuations:
+    """What rows have said after the target prompt: new token ids, each list up to and with the token that ended it.
+
+    `decode` is how they become text.
+    """
+
+    patched: list[list[int]]
+    clean: list[int]
+    """What follows the target unpatched, the control."""
+    decode: Callable[[list[int]], str] = field(repr=False, compare=False)
+
+    def __repr__(self) -> str:
+        shown = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.patched) > 3 else "")
+        return f"Continuations({len(self.patched)} rows: {shown}; clean: {self.clean_text!r})"
+
+    @property
+    def text(self) -> list[str]:
+        """What each patched row has said."""
+        return [self.decode(row) for row in self.patched]
+
+    @property
+    def clean_text(self) -> str:
+        """What the target goes on with, unpatched."""
+        return self.decode(self.clean)
+
+    def table(self) -> pd.DataFrame:
+        """The `text` and `tokens` of each `row`, the clean one last, which has no number."""
+        import pandas as pd
+
+        rows = pd.array([*range(len(self.patched)), None], dtype="Int64")
+        return pd.DataFrame({"row": rows, "text": [*self.text, self.clean_text], "tokens": [*self.patched, self.clean]})
 
 
 class Rows(Protocol):

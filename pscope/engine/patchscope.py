@@ -14,8 +14,17 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import GREEDY, Decoding, Rows, Settled, check_finite, continue_rows
+from pscope.engine.generate import (
+    GREEDY,
+    Continuations,
+    Decoding,
+    Rows,
+    Settled,
+    check_finite,
+    continue_rows,
+)
 from pscope.engine.plain import PlainPath
+from pscope.engine.relevance import relevance_of
 from pscope.engine.scores import MEASURES, Choices, Measure, Scores, Tokens, choose_rows, score_rows
 from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
 from pscope.engine.staircase import Staircase
@@ -46,13 +55,6 @@ class Logits(NamedTuple):
     """(rows, vocab)"""
     clean: Tensor
     """(vocab,): the target prompt unpatched, the control."""
-
-
-class Continuations(NamedTuple):
-    """New token ids after the target prompt, each list up to and with the token that ended it."""
-
-    patched: list[list[int]]
-    clean: list[int]
 
 
 class Patchscope:
@@ -99,7 +101,7 @@ class Patchscope:
         target_layers: Sequence[int] | int,
         *,
         hold: Sequence[int] = (),
-        scale: float = 1.0,
+        scale: float | Sequence[float] = 1.0,
         norm: bool = False,
         add: bool = False,
     ) -> Writes:
@@ -107,17 +109,18 @@ class Patchscope:
 
         It writes the same in all layers of `hold` too, so that the target's own states there are not seen beside the
         patch (the paper's appendix D.3). With `norm` a vector is first given the length of the clean target's state in
-        its place; then it is scaled; with `add` it is added to that state, which with a `scale` of 0 makes the clean
-        row.
+        its place; then it is scaled, by one number or by one for each row; with `add` it is added to that state, which
+        with a `scale` of 0 makes the clean row.
         """
         states, layers = self._checked(states, target_layers)
         check_layers(self.model, hold)
         held = [[layer, *(NOWHERE if other == layer else other for other in hold)] for layer in layers.tolist()]
         writes = spread_over(states, torch.tensor(held), self.target.positions)
-        if norm or add:
-            clean = self._clean(writes)
-            return replace(writes, vectors=over_clean(writes.vectors, clean, scale=scale, norm=norm, add=add))
-        return writes if scale == 1 else replace(writes, vectors=scale * writes.vectors)
+        scales = torch.as_tensor(scale, dtype=states.dtype, device=states.device).reshape(-1, 1, 1)
+        if len(scales) not in (1, len(states)):
+            raise PscopeError(f"{len(states)} states came with {len(scales)} scales; give one for all, or for each")
+        clean = self._clean(writes) if norm or add else torch.zeros(())
+        return replace(writes, vectors=over_clean(writes.vectors, clean, scales, norm=norm, add=add))
 
     def logits(self, states: Patch, target_layers: TargetLayers = None) -> Iterator[Logits]:
         """Patch `states`, (rows, hidden), into the target, each row at its layer; yield the logits that follow.
@@ -158,7 +161,8 @@ class Patchscope:
             self._speak(path, part, writes[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
             for path, part in self._passes(len(writes), decoding)
         ]
-        return Continuations([row for part in spoken for row in part.patched], spoken[0].clean)
+        patched = [row for part in spoken for row in part.patched]
+        return Continuations(patched, spoken[0].clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
     def start(self, states: Patch, target_layers: TargetLayers, decoding: Decoding) -> Rows:
         """The patched rows, after the clean one, ready to go on: what `generate` continues, in one pass.
@@ -222,7 +226,20 @@ class Patchscope:
         tokens = [self._following(text) for text in candidates]
         if len(set(tokens)) < len(tokens):
             raise PscopeError(f"some of the candidates {list(candidates)} have the same tokens")
-        return choose_rows(partial(self._read, writes), len(writes), tokens, by)
+        chosen = choose_rows(partial(self._read, writes), len(writes), tokens, by)
+        return chosen._replace(candidates=tuple(candidates))
+
+    def relevance(self, states: Patch, target_layers: TargetLayers, spoken: Sequence[Sequence[int]]) -> Tensor:
+        """How much each token that rows have said owes to the patch, (rows, tokens): see `engine.relevance`.
+
+        `spoken` are the tokens of each row, as `generate` gives them. Whole prompts are run, whatever the path.
+        """
+        writes = self._written(states, target_layers)
+        if len(spoken) != len(writes):
+            raise PscopeError(f"{len(writes)} states came with what {len(spoken)} rows have said")
+        for said in spoken:
+            self._following(tuple(said))
+        return relevance_of(self.model, self.target, writes, spoken, self.memory)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
@@ -357,4 +374,4 @@ class Patchscope:
             clean, *spoken = continue_rows(rows, decoding, draws, ends)
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error
-        return Continuations(spoken, clean)
+        return Continuations(spoken, clean, partial(decoding.text, tokenizer=self.model.tokenizer))

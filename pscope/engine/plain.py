@@ -25,9 +25,15 @@ class PlainPath:
     def __init__(self, model: LanguageModel, target: Prompt, *, cached: bool = True) -> None:
         self.model, self.target, self._cached = model, target, cached
 
-    def read(self, writes: Writes, last: int = 1) -> Tensor:
-        """The logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab)."""
+    def read(self, writes: Writes, last: int = 1, tails: Tensor | None = None) -> Tensor:
+        """The logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab).
+
+        Tokens that follow the target in each patched row are given as `tails`, (rows, tokens); what follows it in the
+        clean row then means nothing.
+        """
         ids, patching = self._batch(writes)
+        if tails is not None:
+            ids = torch.cat([ids, torch.cat([tails[:1], tails])], dim=1)
         with patching(torch.arange(len(ids))):
             return self.model.logits(ids, last=last)
 

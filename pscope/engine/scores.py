@@ -7,10 +7,13 @@ of decoded tokens would cost many of.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 Tokens = tuple[int, ...]
 
@@ -43,6 +46,24 @@ class Scores(NamedTuple):
     clean: Scored
     """The same continuations after the target unpatched, the control."""
 
+    def __repr__(self) -> str:
+        whole = self.patched.log_probabilities.nansum(dim=1).tolist()
+        shown = ", ".join(f"{total:.2f}" for total in whole[:3]) + (", …" if len(whole) > 3 else "")
+        return f"Scores({len(whole)} rows, in nats: {shown})"
+
+    def table(self) -> pd.DataFrame:
+        """The `log_probability` of each token of each `row`, by its `place`, beside that after the `clean` target."""
+        import pandas as pd
+
+        given = ~self.patched.log_probabilities.isnan()
+        rows, places = given.nonzero(as_tuple=True)
+        found = {"row": rows.tolist(), "place": places.tolist()}
+        for name, scored in (("log_probability", self.patched), ("clean", self.clean)):
+            found[name] = scored.log_probabilities[given].tolist()
+        if self.patched.ranks is not None:
+            found["rank"] = self.patched.ranks[given].tolist()
+        return pd.DataFrame(found)
+
 
 class Choice(NamedTuple):
     """What is chosen among candidates in each row."""
@@ -61,6 +82,33 @@ class Choices(NamedTuple):
     patched: Choice
     clean: Choice
     """One row: what is chosen after the target unpatched, the control."""
+    candidates: tuple[str, ...] = ()
+
+    def __repr__(self) -> str:
+        of = f"{len(self.text)} rows of {len(self.candidates)} candidates"
+        shown = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.text) > 3 else "")
+        return f"Choices({of}: {shown}; clean: {self.candidates[self.clean.chosen]!r})"
+
+    @property
+    def text(self) -> list[str]:
+        """The candidate that each patched row has chosen."""
+        return [self.candidates[number] for number in self.patched.chosen.tolist()]
+
+    def table(self) -> pd.DataFrame:
+        """The `score` of each `candidate` in each `row`, and whether it is `chosen`; the clean row has no number."""
+        import pandas as pd
+
+        scores = torch.cat([self.patched.scores, self.clean.scores])
+        chosen = torch.cat([self.patched.chosen, self.clean.chosen])
+        numbers = [*range(len(scores) - 1), None]
+        return pd.DataFrame(
+            {
+                "row": pd.array([row for row in numbers for _ in self.candidates], dtype="Int64"),
+                "candidate": list(self.candidates) * len(scores),
+                "score": scores.flatten().tolist(),
+                "chosen": [number == own for own in chosen.tolist() for number in range(len(self.candidates))],
+            }
+        )
 
 
 def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scores:

@@ -7,14 +7,15 @@ goes on from its own.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import count, islice
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import CachedRows, Decoding, Settled, continue_rows
-from pscope.engine.patchscope import Continuations, Patchscope
+from pscope.engine.generate import CachedRows, Continuations, Decoding, Settled, continue_rows
+from pscope.engine.patchscope import Patchscope
 from pscope.errors import RowError
 
 
@@ -85,5 +86,6 @@ def _generate(group: list[Asked], decoding: Decoding, settled: Settled | None, f
     said = []
     for each in group:
         clean = next(spoken)
-        said.append(Continuations([next(spoken) for _ in each.states], clean))
+        text = partial(decoding.text, tokenizer=model.tokenizer)
+        said.append(Continuations([next(spoken) for _ in each.states], clean, text))
     return said

@@ -129,8 +129,8 @@ def spread_over(states: Tensor, layers: Tensor, positions: Sequence[int]) -> Wri
     )
 
 
-def over_clean(states: Tensor, clean: Tensor, *, scale: float, norm: bool, add: bool) -> Tensor:
-    """Vectors to write, made from states and from those that they are written over, `clean` (…, hidden).
+def over_clean(states: Tensor, clean: Tensor, scales: Tensor, *, norm: bool, add: bool) -> Tensor:
+    """Vectors to write, made from states (rows, writes, hidden) and from the clean ones in their places.
 
     With `norm` a state is given the length of the clean one; then it is scaled; with `add` the clean one is added.
     """
@@ -138,5 +138,5 @@ def over_clean(states: Tensor, clean: Tensor, *, scale: float, norm: bool, add: 
     if norm:
         own = states.norm(dim=-1, keepdim=True)
         states = states * (clean.norm(dim=-1, keepdim=True) / torch.where(own == 0, 1, own))
-    states = scale * states
+    states = scales * states
     return clean + states if add else states

@@ -7,6 +7,7 @@ says how units become rows, and nothing about progress, files, processes, or how
 
 from __future__ import annotations
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -137,6 +138,11 @@ def tidy(rows: Iterable[Mapping[str, object]] | pd.DataFrame, types: Mapping[str
     """A table with the columns of `types`, of these types whatever is missing: so that all parts have the same."""
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
     return frame.reindex(columns=list(types)).astype(dict(types)).reset_index(drop=True)
+
+
+def seed_of(*key: object) -> int:
+    """A seed that is the key's own, as that of a run and a unit's name; `hash` would differ from process to process."""
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big")
 
 
 def permuted(seed: int, size: int) -> list[int]:

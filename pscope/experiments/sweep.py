@@ -6,7 +6,6 @@ the same norm, the target unpatched, and, without another pass, what somebody el
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pscope.engine.generate import Decoding
 from pscope.engine.patchscope import Patchscope
 from pscope.engine.together import Asked, generate_together
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.experiment import Unit, Work
+from pscope.experiments.experiment import Unit, Work, seed_of
 from pscope.experiments.grid import Pair, source_layers
 from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import answer_found, answer_settled
@@ -205,9 +204,8 @@ def same_norm(states: Tensor, names: Sequence[str], layers: Sequence[int | Pair]
 
 
 def _generator(*key: object) -> torch.Generator:
-    """One that is the key's own; Python's `hash` would differ from process to process."""
-    key = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(key[:8], "big"))
+    """One that is the key's own."""
+    return torch.Generator().manual_seed(seed_of(*key))
 
 
 def _spoken(

@@ -51,6 +51,7 @@ def load(
     revision: str | None = None,
     attention: str | None = None,
     tensor_parallel: bool = False,
+    adapter: str | Path | None = None,
 ) -> LanguageModel:
     """Load a causal language model with its tokenizer.
 
@@ -58,8 +59,8 @@ def load(
     memory, which comes with its `tokenizer` and stays where and as it is. Weights are read from safetensors or GGUF
     only, and no code that a checkpoint carries is run. Without `device` and `device_map`, a GPU is used if there
     is one. `dtype="auto"` keeps that of the checkpoint. `attention` is transformers' name for how it is computed:
-    "sdpa", "eager" …. With `tensor_parallel`, the processes that torchrun started split every layer among them, and
-    make every later call together.
+    "sdpa", "eager" …. An `adapter` is a folder of peft's, as of a LoRA, with safetensors. With `tensor_parallel`, the
+    processes that torchrun started split every layer among them, and make every later call together.
 
     Raises ModelError, in one line that says what to do, when the model is missing, gated, unreachable or unreadable,
     or not one that can be patched (`pscope.models.structure`).
@@ -122,7 +123,24 @@ def load(
                 'device_map ("auto"), or a smaller model'
             ) from error
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
-    return _checked(LanguageModel(hf, tokenizer, str(model)))
+    if adapter is None:
+        return _checked(LanguageModel(hf, tokenizer, str(model)))
+    return _checked(LanguageModel(_adapted(hf, Path(adapter)), tokenizer, f"{model} with {adapter}"))
+
+
+def _adapted(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
+    """The model within an adapter. Raises ModelError."""
+    missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
+    if missing:
+        raise ModelError(f"{folder} is no adapter of peft's: it has no {' and no '.join(missing)}")
+    try:
+        from peft import PeftModel
+    except ImportError as error:
+        raise ModelError('an adapter needs peft; pip install "pscope[adapters]"') from error
+    try:
+        return PeftModel.from_pretrained(hf, str(folder)).eval()
+    except Exception as error:
+        raise ModelError(f"cannot load the adapter {folder}: {_first_line(error)}") from error
 
 
 def outline(model: str | Path, *, dtype: str = "auto", revision: str | None = None) -> LanguageModel:

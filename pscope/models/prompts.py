@@ -156,15 +156,24 @@ def check_prompts(prompts: Sequence[Prompt]) -> None:
 def written_out(prompt: Prompt, words: str) -> str:
     """The prompt's text with `words` in the place of the marked token; blanks around that token stay.
 
-    Raises PromptError if the tokenizer tells no offsets, or added the marked token itself.
+    Of several marked tokens in a row, as "x x x", the words take the place of all. Raises PromptError if the tokenizer
+    tells no offsets, or added a marked token itself.
     """
-    position = prompt.position
-    start, end = prompt.spans[position] if prompt.spans else (0, 0)
-    marked = prompt.text[start:end].strip()
-    if not marked:
-        raise PromptError(f"nothing can be written in the place of token {position}, {prompt.token!r}")
-    start = prompt.text.index(marked, start)
-    return prompt.text[:start] + words + prompt.text[start + len(marked) :]
+    places: list[tuple[int, int]] = []
+    for position in sorted(prompt.positions):
+        start, end = prompt.spans[position] if prompt.spans else (0, 0)
+        marked = prompt.text[start:end].strip()
+        if not marked:
+            raise PromptError(f"nothing can be written in the place of token {position}, {prompt.tokens[position]!r}")
+        start = prompt.text.index(marked, start)
+        if places and not prompt.text[places[-1][1] : start].strip():
+            start, _ = places.pop()
+        places.append((start, end))
+    text = prompt.text
+    for start, end in reversed(places):
+        blank = text[start:end][len(text[start:end].rstrip()) :]
+        text = text[:start] + words + blank + text[end:]
+    return text
 
 
 def spoken_after(prompt: Prompt, words: str) -> str:

@@ -60,16 +60,20 @@ class States:
         layers: Sequence[int] | None = None,
     ) -> States:
         """The states that prompts form, read as `capture` reads them: a row for each layer of each position read."""
-        found = capture(model, prompts, positions, layers)  # (reads, layers, hidden)
         layers = range(model.n_layers + 1) if layers is None else layers
         positions = [prompt.positions for prompt in prompts] if positions is None else positions
+        if model.device.type == "meta":
+            # Of a model without weights, there is no more than their number.
+            vectors = torch.empty(sum(map(len, positions)), len(layers), model.hidden_size, device="meta")
+        else:
+            vectors = capture(model, prompts, positions, layers)  # (reads, layers, hidden)
         labels = tuple(
             Label(prompt.text, prompt.tokens[position], position % len(prompt), layer)
             for prompt, read in zip(prompts, positions, strict=True)
             for position in read
             for layer in layers
         )
-        return cls(found.flatten(0, 1), labels)
+        return cls(vectors.flatten(0, 1), labels)
 
     @classmethod
     def from_file(cls, path: str | Path, name: str | None = None) -> States:

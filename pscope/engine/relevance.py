@@ -1,0 +1,42 @@
+"""How much of what rows say is owed to the patch: the relevance of SelfIE (arXiv 2403.10949)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pscope.engine.generate import check_finite
+from pscope.engine.plain import PlainPath
+from pscope.engine.writes import Writes
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt
+
+
+@torch.no_grad()
+def relevance_of(
+    model: LanguageModel, target: Prompt, writes: Writes, spoken: Sequence[Sequence[int]], memory: int
+) -> Tensor:
+    """|p(patched) − p(clean)| of each token that a row has said, with those before it forced: (rows, tokens).
+
+    Rows that have said less have NaN in the places of the rest. Every row has a tail of its own, so that whole prompts
+    are run, in about `memory` bytes. Raises RowError if the logits of a row are not finite.
+    """
+    most = max(map(len, spoken))
+    said = torch.tensor([[*row, *[0] * (most - len(row))] for row in spoken], device=model.device)
+    path, tails = PlainPath(model, target), said[:, :-1]
+    together = max(1, memory // (2 * model.activation_bytes(len(target) + most, last=most)))
+    found = torch.full((len(spoken), most), torch.nan)
+    for start in range(0, len(spoken), together):
+        rows = torch.arange(start, min(start + together, len(spoken)))
+        logits = path.read(writes[rows], most, tails[rows])[1:]  # (rows, most, vocab)
+        for place in range(most):
+            check_finite(logits[:, place], rows)
+        ids = torch.tensor([target.ids], device=model.device).repeat(len(rows), 1)
+        clean = model.logits(torch.cat([ids, tails[rows]], dim=1), last=most)
+        own = said[rows, :, None]
+        apart = [each.float().softmax(dim=-1).gather(2, own).squeeze(2) for each in (logits, clean)]
+        found[rows] = (apart[0] - apart[1]).abs().cpu()
+    lengths = torch.tensor([len(row) for row in spoken])
+    return found.masked_fill(torch.arange(most) >= lengths[:, None], torch.nan)

@@ -1,0 +1,312 @@
+"""What any states say: vectors of the residual stream read by a target prompt, as they are or written otherwise."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import groupby
+from typing import Literal
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pscope.engine.generate import GREEDY, Decoding
+from pscope.engine.patchscope import MEMORY
+from pscope.engine.unpatched import continue_prompts
+from pscope.engine.writes import Writes
+from pscope.errors import PscopeError, RowError
+from pscope.experiments.experiment import Experiment, Unit, Work, seed_of, tidy
+from pscope.experiments.known import Plain, by_length
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
+from pscope.mappings.mapping_set import MappingSet
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt, written_out
+from pscope.models.residual import check_layers
+from pscope.models.states import Label, States
+
+TEXT_ONLY = "text only"
+
+TYPES = {
+    "source": "string",
+    "token": "string",
+    "position": "Int64",
+    "layer": "Int64",
+    "target_layer": "Int64",
+    "scale": "Float64",
+    "condition": "string",
+    "time": "Int64",
+    "path": "string",
+    "continuation": "string",
+    "relevance": "string",
+    "rank": "Int64",
+    "next_token": "string",
+    "probability": "Float64",
+}
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How a vector is written: times each of `scales`; with `norm`, at the length of the clean target's state in its
+    place before that; with `add`, added to that state; and in all layers of `hold` as well as in its own.
+    """
+
+    scales: tuple[float, ...] = (1.0,)
+    norm: bool = False
+    add: bool = False
+    hold: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.scales or not all(abs(scale) < float("inf") for scale in self.scales):
+            raise PscopeError(f"scales are finite numbers, one at least; not {list(self.scales)}")
+        if len(set(self.scales)) < len(self.scales):
+            raise PscopeError(f"one of the scales {list(self.scales)} is given twice")
+
+
+@dataclass(frozen=True)
+class Vector(Unit):
+    """A vector that is patched into the target at each of `target_layers`: the state of this `number`."""
+
+    number: int
+    label: Label
+    target_layers: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class _Row:
+    """A vector of a unit as it is patched, before it is scaled."""
+
+    unit: Vector
+    condition: str
+    target_layer: int
+    scale: float
+    vector: Tensor
+
+
+class Reading(Experiment[Vector | Plain]):
+    """Any states, each patched into a target prompt at some layers and scales, and what the model says of them.
+
+    A row of the table is one state × target layer × scale × condition × time × rank. `source`, `token`, `position` and
+    `layer` are what the state is of. `rank`, up to `top_k`, `next_token` and its `probability` are of what follows the
+    target at once; the `continuation` is sampled so many `times`, if the decoding has a temperature. The conditions:
+
+    - "patched", and "random vector", of the same norm, written in the same way;
+    - "clean target": the target unpatched;
+    - "text only": unpatched too, with what `words` has for a text in the place of the placeholder. The model may know
+      the answer from the words alone (arXiv 2509.13316).
+
+    With `relevance` a patched row tells, as JSON, for each token that it says, how much it owes to the patch:
+    |p(patched) − p(clean)|, with what was said before it forced (SelfIE). `target_layers` are "same", the layer that a
+    state is of, or some for all. States of another model are mapped by `mappings`, each from its layer.
+
+    Raises PscopeError for states that do not fit, or have no layer where one is needed.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        target: Prompt,
+        states: States,
+        target_layers: Sequence[int] | Literal["same"] = "same",
+        decoding: Decoding = GREEDY,
+        *,
+        writing: Writing | None = None,
+        mappings: MappingSet | None = None,
+        words: Mapping[str, str] | None = None,
+        times: int = 1,
+        top_k: int = 1,
+        relevance: bool = False,
+        seed: int = 0,
+        memory: int = MEMORY,
+    ) -> None:
+        super().__init__(model, target, memory)
+        model.check_window(len(target) + decoding.new_tokens)
+        if not len(states):
+            raise PscopeError("there is no state to read")
+        if times < 1 or (times > 1 and not decoding.temperature):
+            raise PscopeError(f"{times} times are asked for; once is always the same without a temperature")
+        if not 1 <= top_k <= model.config.vocab_size:
+            raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
+        self._writing = writing or Writing()
+        check_layers(model, self._writing.hold)
+        if target_layers != "same":
+            check_layers(model, target_layers)
+        self._vectors, self._mappings, self._decoding, self._seed = states.vectors, mappings, decoding, seed
+        self._times, self._top_k, self._relevance = times, top_k, relevance
+        self.units = [
+            self._unit(number, label, label_layers(label, target_layers)) for number, label in enumerate(states.labels)
+        ]
+        names = [unit.name for unit in self.units]
+        if len(set(names)) < len(names):
+            twice = next(name for name in names if names.count(name) > 1)
+            raise PscopeError(f"{twice} is read twice")
+        self._check_width()
+        self.units += by_length([self._plain(None), *map(self._plain, (words or {}).items())])
+
+    def _unit(self, number: int, label: Label, target_layers: tuple[int, ...]) -> Vector:
+        where = [f"{label.text!r}"]
+        where += [] if label.position is None else [f"at {label.position}:{label.token!r}"]
+        where += [] if label.layer is None else [f"of layer {label.layer}"]
+        rows = 2 * len(target_layers) * len(self._writing.scales) * self._times
+        return Vector(" ".join(where), rows, self.target, number, label, target_layers)
+
+    def _plain(self, words: tuple[str, str] | None) -> Plain:
+        """The target as it stands, or with the words of a text in the place of its placeholder."""
+        if words is None:
+            return Plain(CLEAN, self._times, CLEAN, self.target, {"condition": CLEAN})
+        source, text = words
+        prompt = self.model.prompt(written_out(self.target, text))
+        self.model.check_window(len(prompt) + self._decoding.new_tokens)
+        about = {"source": source, "condition": TEXT_ONLY}
+        return Plain(f"{source!r}, {TEXT_ONLY}", self._times, CLEAN, prompt, about)
+
+    def _check_width(self) -> None:
+        """Raises PscopeError unless the vectors can be written, once mapped."""
+        vector = next(self._mapped([self.units[0]]))[1]
+        # In a dry run there are no mappings.
+        if vector.shape[-1] != self.model.hidden_size and vector.device.type != "meta":
+            raise PscopeError(
+                f"vectors of width {vector.shape[-1]} do not fit {self.model.name}, which is {self.model.hidden_size} "
+                "wide; they need mappings to it, as `pscope fit --target-model` makes"
+            )
+
+    def work(self, unit: Vector | Plain) -> Work:
+        if isinstance(unit, Plain):
+            return replace(unit.work(self._decoding.new_tokens), spoken=self._times)
+        suffix = len(self.target) - min(self.target.positions)
+        layers = unit.target_layers * (unit.rows // len(unit.target_layers))
+        return Work(0, suffix, layers, new_tokens=self._decoding.new_tokens)
+
+    def read(self, units: Sequence[Vector | Plain]) -> pd.DataFrame:
+        vectors = isinstance(units[0], Vector)
+        return tidy(pd.DataFrame((self._patched if vectors else self._unpatched)(units)), TYPES)
+
+    def _patched(self, units: Sequence[Vector]) -> Iterator[dict[str, object]]:
+        scope, how, rows = self.scope(self.target), self._writing, list(self._rows(units))
+        writes = scope.writes(
+            torch.stack([row.vector for row in rows]),
+            [row.target_layer for row in rows],
+            hold=how.hold,
+            scale=[row.scale for row in rows],
+            norm=how.norm,
+            add=how.add,
+        )
+        with _naming(rows):
+            next_tokens = [top for part in scope.logits(writes) for top in self._top(part.patched)]
+        with _naming([row for row in rows for _ in range(self._times)]):
+            said = list(self._said(rows, writes))
+        relevance = self._owed(rows, writes, said) if self._relevance else [None] * len(said)
+        for number, row in enumerate(rows):
+            label = row.unit.label
+            about = {"source": label.text, "token": label.token, "position": label.position, "layer": label.layer}
+            about |= {"target_layer": row.target_layer, "scale": row.scale, "condition": row.condition}
+            for time in range(self._times):
+                place = number * self._times + time
+                said_here = {"continuation": self._text(said[place]), "relevance": relevance[place]}
+                for top in next_tokens[number]:
+                    yield {**about, "time": time + 1, "path": scope.path, **said_here, **top}
+
+    def _unpatched(self, units: Sequence[Plain]) -> Iterator[dict[str, object]]:
+        path = self.scope(self.target).path
+        for unit in units:
+            ids = torch.tensor([unit.prompt.ids], device=self.model.device)
+            (next_tokens,) = self._top(self.model.next_token_logits(ids))
+            options = {"memory": self.memory, "path": path}
+            said = continue_prompts(self.model, [unit.prompt] * self._times, self._drawn(unit), **options)
+            for time, tokens in sorted(said):
+                for top in next_tokens:
+                    told = {"time": time + 1, "path": path, "continuation": self._text(tokens)}
+                    yield {**unit.about, **told, **top}
+
+    def _rows(self, units: Sequence[Vector]) -> Iterator[_Row]:
+        """The rows of units, those of one unit together."""
+        for unit, group in groupby(self._mapped(units), key=lambda mapped: mapped[0]):
+            vectors = torch.stack([vector for _, vector in group])  # (target layers, hidden)
+            random = same_norm(vectors[:, None], [unit.name] * len(vectors), [0], self._seed)[:, 0]
+            for condition, written in ((PATCHED, vectors), (RANDOM, random)):
+                for layer, vector in zip(unit.target_layers, written, strict=True):
+                    for scale in self._writing.scales:
+                        yield _Row(unit, condition, layer, scale, vector)
+
+    def _mapped(self, units: Sequence[Vector]) -> Iterator[tuple[Vector, Tensor]]:
+        """What is written for each unit at each of its target layers, before it is scaled."""
+        for unit in units:
+            vector = self._vectors[unit.number]
+            for target_layer in unit.target_layers:
+                if self._mappings is None:
+                    yield unit, vector
+                elif unit.label.layer is None:
+                    raise PscopeError(f"{unit.name} is of no layer, and mappings lead from one; name it with --layers")
+                else:
+                    mapping = self._mappings.at((unit.label.layer, target_layer), unit.label.text)
+                    yield unit, mapping.to(vector.device)(vector)
+
+    def _said(self, rows: Sequence[_Row], writes: Writes) -> Iterator[list[int]]:
+        """What each row says, each of its times: greedily all at once, else by draws that are those of its unit."""
+        scope, numbers = self.scope(self.target), torch.arange(len(rows))
+        together = (
+            [rows] if not self._decoding.temperature else [[*of] for _, of in groupby(rows, lambda row: row.unit)]
+        )
+        start = 0
+        for group in together:
+            own = numbers[start : start + len(group)].repeat_interleave(self._times)
+            try:
+                yield from scope.generate(writes[own], decoding=self._drawn(group[0].unit)).patched
+            except RowError as error:
+                raise RowError(start * self._times + error.row, error.reason) from error
+            start += len(group)
+
+    def _drawn(self, unit: Unit) -> Decoding:
+        """The decoding with a seed that is the unit's own."""
+        return replace(self._decoding, seed=seed_of(self._seed, unit.name))
+
+    def _owed(self, rows: Sequence[_Row], writes: Writes, said: Sequence[list[int]]) -> list[str | None]:
+        """How much each token that patched rows say owes to the patch."""
+        patched = [place for place in range(len(said)) if rows[place // self._times].condition == PATCHED]
+        own = writes[torch.tensor(patched) // self._times]
+        relevance = self.scope(self.target).relevance(own, None, [said[place] for place in patched])
+        owed: list[str | None] = [None] * len(said)
+        for place, shares in zip(patched, relevance.tolist(), strict=True):
+            pieces = [self.model.tokenizer.decode([token]) for token in said[place]]
+            told = [[piece, round(share, 4)] for piece, share in zip(pieces, shares, strict=False)]
+            owed[place] = json.dumps(told, ensure_ascii=False)
+        return owed
+
+    def _top(self, logits: Tensor) -> list[list[dict[str, object]]]:
+        """The most probable next tokens of each row of logits (rows, vocab)."""
+        top = logits.float().softmax(dim=-1).topk(self._top_k)
+        decode = self.model.tokenizer.decode
+        return [
+            [
+                {"rank": rank, "next_token": decode([token]), "probability": probability}
+                for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True), 1)
+            ]
+            for tokens, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
+    def _text(self, tokens: list[int]) -> str:
+        return self._decoding.text(tokens, self.model.tokenizer)
+
+
+def label_layers(label: Label, target_layers: Sequence[int] | Literal["same"]) -> tuple[int, ...]:
+    """The target layers of a state. Raises PscopeError where they are those that it is of, and it is of none."""
+    if target_layers != "same":
+        return tuple(target_layers)
+    if label.layer is None:
+        raise PscopeError(f"{label.text!r} is of no layer, so that none is the same; give --target-layers")
+    return (label.layer,)
+
+
+@contextmanager
+def _naming(rows: Sequence[_Row]) -> Iterator[None]:
+    """A block in which the error of a row becomes a PscopeError that names its unit."""
+    try:
+        yield
+    except RowError as error:
+        if error.row < 0:
+            raise
+        row = rows[error.row]
+        where = f"target layer {row.target_layer}, scale {row.scale:g}"
+        raise PscopeError(f"{row.unit.name} ({row.condition}) failed at {where}: {error.reason}") from error
