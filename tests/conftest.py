@@ -77,6 +77,16 @@ def tiny_folder(tiny, tmp_path) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def other_folder(tokenizer, tmp_path_factory) -> Path:
+    """A wider, shallower model that reads the same tokens."""
+    other = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, hidden_size=48, num_hidden_layers=3)
+    folder = tmp_path_factory.mktemp("models") / "other"
+    other.hf.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
 CAPITALS = {"Japan": "Tokyo", "France": "Paris", "Germany": "Berlin", "Egypt": "Cairo", "Portugal": "Lisbon"}
 FOODS = {"sushi": "Japan", "baguette": "France", "a pretzel": "Germany", "koshari": "Egypt"}
 

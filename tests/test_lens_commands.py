@@ -8,10 +8,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from conftest import random_model
 from pscope.cli.app import app
 from safetensors import safe_open
-from transformers import LlamaConfig, LlamaForCausalLM
 from typer.testing import CliRunner
 
 from pscope.inputs.texts import shipped_texts
@@ -39,16 +37,6 @@ def work(tmp_path, monkeypatch):
     monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("pscope.inputs.texts.shipped_texts", lambda: SOME)
     return tmp_path / "work"
-
-
-@pytest.fixture(scope="module")
-def other_folder(tokenizer, tmp_path_factory) -> Path:
-    """A wider, shallower model that reads the same tokens."""
-    other = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, hidden_size=48, num_hidden_layers=3)
-    folder = tmp_path_factory.mktemp("models") / "other"
-    other.hf.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

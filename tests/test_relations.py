@@ -130,7 +130,8 @@ ROWS = [
     ("Peru", "Lima", "", 0, []),
     ("Peru", "Lima", "  ", 0, []),
     ("Panama", "the Panama", " We saw Panama", 3, [" We", " saw", " Panama"]),
-    ("Spain", "Madrid", " They left Portugal", 3, [" They", " left", " Portugal"]),
+    ("Spain", "Madrid", " They left Portugal", 2, [" They", " left", " Portugal"]),
+    ("Mount Kenya", "Batian", " The high Kenya range", 2, [" The", " high", " Kenya"]),
     ("Chile", "Santiago", QUOTED, 99, "not a list"),
     ("Kenya", "Nairobi", " In Kenyatta's time", 1, [" In", " Kenya"]),
 ]
@@ -142,12 +143,14 @@ def test_tsv_relations_as_in_the_paper(tmp_path, tokenizer, bos_eos_tokenizer):
     assert relation.name == "largest_city"
     assert skipped == [
         f"{path}: rows that repeat others: 2, with a further object, accepted too: 1, with an empty prompt_source: 2, "
-        "whose object is the subject: 1, whose prompt_source does not hold the subject: 1"
+        "whose object is the subject: 1"
     ]
     read = {sample.subject: sample for sample in relation.samples}
     assert {name: sample.answers for name, sample in read.items()} == {
         "Japan": ("Tokyo", "Edo"),
         "Peru": ("Lima",),
+        "Spain": ("Madrid",),
+        "Mount Kenya": ("Batian",),
         "Chile": ("Santiago",),
         "Kenya": ("Nairobi",),
     }
@@ -166,6 +169,13 @@ def test_tsv_relations_as_in_the_paper(tmp_path, tokenizer, bos_eos_tokenizer):
         assert target.position == last_token(tok, "The largest city in x", "The largest city in x")
         with pytest.raises(PromptError, match="'Kenya' stands only inside longer tokens"):
             tokenize(tok, read["Kenya"].sources[0].text, read["Kenya"].sources[0].at)
+        with pytest.raises(PromptError, match="'Spain' stands nowhere in the prompt, nor does it end with its token 2"):
+            tokenize(tok, read["Spain"].sources[0].text, read["Spain"].sources[0].at)
+    # By index only where the token there ends the subject, which it does for a tokenizer without a start token.
+    (mountain,) = read["Mount Kenya"].sources
+    assert tokenize(tokenizer, mountain.text, mountain.at).token == " Kenya"
+    with pytest.raises(PromptError, match="nor does it end with its token 2, ' high'"):
+        tokenize(bos_eos_tokenizer, mountain.text, mountain.at)
 
 
 def last_token(tok, text, up_to):

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from pscope.errors import DataError
 from pscope.inputs.records import parse_csv, parse_json, prompt_of, read_text, text_of, texts_of
-from pscope.models.prompts import Nearest
+from pscope.models.prompts import Ending, Nearest
 
 SLOT, PLACEHOLDER = "{}", "x"
 
@@ -22,7 +22,7 @@ class Marked:
     """A prompt that is yet to be tokenised, and the position in it: an index, a text, or the nearest of several."""
 
     text: str
-    at: str | int | Nearest
+    at: str | int | Nearest | Ending
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,8 @@ def read_relations(path: Path) -> tuple[list[Relation], list[str]]:
     A `.tsv` file has the columns of the paper's: subject, object, prompt_source, prompt_target, position_source,
     position_target, perhaps source_cropped_toks; others are not looked at. Its positions are another tokenizer's, so
     the subject and the placeholder x are found by their text; of several places the one where source_cropped_toks, a
-    list of tokens, ends is meant, or the one at the position. Further objects of a subject are accepted as well. Rows
+    list of tokens, ends is meant, or the one at the position. Where the subject does not stand in the prompt, the token
+    at the position is read, if the subject ends with it. Further objects of a subject are accepted as well. Rows
     that cannot be used are left out and counted.
 
     A file that cannot be read is skipped where another can. Raises DataError if none can, naming the line or sample
@@ -167,10 +168,8 @@ def _parse_tsv(content: str, source: str, name: str) -> tuple[Relation, list[str
         if bare(subject) == bare(answer):
             counts["whose object is the subject"] += 1
             continue
-        if subject not in prompt:
-            counts["whose prompt_source does not hold the subject"] += 1
-            continue
-        marked = Marked(prompt, Nearest(subject, index, _cropped_end(row, prompt)))
+        by_text = Nearest(subject, index, _cropped_end(row, prompt))
+        marked = Marked(prompt, by_text if subject in prompt else Ending(subject, index))
         known, seen = answers.setdefault(subject, []), sources.setdefault(subject, [])
         if answer in known and marked in seen:
             counts["that repeat others"] += 1

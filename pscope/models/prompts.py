@@ -62,7 +62,15 @@ class Nearest:
         return min(positions, key=lambda position: abs(position - index))
 
 
-Place = str | int | Every | First | Nearest
+@dataclass(frozen=True)
+class Ending:
+    """The token of an `index`, which may have been counted by another tokenizer: only if the `phrase` ends with it."""
+
+    phrase: str
+    index: int
+
+
+Place = str | int | Every | First | Nearest | Ending
 
 At = Place | Sequence[Place]
 """A position, or several."""
@@ -137,7 +145,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
         )
     marks = list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at]
     for mark in marks:
-        if not isinstance(mark, (str, int, Every, First, Nearest)):
+        if not isinstance(mark, (str, int, Every, First, Nearest, Ending)):
             raise PromptError(f"{mark!r} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
@@ -222,6 +230,13 @@ def _places(
         if not -len(tokens) <= at < len(tokens):
             raise PromptError(f"position {at} is outside the prompt's {len(tokens)} tokens: {_listed(tokens)}")
         return [at % len(tokens)]
+    if isinstance(at, Ending):
+        (index,) = _places(at.index, text, tokens, offsets, tokenizer)
+        if not (end := tokens[index].strip()) or not at.phrase.endswith(end):
+            raise PromptError(
+                f"{at.phrase!r} stands nowhere in the prompt, nor does it end with its token {index}, {tokens[index]!r}"
+            )
+        return [index]
     piece = at if isinstance(at, str) else at.piece
     if at == LAST:
         end = len(tokens) - 1
