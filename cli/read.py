@@ -179,7 +179,7 @@ def read(
         decoding,
         writing=Writing(writing.scales, writing.norm, writing.add, tuple(parse_layers(writing.hold, "--hold") or ())),
         mappings=mappings,
-        words=words,
+        words=_writable(patched, words),
         times=times,
         top_k=top_k,
         relevance=relevance,
@@ -347,6 +347,19 @@ def _places(text: str, marks: Sequence[str]) -> At:
 def _every_token(prompt: Prompt) -> Prompt:
     """A prompt with all tokens marked but for the first, where the attention sink is."""
     return replace(prompt, positions=tuple(range(1, len(prompt))))
+
+
+def _writable(patched: Prompt, words: dict[str, str]) -> dict[str, str]:
+    """The words that can take the place of the placeholder; not those of a text that is its own target."""
+    from pscope.errors import PromptError
+    from pscope.models.prompts import written_out
+
+    try:
+        written_out(patched, "")
+    except PromptError as error:
+        tell(f"the text alone is not asked about: {error}")
+        return {}
+    return {name: text for name, text in words.items() if name != patched.text}
 
 
 def _mappings(
