@@ -37,8 +37,8 @@ TARGET_LAYERS = (0, 0.2, 0.4, 0.6, 0.8, 1)
 
 def refuse_lens_alone(lens: str | None, target_model: TargetModelOptions) -> None:
     """Raise PscopeError for maps to a model that is not named."""
-    if lens is not None and target_model.target_model is None:
-        raise PscopeError("--lens holds maps to another model; name it with --target-model")
+    if lens is not None and not target_model.differs:
+        raise PscopeError("--lens holds maps to another model; name it with --target-model, or its adapter")
 
 
 def fit_across(

@@ -69,7 +69,7 @@ def fig2(
     chosen, reached = parse_layers(layers), parse_target_layers(target_layers)
     passages = texts.read(samples)
     model = frame.load()
-    if target_model.target_model is not None:
+    if target_model.differs:
         if random_prompts or fit_to_prompt or not fit:
             raise PscopeError("--target-model reads through its own maps; leave out the options of other lines")
         other = frame.load_target(target_model, model)

@@ -98,7 +98,7 @@ def fit(
     chosen, penalty = parse_layers(layers), _parse_ridge(ridge)
     if to not in ("last", "same", "prompt") and not to.isdecimal():
         raise PscopeError(f"--to {to}: last, same, prompt, or the number of a layer is meant")
-    _refuse_mixed(to, target_model.target_model, target.target, tuned=tuned, jacobian=jacobian)
+    _refuse_mixed(to, target.target, across=target_model.differs, tuned=tuned, jacobian=jacobian)
     passages = texts.read(most or MOST_TEXTS)[:most]
     model = frame.load()
     if frame.processes.count > 1 and not frame.processes.tensor_parallel:
@@ -140,12 +140,12 @@ def _parse_ridge(text: str) -> float | None:
     return ridge
 
 
-def _refuse_mixed(to: str, target_model: str | None, target: str | None, *, tuned: bool, jacobian: bool) -> None:
+def _refuse_mixed(to: str, target: str | None, *, across: bool, tuned: bool, jacobian: bool) -> None:
     if tuned and jacobian:
         raise PscopeError("--tuned and --jacobian are two lenses; choose one")
-    if (tuned or jacobian) and (to != "last" or target_model is not None):
+    if (tuned or jacobian) and (to != "last" or across):
         raise PscopeError("--tuned and --jacobian lead to the last layer of the same model; leave out the rest")
-    if to == "prompt" and target_model is not None:
+    if to == "prompt" and across:
         raise PscopeError("--to prompt writes the model's own next token, so that --target-model cannot read it")
     if target is not None and to != "prompt":
         raise PscopeError(f"--target is for --to prompt, not for --to {to}")

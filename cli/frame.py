@@ -101,6 +101,10 @@ class Loader:
         """The model, with a word on what takes long and the chatter of other libraries turned off."""
         return self._loaded(name or self._model.model, self._model)
 
+    def load_other(self, name: str) -> LanguageModel:
+        """Another model beside that of `--model`, whose revision is not its own."""
+        return self._loaded(name, replace(self._model, revision=None))
+
     def load_target(self, options: TargetModelOptions, source: LanguageModel) -> LanguageModel:
         """The model that is patched: the source itself where none is named, or one of the same weights is."""
         from pscope.models.fingerprint import fingerprint
@@ -286,6 +290,10 @@ class Frame(Loader):
         """Keep a figure; returns the path of its PNG."""
         return self._session.run.draw(figure, name)
 
+    def write_page(self, page: str) -> Path:
+        """Keep a page; returns its path."""
+        return self._session.run.write_page(page)
+
     def finish(self) -> None:
         """Close the run, of which all is there: what is printed afterwards takes nothing from it if it fails."""
         if self._session is not None and not self._finished:
@@ -349,9 +357,12 @@ def _plain(name: str, value: object) -> object:
         return str(Path(value).absolute())
     if isinstance(value, (list, tuple)):
         return [_plain(name, each) for each in value]
-    if name in ("model", "target_model", "dataset", "lens") and value is not None:
-        # A packaged model goes before a folder of its name; of a dataset there may be more after a colon.
-        path, *more = value.split(":") if name == "dataset" else [value]
+    if name in ("model", "target_model", "difference", "dataset", "lens", "vectors", "minus") and value is not None:
+        # A packaged model goes before a folder of its name; of datasets and tensors there may be more after a colon.
+        path, *more = value.split(":") if name in ("dataset", "vectors", "minus") else [value]
+        if name == "minus" and not Path(path).suffix:
+            # A text, whatever folder has its name.
+            return value
         return ":".join([str(Path(path).absolute()), *more]) if os.path.exists(path) and not _packaged(value) else value
     return value
 

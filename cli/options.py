@@ -28,7 +28,8 @@ class Dtype(str, Enum):
     float16 = "float16"
 
 
-def _of(panel: str, *names: str, **options: Any) -> Any:
+def option_of(panel: str, *names: str, **options: Any) -> Any:
+    """An option in one of the panels of the help."""
     return typer.Option(*names, rich_help_panel=panel, **options)
 
 
@@ -37,23 +38,27 @@ class ModelOptions:
     """Which model, and where its weights go."""
 
     model: Annotated[
-        str, _of(MODEL, help="smollm2 or gemma3-270m (need no hub), a hub id, a folder, or a .gguf file.")
+        str, option_of(MODEL, help="smollm2 or gemma3-270m (need no hub), a hub id, a folder, or a .gguf file.")
     ] = "smollm2"
-    revision: Annotated[str | None, _of(MODEL, help="Branch, tag or commit of a model from the hub.")] = None
-    dtype: Annotated[Dtype, _of(MODEL, help="What to load the weights as; auto is what the checkpoint holds.")] = (
-        Dtype.auto
+    revision: Annotated[str | None, option_of(MODEL, help="Branch, tag or commit of a model from the hub.")] = None
+    dtype: Annotated[
+        Dtype, option_of(MODEL, help="What to load the weights as; auto is what the checkpoint holds.")
+    ] = Dtype.auto
+    device: Annotated[str | None, option_of(MODEL, help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = (
+        None
     )
-    device: Annotated[str | None, _of(MODEL, help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = None
     device_map: Annotated[
         str | None,
-        _of(MODEL, help="auto, balanced or sequential: spread a large model over devices, through accelerate."),
+        option_of(MODEL, help="auto, balanced or sequential: spread a large model over devices, through accelerate."),
     ] = None
     tensor_parallel: Annotated[
-        bool, _of(MODEL, "--tensor-parallel", help="Split every layer over the processes that torchrun started.")
+        bool, option_of(MODEL, "--tensor-parallel", help="Split every layer over the processes that torchrun started.")
     ] = False
     attention: Annotated[
         str | None,
-        _of(MODEL, help="sdpa, eager, flash_attention_2 …: how attention is computed.", show_default="transformers'"),
+        option_of(
+            MODEL, help="sdpa, eager, flash_attention_2 …: how attention is computed.", show_default="transformers'"
+        ),
     ] = None
 
 
@@ -62,34 +67,43 @@ class TargetModelOptions:
     """Another model M*, which is patched with what the first one's states are mapped to."""
 
     target_model: Annotated[
-        str | None, _of(MODEL, help="Another model that reads the states of --model.", show_default="--model itself")
+        str | None,
+        option_of(MODEL, help="Another model that reads the states of --model.", show_default="--model itself"),
     ] = None
-    target_revision: Annotated[str | None, _of(MODEL, help="Its branch, tag or commit on the hub.")] = None
-    target_device: Annotated[str | None, _of(MODEL, help="Where it goes.", show_default="as --device")] = None
+    target_revision: Annotated[str | None, option_of(MODEL, help="Its branch, tag or commit on the hub.")] = None
+    target_device: Annotated[str | None, option_of(MODEL, help="Where it goes.", show_default="as --device")] = None
     target_adapter: Annotated[
-        Path | None, _of(MODEL, help="Folder of an adapter (LoRA) on the target alone, which is --model by default.")
+        Path | None,
+        option_of(MODEL, help="Folder of an adapter (LoRA) on the target alone, which is --model by default."),
     ] = None
+
+    @property
+    def differs(self) -> bool:
+        """Whether a target other than the source is asked for."""
+        return self.target_model is not None or self.target_adapter is not None
 
 
 @dataclass(frozen=True)
 class RunOptions:
     """Where a run goes, what it may take, and which part of it is done."""
 
-    memory: Annotated[float, _of(RUN, help="Memory for the rows of one pass, in GiB, beside the model.")] = 1.0
+    memory: Annotated[float, option_of(RUN, help="Memory for the rows of one pass, in GiB, beside the model.")] = 1.0
     out: Annotated[
         Path | None,
-        _of(RUN, help="Folder for the run, new or empty.", show_default="runs/COMMAND-DATE-TIME"),
+        option_of(RUN, help="Folder for the run, new or empty.", show_default="runs/COMMAND-DATE-TIME"),
     ] = None
     shard: Annotated[
         str | None,
-        _of(RUN, metavar="N/OF", help="Do one share of the run, as 3/16; `pscope resume` joins what all have done."),
+        option_of(
+            RUN, metavar="N/OF", help="Do one share of the run, as 3/16; `pscope resume` joins what all have done."
+        ),
     ] = None
     dry_run: Annotated[
-        bool, _of(RUN, "--dry-run", help="Tell what the run would take, from the model's config alone.")
+        bool, option_of(RUN, "--dry-run", help="Tell what the run would take, from the model's config alone.")
     ] = False
     rate: Annotated[
         float | None,
-        _of(RUN, help="For --dry-run: TFLOP/s that one process reaches.", show_default="measured here"),
+        option_of(RUN, help="For --dry-run: TFLOP/s that one process reaches.", show_default="measured here"),
     ] = None
 
     def __post_init__(self) -> None:

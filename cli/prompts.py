@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pscope.models.prompts import At, Prompt
 
 _INDEX = r"\s*-?\d{1,9}\s*"
-_FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv")
+_FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".npy", ".pt", ".pth", ".safetensors")
 
 AtIndexOption = Annotated[
     str | None, typer.Option(metavar="N[,N…]", help="The same by index, or several, whatever the text holds.")
@@ -68,16 +68,13 @@ class TargetOptions:
             from pscope.inputs.records import read_text
 
             return read_text(Path(self.target)).rstrip("\r\n")
-        if self.target.endswith(_FILES) or (os.sep in self.target and not re.search(r"\s", self.target)):
-            raise PscopeError(
-                f"--target {self.target!r} is no file, and looks like one; a text of that look goes into a file"
-            )
+        refuse_lost_file(self.target, "--target")
         return self.target
 
     @cached_property
     def named(self) -> Target | None:
         """The target that `--target` names, if it does."""
-        if self.target is None or not re.fullmatch(r"[a-z]+(-[a-z]+)*", self.target):
+        if self.target is None or not re.fullmatch(r"[a-z]+(-[a-z]+)*", self.target) or os.path.isfile(self.target):
             return None
         from pscope.inputs.targets import named_target
 
@@ -124,6 +121,12 @@ class NameOptions:
         import pscope
 
         return pscope.Decoding(self.new_tokens, stop=(",",) if stop_at_comma else ())
+
+
+def refuse_lost_file(text: str, option: str) -> None:
+    """Raise PscopeError for a text that looks like a file, which it is not."""
+    if text.endswith(_FILES) or (os.sep in text and not re.search(r"\s", text)):
+        raise PscopeError(f"{option} {text!r} is no file, and looks like one; a text of that look goes into a file")
 
 
 def stop_at_comma_option() -> Any:

@@ -79,7 +79,7 @@ def assert_writes_agree(model, layers, path):
     """Rows that write in several layers, at two positions, against the one-row loop: logits and two tokens."""
     target, states, top = prompt(TOKENS, 11, 15), random_states(model), model.n_layers
     rows = [
-        [Write(top - 1, 15, states[0]), Write(1, 11, states[2]), Write(1, 15, states[1]), Write(0, 11, states[top])],
+        [Write(top - 1, 15, states[0]), Write(1, 11, states[2]), Write(0, 15, states[1]), Write(0, 11, states[top])],
         [Write(layer, 11, states[1]) for layer in range(top + 1)],
         [Write(top, 15, states[0])],
     ]

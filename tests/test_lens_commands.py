@@ -12,6 +12,7 @@ from pscope.cli.app import app
 from safetensors import safe_open
 from typer.testing import CliRunner
 
+import pscope
 from pscope.inputs.texts import shipped_texts
 from pscope.mappings.checkpoint import Checkpoint
 from pscope.mappings.storage import read_mappings
@@ -203,3 +204,22 @@ def test_bad_input_is_one_line(arguments, message, tiny_folder, other_folder):
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert message in result.stderr
     assert sorted(os.listdir()) == before
+
+
+def test_read_goes_through_maps(tiny_folder, other_folder, tiny):
+    done("fit", "--model", tiny_folder, "--layers", "1,2", "--out", "maps")
+    base = ("read", "--model", tiny_folder, "--text", "one two", "--target", "say x", "--new-tokens", "3", "--json")
+    table = pd.DataFrame(json.loads(done(*base, "--lens", "maps").stdout))
+    patched = table[table["condition"] == "patched"]
+    # Layers that the maps do not lead from are left out, and those that they lead to are patched.
+    assert patched[["layer", "target_layer"]].values.tolist() == [[1, 4], [2, 4]]
+    maps = read_mappings("maps", tiny)
+    for (_, row), layer in zip(patched.iterrows(), (1, 2), strict=True):
+        state = pscope.capture(tiny, [tiny.prompt("one two")], layers=[layer])[0]
+        (part,) = pscope.Patchscope(tiny, tiny.prompt("say x")).logits(maps.at((layer, 4))(state), 4)
+        assert row["probability"] == pytest.approx(part.patched[0].softmax(-1).max().item(), abs=1e-5)
+    across = done(*base, "--layers", "2", "--target-layers", "1", "--target-model", other_folder)
+    assert [row["target_layer"] for row in json.loads(across.stdout) if row["condition"] == "patched"] == [1]
+    refused = run(*base, "--layers", "2", "--target-model", other_folder, "--target-layers", "1", "--minus", "three")
+    assert refused.exit_code == 2
+    assert "the maps between models have a constant part" in " ".join(refused.stderr.split())

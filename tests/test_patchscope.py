@@ -178,6 +178,29 @@ def test_a_small_memory_budget_changes_nothing_but_the_passes(tiny):
     assert smallest.generate(states, layers, Decoding(5)) == roomy.generate(states, layers, Decoding(5))
 
 
+def test_results_tell_what_is_in_them(tiny):
+    scope = Patchscope(tiny, tiny.prompt(TARGET, 7))
+    states, layers = rows_for_every_layer(tiny, per_layer=1)
+    spoken = scope.generate(states[:4], layers[:4], Decoding(3))
+    assert spoken.text == [tiny.tokenizer.decode(row) for row in spoken.patched]
+    assert spoken.table()["text"].tolist() == [*spoken.text, tiny.tokenizer.decode(spoken.clean)]
+    assert spoken.table()["row"].isna().tolist() == [False] * 4 + [True]
+    assert repr(spoken).startswith(f"Continuations(4 rows: {spoken.text[0]!r}, ")
+    words = [" one", " two", " three"]
+    choices = scope.choose(states[:2], layers[:2], words)
+    assert choices.text == [words[number] for number in choices.patched.chosen]
+    table = choices.table()
+    assert table.loc[table["chosen"], "candidate"].tolist() == [*choices.text, words[choices.clean.chosen]]
+    assert table["score"].tolist() == torch.cat([choices.patched.scores, choices.clean.scores]).flatten().tolist()
+    assert repr(choices).startswith(f"Choices(2 rows of 3 candidates: {choices.text[0]!r}, ")
+    scores = scope.score(states[:2], layers[:2], [" one", " two three"], ranks=True)
+    told = scores.table()
+    assert told[["row", "place"]].values.tolist() == [[0, 0], [1, 0], [1, 1]]
+    assert told["log_probability"].tolist() == scores.patched.log_probabilities.flatten()[[0, 2, 3]].tolist()
+    assert told["clean"].tolist() == scores.clean.log_probabilities.flatten()[[0, 2, 3]].tolist()
+    assert f"{told['log_probability'][0]:.2f}" in repr(scores)
+
+
 def test_a_repeated_call_is_identical(tiny):
     scope = Patchscope(tiny, tiny.prompt(TARGET, 7))
     states, layers = rows_for_every_layer(tiny)

@@ -71,21 +71,20 @@ def test_texts_at_several_tokens(tiny, tiny_folder):
     assert every["token"].tolist() == [token for token in ("one", " two", " three") for _ in (1, 3)]
 
 
-def test_a_chat_is_read_and_asked(smollm2, tmp_path):
+def test_a_chat_is_read_and_asked(tiny, tiny_folder, tmp_path):
     source, target = tmp_path / "source.json", tmp_path / "target.json"
     messages = [{"role": "user", "content": "Name the capital of France"}]
     source.write_text(json.dumps({"messages": messages}))
     asked = [{"role": "user", "content": "What is x?"}]
     target.write_text(json.dumps(asked))
-    table = rows("--chat", source, "--at", "France", "--layers", "8", "--chat-target", target, "--target-at", "x")
-    states = pscope.States.of(smollm2, [smollm2.chat(messages, "France")], layers=[8])
-    assert_reads(table[table["condition"] == PATCHED], smollm2, states, smollm2.chat(asked, "x"))
+    base = ["--model", tiny_folder, "--chat", source, "--at", "France", "--layers", "3"]
+    table = rows(*base, "--chat-target", target, "--target-at", "x")
+    states = pscope.States.of(tiny, [tiny.chat(messages, "France")], layers=[3])
+    assert_reads(table[table["condition"] == PATCHED], tiny, states, tiny.chat(asked, "x"))
     (written,) = table.loc[table["condition"] == "text only", "continuation"]
-    words = smollm2.tokenizer.decode(smollm2.chat(messages, "France").ids, skip_special_tokens=True)
-    words = words[: words.index("France") + len("France")].strip()
-    whole = smollm2.chat(asked, "x").text.replace("x?", f"{words}?")
-    ((_, said),) = pscope.continue_prompts(smollm2, [smollm2.prompt(whole)], pscope.Decoding(4))
-    assert written == smollm2.tokenizer.decode(said)
+    whole = tiny.chat(asked, "x").text.replace("x?", "Name the capital of France?")
+    ((_, said),) = pscope.continue_prompts(tiny, [tiny.prompt(whole)], pscope.Decoding(4))
+    assert written == tiny.tokenizer.decode(said)
 
 
 def test_the_mean_of_some_minus_that_of_others(tiny, tiny_folder, tmp_path):
@@ -111,7 +110,7 @@ def test_vectors_of_a_file(tiny, tiny_folder, tmp_path):
     table = patched(*base, "--vectors", f"{tmp_path / 'sae.safetensors'}:W_dec")
     states = pscope.States.from_file(tmp_path / "sae.safetensors", "W_dec")
     writing = pscope.Writing((0.5, 2.0), norm=True)
-    target = tiny.prompt("X, X, X, X,", pscope.Every("X"))
+    target = tiny.prompt(shipped_targets()["words"].text, pscope.Every("X"))
     assert_reads(table, tiny, states, target, target_layers=[1, 2], writing=writing)
     one = patched(*base, "--vectors", tmp_path / "one.npy")
     assert one["continuation"].tolist() == table["continuation"].tolist()[4:]
@@ -151,6 +150,41 @@ def test_an_adapter_on_the_target_alone(tiny, tiny_folder, tmp_path):
     result = run("--model", tiny_folder, "--target-adapter", tmp_path, "--text", "a")
     assert result.exit_code == 2
     assert "is no adapter of peft's: it has no adapter_config.json and no" in " ".join(result.output.split())
+
+
+def test_vectors_of_layers_are_chosen_and_subtracted_layer_by_layer(tiny, tiny_folder):
+    prompts = [tiny.prompt(text) for text in ("one two", "three four")]
+    states = pscope.States.of(tiny, prompts, layers=[1, 3])
+    states.to_file("both.safetensors")
+    states.mean().to_file("mean.safetensors")
+    base = ["--model", tiny_folder, "--target", "say x"]
+    only = patched(*base, "--vectors", "both.safetensors", "--layers", "3")
+    assert_reads(only, tiny, states.at(3), tiny.prompt("say x"))
+    less = patched(*base, "--vectors", "both.safetensors", "--layers", "3", "--minus", "mean.safetensors")
+    assert_reads(less, tiny, states.at(3) - states.mean(), tiny.prompt("say x"))
+    text = patched(*base, "--text", "one two", "--layers", "3", "--minus", "mean.safetensors")
+    assert text["continuation"][0] == less["continuation"][0]
+    words = patched(*base, "--vectors", "both.safetensors", "--layers", "3", "--minus", "a chair")
+    chair = pscope.States.of(tiny, [tiny.prompt("a chair")], layers=[3])
+    assert_reads(words, tiny, states.at(3) - chair.mean(), tiny.prompt("say x"))
+
+
+def test_shares_of_a_chat_are_joined_from_elsewhere(smollm2, tiny_folder, tmp_path, monkeypatch):
+    (tmp_path / "work" / "chat.json").write_text('[{"role": "user", "content": "one two"}]')
+    base = ["--model", tiny_folder, "--chat", "chat.json", "--at", "one", "--layers", "0,1,2", "--target", "say x"]
+    base += ["--temperature", "1.5", "--times", "2", "--new-tokens", "4", "--no-assistant-turn"]
+    whole = run(*base, "--out", tmp_path / "whole")
+    assert whole.exit_code == 0, whole.output
+    for share in ("1/2", "2/2"):
+        assert run(*base, "--out", tmp_path / "shares", "--shard", share).exit_code == 0
+    monkeypatch.chdir(tmp_path)
+    joined = CliRunner().invoke(app, ["resume", str(tmp_path / "shares")])
+    assert joined.exit_code == 0, joined.output
+    assert "damaged" not in joined.output
+    tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("whole", "shares")]
+    pd.testing.assert_frame_equal(*tables)
+    assert tables[0].groupby(["condition", "layer"])["continuation"].nunique().max() == 2
+    assert set(tables[0]["source"].dropna()) == {"chat.json"}
 
 
 def test_what_is_told_on_a_terminal_and_kept(tiny_folder):
@@ -205,6 +239,11 @@ def test_targets_are_listed_and_marked(smollm2):
         (["--text", "a", "--times", "3"], "without a temperature"),
         (["--text", "a", "--minus", "none.txt"], "none.txt holds no text"),
         (["--text", "a", "--minus", ""], "the prompt is empty"),
+        (["--text", "a", "--minus", "words.csv"], "--minus 'words.csv' is no file, and looks like one"),
+        (["--text", "a", "--minus", "a"], "nothing is left to read"),
+        (["--vectors", "v.npy", "--layers", "1,2"], "vectors are of one layer, or of none"),
+        (["--vectors", "v.npy", "--layers", "9"], "layer 9 is out of range"),
+        (["--text", "a", "--target-adapter", "v"], "is no adapter of peft's"),
         (["--vectors", "v.npy"], "'v' is of no layer"),
         (["--vectors", "v.npy", "--minus", "a", "--target-layers", "1"], "say by --layers of which"),
         (["--vectors", "narrow.npy", "--target-layers", "1"], "vectors of width 8 do not fit"),

@@ -131,6 +131,7 @@ ROWS = [
     ("Peru", "Lima", "  ", 0, []),
     ("Panama", "the Panama", " We saw Panama", 3, [" We", " saw", " Panama"]),
     ("Spain", "Madrid", " They left Portugal", 2, [" They", " left", " Portugal"]),
+    ("Bahrain", "Manama", " They live in Qatar", 2, [" They", " live", " in"]),
     ("Mount Kenya", "Batian", " The high Kenya range", 2, [" The", " high", " Kenya"]),
     ("Chile", "Santiago", QUOTED, 99, "not a list"),
     ("Kenya", "Nairobi", " In Kenyatta's time", 1, [" In", " Kenya"]),
@@ -150,6 +151,7 @@ def test_tsv_relations_as_in_the_paper(tmp_path, tokenizer, bos_eos_tokenizer):
         "Japan": ("Tokyo", "Edo"),
         "Peru": ("Lima",),
         "Spain": ("Madrid",),
+        "Bahrain": ("Manama",),
         "Mount Kenya": ("Batian",),
         "Chile": ("Santiago",),
         "Kenya": ("Nairobi",),
@@ -171,6 +173,11 @@ def test_tsv_relations_as_in_the_paper(tmp_path, tokenizer, bos_eos_tokenizer):
             tokenize(tok, read["Kenya"].sources[0].text, read["Kenya"].sources[0].at)
         with pytest.raises(PromptError, match="'Spain' stands nowhere in the prompt, nor does it end with its token 2"):
             tokenize(tok, read["Spain"].sources[0].text, read["Spain"].sources[0].at)
+    # A word of its own is not the end of another.
+    with pytest.raises(
+        PromptError, match="'Bahrain' stands nowhere in the prompt, nor does it end with its token 2, ' in'"
+    ):
+        tokenize(tokenizer, read["Bahrain"].sources[0].text, read["Bahrain"].sources[0].at)
     # By index only where the token there ends the subject, which it does for a tokenizer without a start token.
     (mountain,) = read["Mount Kenya"].sources
     assert tokenize(tokenizer, mountain.text, mountain.at).token == " Kenya"

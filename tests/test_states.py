@@ -34,7 +34,8 @@ def test_each_row_says_what_it_is_of(tiny, states):
 
 
 def test_what_is_taken_out_keeps_its_labels(states):
-    for rows, kept in ((2, [2]), (slice(1, 4), [1, 2, 3]), ([5, 0], [5, 0]), (torch.arange(6) % 2 == 1, [1, 3, 5])):
+    odd = torch.arange(6) % 2 == 1
+    for rows, kept in ((2, [2]), (np.int64(2), [2]), (slice(1, 4), [1, 2, 3]), ([5, 0], [5, 0]), (odd, [1, 3, 5])):
         some = states[rows]
         assert some.labels == tuple(states.labels[row] for row in kept)
         assert torch.equal(some.vectors, states.vectors[kept])
@@ -68,6 +69,14 @@ def test_others_are_matched_by_their_layers(states):
         states - states[:4]
     with pytest.raises(PscopeError, match="width 32 and of width 3"):
         states - States(torch.ones(1, 3), (Label("ones"),))
+
+
+def test_a_small_difference_of_half_precision_is_not_lost(states):
+    half = states.map(lambda vectors: vectors.half())
+    nearly = states.map(lambda vectors: (vectors + 1e-3).half())
+    exact = nearly.vectors.double() - half.vectors.double()
+    torch.testing.assert_close((nearly - half).vectors.double(), exact, rtol=1e-6, atol=1e-9)
+    assert half.mean().vectors.dtype == torch.float32
 
 
 def test_states_are_patched_as_they_are(tiny, states):

@@ -87,6 +87,28 @@ def test_what_is_added_or_given_the_length_of_the_clean_state(tiny, vectors):
         torch.testing.assert_close(nothing.patched, clean.expand(3, -1), rtol=1e-4, atol=1e-4)
 
 
+def test_several_placeholders_are_added_to_each_in_its_place(tiny, vectors):
+    target = tiny.prompt(TARGET, pscope.Every("x"))
+    own = hidden_states(tiny.hf, tiny.layers, target.ids)
+    scope = Patchscope(tiny, target)
+    each = vectors[:3].unsqueeze(0)  # one row, a vector for each position
+    (part,) = scope.logits(scope.writes(each, [3], hold=[1, 4], norm=True, add=True))
+    writes = []
+    for layer in (1, 3, 4):
+        for position, vector in zip(target.positions, vectors[:3], strict=True):
+            state = own[layer, position]
+            writes.append((layer, position, state + state.norm() * vector / vector.norm()))
+    expected = written_logits(tiny.hf, tiny.layers, target.ids, writes)[-1]
+    torch.testing.assert_close(part.patched[0], expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("norm", [False, True])
+def test_a_coarse_vector_does_not_make_the_clean_state_coarse(tiny, vectors, norm):
+    scope = Patchscope(tiny, tiny.prompt("one x two", "x"))
+    (nothing,) = scope.logits(scope.writes(vectors[:1].bfloat16(), 2, scale=0.0, norm=norm, add=True))
+    torch.testing.assert_close(nothing.patched[0], nothing.clean, rtol=1e-5, atol=1e-5)
+
+
 def test_a_state_of_its_own_held_everywhere_is_the_clean_row(tiny):
     target = tiny.prompt("one x two", "x")
     own = pscope.capture(tiny, [target])[0]
@@ -114,6 +136,7 @@ def test_what_cannot_be_written_is_told(tiny, vectors, scope):
         ([[Write(1, 0, vector)]], "position 0 is not marked in the target"),
         ([[Write(1, first, vector[:7])]], "vectors of width 7 do not fit a model of width 32"),
         ([[Write(1, first, vector.long())]], "int64"),
+        ([[Write(1, first, vector)], [Write(1, first, vector[:7])]], "all of one width"),
         ([[]], "a row has one write at least"),
         ([], "a row has one write at least"),
     ):

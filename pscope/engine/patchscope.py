@@ -107,8 +107,8 @@ class Patchscope:
     ) -> Writes:
         """What a row writes for each of `states`, (rows, hidden) or (rows, positions, hidden), at its layer.
 
-        It writes the same in all layers of `hold` too, so that the target's own states there are not seen beside the
-        patch (the paper's appendix D.3). With `norm` a vector is first given the length of the clean target's state in
+        It writes in all layers of `hold` too, so that the target's own states there are not seen beside the patch (the
+        paper's appendix D.3). With `norm` a vector is first given the length of the clean target's state in
         its place; then it is scaled, by one number or by one for each row; with `add` it is added to that state, which
         with a `scale` of 0 makes the clean row.
         """
@@ -119,8 +119,9 @@ class Patchscope:
         scales = torch.as_tensor(scale, dtype=states.dtype, device=states.device).reshape(-1, 1, 1)
         if len(scales) not in (1, len(states)):
             raise PscopeError(f"{len(states)} states came with {len(scales)} scales; give one for all, or for each")
-        clean = self._clean(writes) if norm or add else torch.zeros(())
-        return replace(writes, vectors=over_clean(writes.vectors, clean, scales, norm=norm, add=add))
+        if not (norm or add):
+            return replace(writes, vectors=scales * writes.vectors)
+        return replace(writes, vectors=over_clean(writes.vectors, self._clean(writes), scales, norm=norm, add=add))
 
     def logits(self, states: Patch, target_layers: TargetLayers = None) -> Iterator[Logits]:
         """Patch `states`, (rows, hidden), into the target, each row at its layer; yield the logits that follow.
@@ -226,8 +227,7 @@ class Patchscope:
         tokens = [self._following(text) for text in candidates]
         if len(set(tokens)) < len(tokens):
             raise PscopeError(f"some of the candidates {list(candidates)} have the same tokens")
-        chosen = choose_rows(partial(self._read, writes), len(writes), tokens, by)
-        return chosen._replace(candidates=tuple(candidates))
+        return Choices(*choose_rows(partial(self._read, writes), len(writes), tokens, by), tuple(candidates))
 
     def relevance(self, states: Patch, target_layers: TargetLayers, spoken: Sequence[Sequence[int]]) -> Tensor:
         """How much each token that rows have said owes to the patch, (rows, tokens): see `engine.relevance`.

@@ -28,12 +28,11 @@ class PlainPath:
     def read(self, writes: Writes, last: int = 1, tails: Tensor | None = None) -> Tensor:
         """The logits after the `last` tokens of the clean row, and of the patched ones: (1 + rows, last, vocab).
 
-        Tokens that follow the target in each patched row are given as `tails`, (rows, tokens); what follows it in the
-        clean row then means nothing.
+        Tokens that follow the target in each row are given as `tails`, (1 + rows, tokens).
         """
         ids, patching = self._batch(writes)
         if tails is not None:
-            ids = torch.cat([ids, torch.cat([tails[:1], tails])], dim=1)
+            ids = torch.cat([ids, tails], dim=1)
         with patching(torch.arange(len(ids))):
             return self.model.logits(ids, last=last)
 

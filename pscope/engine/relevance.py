@@ -30,7 +30,8 @@ def relevance_of(
     found = torch.full((len(spoken), most), torch.nan)
     for start in range(0, len(spoken), together):
         rows = torch.arange(start, min(start + together, len(spoken)))
-        logits = path.read(writes[rows], most, tails[rows])[1:]  # (rows, most, vocab)
+        # What follows the clean row is not looked at.
+        logits = path.read(writes[rows], most, torch.cat([tails[rows[:1]], tails[rows]]))[1:]  # (rows, most, vocab)
         for place in range(most):
             check_finite(logits[:, place], rows)
         ids = torch.tensor([target.ids], device=model.device).repeat(len(rows), 1)

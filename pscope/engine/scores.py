@@ -82,7 +82,7 @@ class Choices(NamedTuple):
     patched: Choice
     clean: Choice
     """One row: what is chosen after the target unpatched, the control."""
-    candidates: tuple[str, ...] = ()
+    candidates: tuple[str, ...]
 
     def __repr__(self) -> str:
         of = f"{len(self.text)} rows of {len(self.candidates)} candidates"
@@ -132,8 +132,8 @@ def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scor
     return Scores(patched, clean)
 
 
-def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Measure) -> Choices:
-    """Choose among distinct candidates after each of so many patched rows."""
+def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Measure) -> tuple[Choice, Choice]:
+    """Choose among distinct candidates after each of so many patched rows, and after the clean one."""
     pieces = [_start(candidate, candidates) if measure == "start" else candidate for candidate in candidates]
     onward = [_onward(piece, pieces) for piece in pieces]
     # Where its last token is scored, or where it is scored that a candidate does not go on as another one does.
@@ -165,9 +165,8 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
             scored[n] = True
     if measure == "mean":
         scores /= torch.tensor([len(candidate) for candidate in candidates])
-    return Choices(
-        *(Choice(part.argmax(dim=1), part, own) for part, own in ((scores[1:], first[1:]), (scores[:1], first[:1])))
-    )
+    patched, clean = (Choice(scores[of].argmax(dim=1), scores[of], first[of]) for of in (slice(1, None), slice(1)))
+    return patched, clean
 
 
 def _start(candidate: Tokens, candidates: Sequence[Tokens]) -> Tokens:

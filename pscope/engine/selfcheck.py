@@ -77,7 +77,7 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     rows.append([write for row in rows for write in row if write.layer >= model.n_layers // 2])
     trial = _Trial(model, target, Writes.of(rows))
     yardstick = PATHS["uncached"](model, target)
-    expected = trial.run(yardstick)
+    expected = trial.expected(yardstick)
     if not all(logits.isfinite().all() for logits in expected):
         raise ModelError(f"the logits of {model.name} are {not_finite(model.dtype)}")
     allowed = trial.allowed(yardstick, expected)
@@ -107,23 +107,40 @@ class _Trial:
     target: Prompt
     writes: Writes
 
+    @property
+    def room(self) -> int:
+        """How many tokens rows go on for, as the window permits."""
+        return 2 if self.model.window is None else min(2, self.model.window - len(self.target))
+
+    @property
+    def tokens(self) -> Tensor:
+        """What each row says at every step, (1 + rows,): any tokens will do that are the same on every path."""
+        return torch.arange(3, 4 + len(self.writes), device=self.model.device) % self.model.config.vocab_size
+
+    @property
+    def kept(self) -> Tensor:
+        """The rows that are left for the second step: every other one."""
+        return torch.arange(0, 1 + len(self.writes), 2, device=self.model.device)
+
+    def expected(self, yardstick: PlainPath) -> list[Tensor]:
+        """What `run` should give, from whole prompts: in one pass, since no token changes what stands before it."""
+        logits = yardstick.read(self.writes, 1 + self.room, self.tokens[:, None].expand(-1, self.room))
+        answers = [logits[:, step] for step in range(self.room and 1 + self.room)]
+        return [*answers[:2], *(logits[self.kept] for logits in answers[2:]), logits[:, 0]]
+
     def run(self, path: Staircase | PlainPath) -> list[Tensor]:
-        """The logits of all rows, then after a token more, then of every other row after yet another, as the window
-        permits; last those of a path that need not go on, and may keep less.
+        """The logits of all rows, then after a token more, then of every other row after yet another; last those of a
+        path that need not go on, and may keep less.
         """
-        room = 2 if self.model.window is None else min(2, self.model.window - len(self.target))
         answers = []
-        if room:
-            rows = path.start(self.writes, new_tokens=room)
+        if self.room:
+            rows = path.start(self.writes, new_tokens=self.room)
             answers.append(rows.logits)
-            # Any tokens will do, as long as they are the same on every path.
-            tokens = torch.arange(3, 3 + len(rows.logits), device=rows.logits.device) % rows.logits.shape[1]
-            rows.step(tokens)
+            rows.step(self.tokens)
             answers.append(rows.logits)
-        if room > 1:
-            kept = torch.arange(0, len(rows.logits), 2, device=rows.logits.device)
-            rows.keep(kept)
-            rows.step(tokens[kept])
+        if self.room > 1:
+            rows.keep(self.kept)
+            rows.step(self.tokens[self.kept])
             answers.append(rows.logits)
         return [*answers, path.read(self.writes)[:, -1]]
 
@@ -140,7 +157,7 @@ class _Trial:
         allowed = [2 * changed.cpu().clamp(min=TOLERANCE[torch.float32]) for changed in least]
         for seed in range(ROUNDINGS):
             with _rounding_otherwise(self.model, torch.finfo(dtype).eps, seed):
-                changed = _differences(self.run(yardstick), expected)
+                changed = _differences(self.expected(yardstick), expected)
             # A row of which these roundings happen to change little is given what they change on average.
             changed = [row.clamp(min=row.mean().item()) for row in changed]
             allowed = [torch.maximum(most, 2 * more) for most, more in zip(allowed, changed, strict=True)]

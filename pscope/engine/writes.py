@@ -53,6 +53,9 @@ class Writes:
         """The writes of each row, in any layers and positions. Raises PscopeError for a row without any."""
         if not all(len(row) for row in rows) or not len(rows):
             raise PscopeError("a row has one write at least")
+        shapes = {tuple(write.vector.shape) for row in rows for write in row}
+        if len(shapes) > 1 or len(next(iter(shapes))) != 1:
+            raise PscopeError(f"a write has a vector (hidden,), all of one width; these are of shapes {sorted(shapes)}")
         if astray := [write.layer for row in rows for write in row if write.layer < 0]:
             raise PscopeError(f"layer {astray[0]} is out of range: layers are counted from 0")
         most = max(map(len, rows))
@@ -62,7 +65,9 @@ class Writes:
         for number, row in enumerate(rows):
             layers[number, : len(row)] = torch.tensor([write.layer for write in row])
             positions[number, : len(row)] = torch.tensor([write.position for write in row])
-            vectors.append(torch.stack([write.vector for write in (*row, *[row[-1]] * (most - len(row)))]))
+            device = rows[0][0].vector.device
+            padded = (*row, *[row[-1]] * (most - len(row)))
+            vectors.append(torch.stack([write.vector.to(device) for write in padded]))
         return cls(torch.stack(vectors), layers, positions)
 
     def __len__(self) -> int:
@@ -134,6 +139,8 @@ def over_clean(states: Tensor, clean: Tensor, scales: Tensor, *, norm: bool, add
 
     With `norm` a state is given the length of the clean one; then it is scaled; with `add` the clean one is added.
     """
+    # As precise as the more precise of the two, so that what is added nothing stays what it is.
+    states = states.to(torch.promote_types(states.dtype, clean.dtype))
     clean = clean.to(states)
     if norm:
         own = states.norm(dim=-1, keepdim=True)

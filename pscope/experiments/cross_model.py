@@ -19,7 +19,7 @@ from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.experiments.bands import mean_bands, share_bands
 from pscope.experiments.experiment import Experiment, Work, tidy
 from pscope.experiments.held_out import best_on_half
-from pscope.experiments.next_token import Reading
+from pscope.experiments.next_token import SampledText
 from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
@@ -44,7 +44,7 @@ _TYPES = {
 }
 
 
-class CrossModel(Experiment[Reading]):
+class CrossModel(Experiment[SampledText]):
     """States of `source` at sampled positions of `texts`, read by `model` through mappings, at every pair of layers.
 
     `mappings` are, by the condition that they stand for, sets that map the same `pairs`. A row of the table is one
@@ -71,14 +71,14 @@ class CrossModel(Experiment[Reading]):
             check_layers(of, layers)
         self._source, self._mappings, self._texts, self._pairs = source, dict(mappings), texts, list(pairs)
         rows = len(pairs) * len(mappings)
-        self.units = [Reading(f"text {each.text}", len(each.positions) * rows, target, each) for each in sampled]
+        self.units = [SampledText(f"text {each.text}", len(each.positions) * rows, target, each) for each in sampled]
 
-    def work(self, unit: Reading) -> Work:
+    def work(self, unit: SampledText) -> Work:
         positions, suffix = len(unit.sampled.positions), len(self.target) - min(self.target.positions)
         targets = [target for _, target in self._pairs] * len(self._mappings)
         return Work(len(unit.sampled.prompt), suffix, tuple(targets) * positions, spoken=positions)
 
-    def read(self, units: Sequence[Reading]) -> pd.DataFrame:
+    def read(self, units: Sequence[SampledText]) -> pd.DataFrame:
         items, source = [unit.sampled for unit in units], self._source
         layers = sorted({layer for layer, _ in self._pairs})
         states = capture(

@@ -7,7 +7,7 @@ from typing import Literal
 
 from pscope.errors import PscopeError
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import At, Every, First, Nearest, Prompt
+from pscope.models.prompts import At, Ending, Prompt
 from pscope.models.residual import Pair, check_layers
 
 
@@ -45,7 +45,8 @@ def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | No
     if before is not None:
         return model.prompt(before + text, at)
     prompt = model.prompt(text, at)
-    counted = at >= 0 if isinstance(at, int) else not isinstance(at, (str, Every, First, Nearest))
+    marks = at if isinstance(at, Sequence) and not isinstance(at, str) else [at]
+    counted = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in marks)
     return prompt if counted or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)
 
 

@@ -53,13 +53,13 @@ class Lens:
 
 
 @dataclass(frozen=True)
-class Reading(Unit):
+class SampledText(Unit):
     """The sampled positions of one text, read at every layer."""
 
     sampled: Sampled
 
 
-class NextToken(Experiment[Reading]):
+class NextToken(Experiment[SampledText]):
     """Figure 2: the states of `layers` at every sampled position of `texts`, decoded with every lens, and scored.
 
     A row of the table is one sample × layer × lens: `text`, `position`, `token`, `next_token_id` and `next_token` (the
@@ -91,11 +91,11 @@ class NextToken(Experiment[Reading]):
         rows = sum(lens.pair(layer, model.n_layers) is not None for lens in patched for layer in layers)
         # Of one length side by side: those share a pass without padding.
         self.units = [
-            Reading(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
+            SampledText(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
             for item in sorted(sampled, key=lambda item: len(item.prompt))
         ]
 
-    def work(self, unit: Reading) -> Work:
+    def work(self, unit: SampledText) -> Work:
         positions, last = len(unit.sampled.positions), self.model.n_layers
         pairs = [(lens, pair) for lens in self._lenses for layer in self._layers if (pair := lens.pair(layer, last))]
         patched = [pair[1] for lens, pair in pairs if lens.target is not None and pair[1] < last]
@@ -104,7 +104,7 @@ class NextToken(Experiment[Reading]):
         spoken = positions * (1 + len(pairs) - len(patched))
         return Work(len(unit.sampled.prompt), suffix, tuple(patched) * positions, spoken=spoken)
 
-    def read(self, units: Sequence[Reading]) -> pd.DataFrame:
+    def read(self, units: Sequence[SampledText]) -> pd.DataFrame:
         model, items = self.model, [unit.sampled for unit in units]
         states = capture(
             model,

@@ -24,7 +24,7 @@ from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, written_out
-from pscope.models.residual import check_layers
+from pscope.models.residual import Pair, check_layers
 from pscope.models.states import Label, States
 
 TEXT_ONLY = "text only"
@@ -131,8 +131,8 @@ class Reading(Experiment[Vector | Plain]):
             raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
         self._writing = writing or Writing()
         check_layers(model, self._writing.hold)
-        if target_layers != "same":
-            check_layers(model, target_layers)
+        if target_layers != "same" and not target_layers:
+            raise PscopeError("no target layer is asked for")
         self._vectors, self._mappings, self._decoding, self._seed = states.vectors, mappings, decoding, seed
         self._times, self._top_k, self._relevance = times, top_k, relevance
         self.units = [
@@ -142,7 +142,7 @@ class Reading(Experiment[Vector | Plain]):
         if len(set(names)) < len(names):
             twice = next(name for name in names if names.count(name) > 1)
             raise PscopeError(f"{twice} is read twice")
-        self._check_width()
+        self._check_states()
         self.units += by_length([self._plain(None), *map(self._plain, (words or {}).items())])
 
     def _unit(self, number: int, label: Label, target_layers: tuple[int, ...]) -> Vector:
@@ -162,21 +162,28 @@ class Reading(Experiment[Vector | Plain]):
         about = {"source": source, "condition": TEXT_ONLY}
         return Plain(f"{source!r}, {TEXT_ONLY}", self._times, CLEAN, prompt, about)
 
-    def _check_width(self) -> None:
-        """Raises PscopeError unless the vectors can be written, once mapped."""
-        vector = next(self._mapped([self.units[0]]))[1]
-        # In a dry run there are no mappings.
-        if vector.shape[-1] != self.model.hidden_size and vector.device.type != "meta":
+    def _check_states(self) -> None:
+        """Raise PscopeError unless all vectors can be written, once mapped."""
+        for unit in self.units:
+            check_layers(self.model, unit.target_layers)
+            if self._mappings is not None and unit.label.layer is None:
+                raise PscopeError(f"{unit.name} is of no layer, and mappings lead from one; name it with --layers")
+            for target_layer in unit.target_layers if self._mappings is not None else ():
+                self._mappings.at((unit.label.layer, target_layer))
+        width, model = self._mapped(self.units[:1])[0].shape[-1], self.model
+        # In a dry run, of a model without weights, there are no mappings.
+        if width != model.hidden_size and model.device.type != "meta":
             raise PscopeError(
-                f"vectors of width {vector.shape[-1]} do not fit {self.model.name}, which is {self.model.hidden_size} "
-                "wide; they need mappings to it, as `pscope fit --target-model` makes"
+                f"vectors of width {width} do not fit {model.name}, which is {model.hidden_size} wide; they need "
+                "mappings to it, as `pscope fit --target-model` makes"
             )
 
     def work(self, unit: Vector | Plain) -> Work:
         if isinstance(unit, Plain):
             return replace(unit.work(self._decoding.new_tokens), spoken=self._times)
         suffix = len(self.target) - min(self.target.positions)
-        layers = unit.target_layers * (unit.rows // len(unit.target_layers))
+        lowest = (min((layer, *self._writing.hold)) for layer in unit.target_layers)
+        layers = tuple(lowest) * (unit.rows // len(unit.target_layers))
         return Work(0, suffix, layers, new_tokens=self._decoding.new_tokens)
 
     def read(self, units: Sequence[Vector | Plain]) -> pd.DataFrame:
@@ -214,34 +221,39 @@ class Reading(Experiment[Vector | Plain]):
             ids = torch.tensor([unit.prompt.ids], device=self.model.device)
             (next_tokens,) = self._top(self.model.next_token_logits(ids))
             options = {"memory": self.memory, "path": path}
-            said = continue_prompts(self.model, [unit.prompt] * self._times, self._drawn(unit), **options)
-            for time, tokens in sorted(said):
+            try:
+                said = sorted(continue_prompts(self.model, [unit.prompt] * self._times, self._drawn(unit), **options))
+            except RowError as error:
+                raise PscopeError(f"{unit.name} failed: {error.reason}") from error
+            for time, tokens in said:
                 for top in next_tokens:
                     told = {"time": time + 1, "path": path, "continuation": self._text(tokens)}
                     yield {**unit.about, **told, **top}
 
     def _rows(self, units: Sequence[Vector]) -> Iterator[_Row]:
         """The rows of units, those of one unit together."""
-        for unit, group in groupby(self._mapped(units), key=lambda mapped: mapped[0]):
-            vectors = torch.stack([vector for _, vector in group])  # (target layers, hidden)
+        mapped = iter(self._mapped(units).split([len(unit.target_layers) for unit in units]))
+        for unit in units:
+            vectors = next(mapped)  # (target layers, hidden)
             random = same_norm(vectors[:, None], [unit.name] * len(vectors), [0], self._seed)[:, 0]
             for condition, written in ((PATCHED, vectors), (RANDOM, random)):
                 for layer, vector in zip(unit.target_layers, written, strict=True):
                     for scale in self._writing.scales:
                         yield _Row(unit, condition, layer, scale, vector)
 
-    def _mapped(self, units: Sequence[Vector]) -> Iterator[tuple[Vector, Tensor]]:
-        """What is written for each unit at each of its target layers, before it is scaled."""
-        for unit in units:
-            vector = self._vectors[unit.number]
-            for target_layer in unit.target_layers:
-                if self._mappings is None:
-                    yield unit, vector
-                elif unit.label.layer is None:
-                    raise PscopeError(f"{unit.name} is of no layer, and mappings lead from one; name it with --layers")
-                else:
-                    mapping = self._mappings.at((unit.label.layer, target_layer), unit.label.text)
-                    yield unit, mapping.to(vector.device)(vector)
+    def _mapped(self, units: Sequence[Vector]) -> Tensor:
+        """What is written for each unit at each of its target layers, before it is scaled, (units × layers, hidden)."""
+        places = [(unit.number, (unit.label.layer, target)) for unit in units for target in unit.target_layers]
+        vectors = self._vectors[[number for number, _ in places]]
+        if self._mappings is None:
+            return vectors
+        by_pair: dict[Pair, list[int]] = {}
+        for place, (_, pair) in enumerate(places):
+            by_pair.setdefault(pair, []).append(place)
+        # One map at a time: all of a large model's take more than a GPU has beside it.
+        parts = [self._mappings.at(pair).to(vectors.device)(vectors[own]) for pair, own in by_pair.items()]
+        order = torch.tensor([place for own in by_pair.values() for place in own]).argsort()
+        return torch.cat(parts)[order.to(vectors.device)]
 
     def _said(self, rows: Sequence[_Row], writes: Writes) -> Iterator[list[int]]:
         """What each row says, each of its times: greedily all at once, else by draws that are those of its unit."""
@@ -266,7 +278,8 @@ class Reading(Experiment[Vector | Plain]):
         """How much each token that patched rows say owes to the patch."""
         patched = [place for place in range(len(said)) if rows[place // self._times].condition == PATCHED]
         own = writes[torch.tensor(patched) // self._times]
-        relevance = self.scope(self.target).relevance(own, None, [said[place] for place in patched])
+        with _naming([rows[place // self._times] for place in patched]):
+            relevance = self.scope(self.target).relevance(own, None, [said[place] for place in patched])
         owed: list[str | None] = [None] * len(said)
         for place, shares in zip(patched, relevance.tolist(), strict=True):
             pieces = [self.model.tokenizer.decode([token]) for token in said[place]]

@@ -13,9 +13,6 @@ from torch import Tensor
 from torch.nn.functional import linear
 
 from pscope.errors import PscopeError
-from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt
-from pscope.models.residual import capture
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,11 +135,6 @@ class Composed(Mapping):
         for step in self.steps:
             states = step(states)
         return states
-
-
-def norm_of_clean(model: LanguageModel, target: Prompt, layer: int) -> Norm:
-    """The mapping to the length that the state has which a patch overwrites: the clean target's at ℓ*."""
-    return Norm(capture(model, [target], [[target.position]], [layer]).norm().item())
 
 
 def _of_length(states: Tensor, length: float | Tensor) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import warnings
 from pathlib import Path
 
 import torch
@@ -68,6 +69,8 @@ def load(
     if isinstance(model, nn.Module):
         if tokenizer is None:
             raise ModelError("a model in memory comes with its tokenizer: load(model, tokenizer)")
+        if adapter is not None:
+            raise ModelError("a model in memory comes as it is; put the adapter on it with peft before")
         if model.training:
             raise ModelError(f"{type(model).__name__} is in training mode; call its eval() first")
         return _checked(LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__))
@@ -76,6 +79,8 @@ def load(
             raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
         dtype = DTYPES[dtype]
 
+    if adapter is not None and tensor_parallel:
+        raise ModelError("adapter and tensor_parallel were both given; merge the adapter into the weights first")
     if device_map is not None and tensor_parallel:
         raise ModelError("device_map and tensor_parallel were both given; either spreads the model")
     if device_map is not None and device is not None:
@@ -138,7 +143,15 @@ def _adapted(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except ImportError as error:
         raise ModelError('an adapter needs peft; pip install "pscope[adapters]"') from error
     try:
-        return PeftModel.from_pretrained(hf, str(folder)).eval()
+        with warnings.catch_warnings():
+            # Of weights that are missing, peft only warns, and leaves the model as it was there.
+            warnings.filterwarnings("error", message="(?s).*missing adapter keys")
+            adapted = PeftModel.from_pretrained(hf, str(folder)).eval()
+        if adapted.active_peft_config.is_prompt_learning:
+            raise ModelError(f"{folder} puts tokens of its own before a text, so that positions would be others")
+        return adapted
+    except ModelError:
+        raise
     except Exception as error:
         raise ModelError(f"cannot load the adapter {folder}: {_first_line(error)}") from error
 

@@ -64,7 +64,9 @@ class Nearest:
 
 @dataclass(frozen=True)
 class Ending:
-    """The token of an `index`, which may have been counted by another tokenizer: only if the `phrase` ends with it."""
+    """The token of an `index`, which may have been counted by another tokenizer: only if it ends a word of the text
+    that is the last one of the `phrase`.
+    """
 
     phrase: str
     index: int
@@ -232,7 +234,8 @@ def _places(
         return [at % len(tokens)]
     if isinstance(at, Ending):
         (index,) = _places(at.index, text, tokens, offsets, tokenizer)
-        if not (end := tokens[index].strip()) or not at.phrase.endswith(end):
+        end = 0 if offsets is None else offsets[index][1]
+        if not tokens[index].strip() or text[:end].split()[-1:] != at.phrase.split()[-1:]:
             raise PromptError(
                 f"{at.phrase!r} stands nowhere in the prompt, nor does it end with its token {index}, {tokens[index]!r}"
             )

@@ -68,7 +68,7 @@ class States:
         else:
             vectors = capture(model, prompts, positions, layers)  # (reads, layers, hidden)
         labels = tuple(
-            Label(prompt.text, prompt.tokens[position], position % len(prompt), layer)
+            Label(prompt.text, prompt.tokens[position], int(position) % len(prompt), int(layer))
             for prompt, read in zip(prompts, positions, strict=True)
             for position in read
             for layer in layers
@@ -125,7 +125,9 @@ class States:
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> States:
         """Some of the rows: one, a slice, a list of them, or a mask."""
-        numbers = torch.arange(len(self))[[rows] if isinstance(rows, int) else rows]
+        if isinstance(rows, Tensor):
+            rows = rows.cpu()
+        numbers = torch.arange(len(self))[rows].reshape(-1)
         return States(self.vectors[numbers.to(self.vectors.device)], tuple(self.labels[n] for n in numbers.tolist()))
 
     def at(self, layer: int) -> States:
@@ -161,14 +163,14 @@ class States:
         texts = list(dict.fromkeys(label.text for label in self.labels))
         name = f"mean of {len(texts)}" if len(texts) > 1 else f"mean over {texts[0]}"
         groups = [[row for row, label in enumerate(self.labels) if label.layer == layer] for layer in layers]
-        means = torch.stack([self.vectors[rows].double().mean(dim=0) for rows in groups])
-        return States(means.to(self.vectors.dtype), tuple(Label(name, layer=layer) for layer in layers))
+        means = torch.stack([_precise(self.vectors[rows]).mean(dim=0) for rows in groups])
+        return States(means, tuple(Label(name, layer=layer) for layer in layers))
 
     def __add__(self, other: States | Tensor) -> States:
-        return replace(self, vectors=self.vectors + self._beside(other))
+        return replace(self, vectors=_precise(self.vectors) + self._beside(other))
 
     def __sub__(self, other: States | Tensor) -> States:
-        return replace(self, vectors=self.vectors - self._beside(other))
+        return replace(self, vectors=_precise(self.vectors) - self._beside(other))
 
     def __mul__(self, factor: float | Tensor) -> States:
         return replace(self, vectors=self.vectors * factor)
@@ -190,7 +192,7 @@ class States:
             raise PscopeError(
                 "states of width {} and of width {} cannot be added; map one of them first".format(*widths)
             )
-        vectors = other.vectors.to(self.vectors)
+        vectors = _precise(other.vectors).to(self.vectors.device)
         mine, theirs = ([label.layer for label in states.labels] for states in (self, other))
         if theirs == [None] or mine == theirs:
             return vectors
@@ -199,6 +201,11 @@ class States:
         raise PscopeError(
             f"{other!r} has neither the layers of {self!r}, row by row, nor one row of each of them, as mean() has"
         )
+
+
+def _precise(vectors: Tensor) -> Tensor:
+    """In single precision at least: a small difference of large states is lost in half."""
+    return vectors.to(torch.promote_types(vectors.dtype, torch.float32))
 
 
 def _from_numpy(path: Path) -> Tensor:
