@@ -18,6 +18,7 @@ setup(
         "filelock>=3.16",
         "gguf>=0.17",
         "huggingface-hub>=1.31",
+        "jinja2>=3.1.4",
         "matplotlib>=3.9",
         "numpy>=1.26",
         "pandas>=2.2",

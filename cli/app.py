@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
-from pscope.cli import check, fig1, fig2, fig3, fig4, fit, read, resume, table2, table3, targets
+from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, read, resume, table2, table3, targets
 from pscope.cli.console import rank
 from pscope.cli.frame import kept_by
 from typer.core import TyperCommand, TyperGroup
@@ -92,7 +92,7 @@ def pscope(
     """Read what a language model's hidden states hold, by patching them into another prompt (Patchscopes).
 
     Run `check` first on a new model. Every command named after a figure or table of the paper draws it, and leaves a
-    folder with its settings, its table and its figure; `resume` goes on. `read` has
+    folder with its settings, its table and its figure; `resume` goes on. `lens` makes a page to look at. `read` has
     any state or vector read by any prompt, of which `targets` lists some. `fit` makes maps between layers or models.
     """
     if ctx.invoked_subcommand is None:
@@ -106,6 +106,7 @@ app.command()(table2.table2)
 app.command()(table3.table3)
 app.command()(fig3.fig3)
 app.command()(fig4.fig4)
+app.command()(lens.lens)
 app.command()(read.read)
 app.command()(targets.targets)
 app.command()(fit.fit)

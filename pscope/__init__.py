@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pscope.models.residual import overwriting as overwriting
     from pscope.models.residual import recording as recording
     from pscope.models.states import States as States
+    from pscope.show.lens_page import lens as lens
 
 _HOME = {
     "Affine": "mappings.mapping",
@@ -61,6 +62,7 @@ _HOME = {
     "capture": "models.residual",
     "continue_prompts": "engine.unpatched",
     "editing": "models.residual",
+    "lens": "show.lens_page",
     "load": "models.loading",
     "logit_lens": "engine.lens",
     "overwriting": "models.residual",

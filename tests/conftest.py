@@ -20,6 +20,10 @@ import pscope
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+AS_IT_COMES = {None, False, "auto", "cpu"}
+"""The options of a model that nothing is asked of."""
+
+
 def pytest_addoption(parser):
     parser.addoption("--write-readme", action="store_true", help="Write the README's table of architectures anew.")
 
@@ -34,6 +38,18 @@ def pytest_collection_modifyitems(items):
 def smollm2() -> pscope.LanguageModel:
     """The real default model, fetched the first time it is needed."""
     return pscope.load("smollm2", device="cpu")
+
+
+@pytest.fixture
+def loaded_once(smollm2, monkeypatch) -> None:
+    """What loads the default model as it comes gets the one that is there: many commands in one process do."""
+    load = pscope.load
+
+    def loaded(model="smollm2", *more, **options):
+        as_it_comes = model == "smollm2" and not more and set(options.values()) <= AS_IT_COMES
+        return smollm2 if as_it_comes else load(model, *more, **options)
+
+    monkeypatch.setattr(pscope, "load", loaded)
 
 
 @pytest.fixture(scope="session")

@@ -188,17 +188,17 @@ def test_a_start_token_of_the_tokenizer_is_enough(tiny):
     ("name", "tokens"),
     [("gold", 2), ("Ångström", 6), ("東京タワー", 9), ("Москва", 8), ("very " * 59 + "old", 61), (" padded ", 3)],
 )
-def test_any_name_is_described(smollm2, name, tokens):
-    source = name_prompt(smollm2, name)
+def test_any_name_is_described(tiny, name, tokens):
+    source = name_prompt(tiny, name)
     assert abs(len(source) - tokens) <= 3
-    goal = smollm2.prompt(ENTITY_DESCRIPTION)
-    table = EntityLayers(smollm2, goal, source, [(0, 0), (9, 3)], Decoding(5), reference="a word").table()
+    goal = tiny.prompt(ENTITY_DESCRIPTION)
+    table = EntityLayers(tiny, goal, source, [(0, 0), (3, 1)], Decoding(5), reference="a word").table()
     assert table["condition"].tolist() == [PATCHED, PATCHED, CLEAN]
-    states = hidden_states(smollm2.hf, smollm2.layers, source.ids)
-    for row, (layer, target) in zip(table.itertuples(), [(0, 0), (9, 3)], strict=False):
-        expected = said(smollm2, goal, states[layer, source.position], target, 5)
+    states = hidden_states(tiny.hf, tiny.layers, source.ids)
+    for row, (layer, target) in zip(table.itertuples(), [(0, 0), (3, 1)], strict=False):
+        expected = said(tiny, goal, states[layer, source.position], target, 5)
         assert row.continuation == expected
-    assert table["continuation"].iloc[2] == smollm2.tokenizer.decode(greedy(smollm2, goal.ids, 5))
+    assert table["continuation"].iloc[2] == tiny.tokenizer.decode(greedy(tiny, goal.ids, 5))
 
 
 def test_the_finding_of_figure_3(finding):

@@ -67,9 +67,11 @@ def test_two_processes_leave_the_table_of_one(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_a_process_that_dies_ends_the_others_with_one_line(killed, tmp_path, smollm2):
-    out = tmp_path / "run"
-    process = together("fig2", "--no-fit", "--samples", 400, "--layers", "10,20", "--out", out, start_new_session=True)
+def test_a_process_that_dies_ends_the_others_with_one_line(killed, tmp_path, tiny_folder):
+    out, many = tmp_path / "run", tmp_path / "many.csv"
+    many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(200)))
+    command = ("fig3", many, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 9, "--memory", 0.002)
+    process = together(*command, "--out", out, start_new_session=True)
     while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
         assert process.poll() is None
         time.sleep(0.1)

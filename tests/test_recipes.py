@@ -30,16 +30,10 @@ WORDS += ["a garden", "bread", "a window", "a number", "a school", "a horse", "m
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch, smollm2):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, loaded_once):
     monkeypatch.chdir(tmp_path)
-    load = pscope.load
-    monkeypatch.setattr(pscope, "load", lambda model, *more, **options: _loaded(load, smollm2, model, *more, **options))
     Path("words.txt").write_text("\n".join(WORDS))
     Path("ask.json").write_text('[{"role": "user", "content": "I put a thought into your mind. Which word is it?"}]')
-
-
-def _loaded(load, smollm2, model, *more, **options):
-    return smollm2 if model == "smollm2" and not more else load(model, *more, **options)
 
 
 def code(title, language):

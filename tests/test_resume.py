@@ -32,7 +32,7 @@ def done(*arguments) -> pd.DataFrame:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, loaded_once):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 

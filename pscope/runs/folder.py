@@ -198,6 +198,12 @@ class Run:
                     figure.savefig(path, dpi=150, bbox_inches="tight")
         return self.folder / f"{name}.png"
 
+    def write_page(self, page: str) -> Path:
+        """Save a page as `page.html`; returns its path."""
+        with self._whole("page.html") as path:
+            path.write_text(page, "utf-8")
+        return self.folder / "page.html"
+
     def leave_nothing(self) -> None:
         """Delete a run that this process began and nobody wants, with the folders made for it that are empty then."""
         # Somebody may have put something into the folder, or begun to use one above; what raised is what is to be seen.

@@ -1,0 +1,208 @@
+"""A prompt's tokens at every layer, read by lenses side by side: what is looked at before anything is asked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pscope.engine.generate import Decoding
+from pscope.engine.lens import ANY_TOKEN, logit_lens
+from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.errors import PscopeError
+from pscope.experiments.experiment import Experiment, Unit, Work, tidy
+from pscope.experiments.grid import line_break
+from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens
+from pscope.experiments.sweep import CLEAN
+from pscope.mappings.mapping_set import MappingSet
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_PROMPT
+from pscope.models.prompts import TOKEN_IDENTITY as IDENTITY_PROMPT
+from pscope.models.prompts import Prompt
+from pscope.models.residual import capture, check_layers
+
+ENTITY_DESCRIPTION = "entity description"
+
+TYPES = {
+    "lens": "string",
+    "position": "Int64",
+    "token": "string",
+    "layer": "Int64",
+    "answer": "string",
+    "answer_rank": "Int64",
+    "entropy": "Float64",
+    "rank": "Int64",
+    "next_token": "string",
+    "probability": "Float64",
+    "continuation": "string",
+}
+
+
+@dataclass(frozen=True)
+class GridLens:
+    """A lens, and, where its target goes on, how; without a `decoding`, the token that follows is all."""
+
+    lens: Lens
+    decoding: Decoding | None = None
+
+
+@dataclass(frozen=True)
+class Column(Unit):
+    """One token of the prompt, at all layers."""
+
+    position: int
+
+
+class TokenGrid(Experiment[Column]):
+    """Every token of a prompt at every layer, by every lens.
+
+    A row of the table is one lens × token × layer × rank: `lens`, `position`, `token`, `layer`; `rank` (to `top_k`),
+    `next_token` and its `probability`, of what the lens makes of the state; its `entropy`, in nats; the `answer`, which
+    is what the model itself says after that token, and its `answer_rank` there, from 1; and the `continuation`, of
+    lenses that go on. For each lens that patches a prompt, the rows without a position are those of the prompt
+    unpatched. A lens has no rows for layers that its mappings do not lead from. Raises PscopeError for what cannot be
+    read.
+    """
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        prompt: Prompt,
+        lenses: Sequence[GridLens],
+        layers: Sequence[int] | None = None,
+        *,
+        top_k: int = 5,
+        memory: int = MEMORY,
+    ) -> None:
+        self._targets = [each.lens.target for each in lenses if each.lens.target is not None]
+        super().__init__(model, self._targets[0] if self._targets else ANY_TOKEN, memory)
+        layers = range(model.n_layers + 1) if layers is None else layers
+        check_layers(model, layers)
+        if not lenses or not layers:
+            raise PscopeError("no lens is asked for" if layers else "no layer is asked for")
+        if not 1 <= top_k <= model.config.vocab_size:
+            raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
+        for each in lenses:
+            if each.decoding is not None:
+                model.check_window(len(each.lens.target) + each.decoding.new_tokens)
+        self.prompt = prompt
+        self._lenses, self._layers, self._top_k = list(lenses), list(layers), top_k
+        rows = len(self._layers) * len(self._lenses)
+        self.units = [Column(f"token {position}", rows, self.target, position) for position, _ in enumerate(prompt.ids)]
+
+    def work(self, unit: Column) -> Work:
+        suffix = max((len(target) - min(target.positions) for target in self._targets), default=1)
+        decodings = [each.decoding for each in self._lenses if each.decoding is not None]
+        new_tokens = max((decoding.new_tokens for decoding in decodings), default=0)
+        # Those that go on are nearly all there is to do.
+        patched = tuple(self._layers) * (len(decodings) or len(self._targets))
+        return Work(1, suffix, patched, spoken=0 if patched else len(self._layers), new_tokens=new_tokens)
+
+    def read(self, units: Sequence[Column]) -> pd.DataFrame:
+        positions = [unit.position for unit in units]
+        states = capture(self.model, [self.prompt], [positions], [*self._layers, self.model.n_layers])
+        own = torch.cat([part.patched.argmax(dim=-1) for part in self._tail.logits(states[:, -1], self.model.n_layers)])
+        frames = [
+            row
+            for each in self._lenses
+            for row in self._cells(each, positions, states[:, :-1], own)  # (positions, layers, hidden)
+        ]
+        return tidy(frames, TYPES)
+
+    def join(self, table: pd.DataFrame) -> pd.DataFrame:
+        """By lens, each with what its prompt says unpatched after its cells."""
+        clean = [row for each in self._lenses if each.lens.target is not None for row in self._clean(each)]
+        table = pd.concat([table, tidy(clean, TYPES)], ignore_index=True) if clean else table
+        order = {each.lens.name: number for number, each in enumerate(self._lenses)}
+        return table.sort_values("lens", key=lambda names: names.map(order), kind="stable", ignore_index=True)
+
+    @cached_property
+    def _tail(self) -> Patchscope:
+        return logit_lens(self.model, self.memory)
+
+    def _reader(self, lens: Lens) -> Patchscope:
+        return self._tail if lens.target is None else self.scope(lens.target)
+
+    def _cells(
+        self, each: GridLens, positions: Sequence[int], states: Tensor, own: Tensor
+    ) -> Iterator[dict[str, object]]:
+        """The rows of one lens, from the states (positions, layers, hidden) and what the model itself says."""
+        lens, model = each.lens, self.model
+        pairs = [lens.pair(layer, model.n_layers) for layer in self._layers]
+        columns = [column for column, pair in enumerate(pairs) if pair is not None]
+        pairs, states = [pairs[column] for column in columns], states[:, columns]
+        if lens.mappings is not None:
+            states = lens.mappings.apply(states, pairs, [self.prompt.text] * len(positions))
+        rows, targets = states.flatten(0, 1), [target for _, target in pairs] * len(positions)
+        answers = own.repeat_interleave(len(pairs))
+        scope = self._reader(lens)
+        read = [cell for part in scope.logits(rows, targets) for cell in self._ranked(part.patched, answers[part.rows])]
+        texts = [None] * len(rows) if each.decoding is None else scope.generate(rows, targets, each.decoding).text
+        places = [(position, layer) for position in positions for layer, _ in pairs]
+        for (position, layer), answer, cell, text in zip(places, answers.tolist(), read, texts, strict=True):
+            about = {"lens": lens.name, "position": position, "token": self.prompt.tokens[position], "layer": layer}
+            about |= {"answer": model.tokenizer.decode([answer]), "continuation": text}
+            yield from ({**about, **one} for one in cell)
+
+    def _clean(self, each: GridLens) -> Iterator[dict[str, object]]:
+        """What the prompt of a lens says unpatched."""
+        target = each.lens.target
+        logits = self.model.next_token_logits(torch.tensor([target.ids], device=self.model.device))
+        text = None
+        if each.decoding is not None:
+            any_state = torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
+            text = self.scope(target).generate(any_state, self.model.n_layers, each.decoding).clean_text
+        (cell,) = self._ranked(logits, None)
+        for one in cell:
+            yield {"lens": each.lens.name, "token": CLEAN, "continuation": text, **one}
+
+    def _ranked(self, logits: Tensor, answers: Tensor | None) -> Iterator[list[dict[str, object]]]:
+        """For each row of logits (rows, vocab), its most probable tokens, with what is told of the whole row."""
+        log_probabilities = logits.float().log_softmax(dim=-1)
+        top = log_probabilities.topk(self._top_k)
+        entropies = -(log_probabilities.exp() * log_probabilities).nansum(dim=-1)
+        ranks: list[int | None] = [None] * len(logits)
+        if answers is not None:
+            own = log_probabilities.gather(1, answers.to(logits.device)[:, None])
+            ranks = (log_probabilities >= own).sum(dim=-1).tolist()
+        decode = self.model.tokenizer.decode
+        for tokens, values, entropy, rank in zip(
+            top.indices.tolist(), top.values.tolist(), entropies.tolist(), ranks, strict=True
+        ):
+            yield [
+                {
+                    "entropy": entropy,
+                    "answer_rank": rank,
+                    "rank": number,
+                    "next_token": decode([token]),
+                    "probability": math.exp(value),
+                }
+                for number, (token, value) in enumerate(zip(tokens, values, strict=True), 1)
+            ]
+
+
+def grid_of(
+    model: LanguageModel,
+    text: str,
+    layers: Sequence[int] | None = None,
+    *,
+    mappings: Mapping[str, MappingSet] | None = None,
+    describe: Decoding | None = None,
+    top_k: int = 5,
+    memory: int = MEMORY,
+) -> TokenGrid:
+    """The grid of a text by the logit lens, by `mappings`, each a lens of its own, and by token identity; with
+    `describe`, also by the entity prompt, which goes on so.
+    """
+    lenses = [GridLens(Lens(LOGIT_LENS))]
+    lenses += [GridLens(Lens(name, mappings=own)) for name, own in (mappings or {}).items()]
+    lenses.append(GridLens(Lens(TOKEN_IDENTITY, model.prompt(IDENTITY_PROMPT))))
+    if describe is not None:
+        lenses.append(GridLens(Lens(ENTITY_DESCRIPTION, model.prompt(ENTITY_PROMPT)), describe))
+    prompt = model.prompt(line_break(model, text) + text)
+    return TokenGrid(model, prompt, lenses, layers, top_k=top_k, memory=memory)
