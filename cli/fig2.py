@@ -123,7 +123,7 @@ def _lenses(
     fit_to_prompt: bool,
 ) -> list[Lens]:
     """The lines of the figure."""
-    from pscope.experiments.next_token import FITTED, LOGIT_LENS, TOKEN_IDENTITY, TUNED_LENS, Lens
+    from pscope.experiments.next_token import FITTED, LOGIT_LENS, TOKEN_IDENTITY, TUNED_LENS, Lens, lens_of
     from pscope.inputs.positions import Paired, draw_positions
     from pscope.inputs.texts import shipped_texts
     from pscope.mappings.fit import Fit
@@ -144,17 +144,13 @@ def _lenses(
         mappings = frame.lens(name, model, model)
         if mappings is None:
             continue
-        into = mappings.origin.settings.get("into")
-        if into not in (None, target.text):
-            raise PscopeError(f"the maps of {name} lead into the prompt {into!r}; give it with --target")
         if not mappings.folds and mappings.origin.data_sha256 in (digest(passages), digest(shipped_texts())):
             tell(
                 f"{name} was fitted on texts that come with pscope or are read here, and holds no maps without them: "
                 "where it reads them, it has seen them"
             )
-        to_last = all(pair[1] == model.n_layers for pair in mappings.maps)
         label = f"{mappings.origin.kind}, {Path(name).absolute().name}"
         if label in (each.name for each in lenses):
             raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
-        lenses.append(Lens(label, None if to_last else target, mappings))
+        lenses.append(lens_of(label, mappings, target, model.n_layers))
     return lenses

@@ -282,6 +282,11 @@ class Frame(Loader):
         """Where the run is."""
         return self._session.run.folder
 
+    @property
+    def settings(self) -> dict:
+        """What the run says of itself: its command line, its model, its options."""
+        return self._session.run.settings
+
     def note(self, name: str, what: pd.DataFrame | list) -> None:
         """Keep something that was made from the table."""
         self._session.run.note(name, what)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pscope.cli.console import print_json, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import JsonOption, NewTokensOption, layers_option, parse_layers
+
+from pscope.errors import PscopeError
+
+if TYPE_CHECKING:
+    from pscope.mappings.mapping_set import MappingSet
 
 LENS = typer.Option("--lens", metavar="FOLDER|ID", help="A tuned lens or other maps, as a lens of its own.")
 
@@ -22,7 +26,7 @@ def lens(
         "The Eiffel Tower stands in the city of"
     ),
     layers: Annotated[str | None, layers_option("all")] = None,
-    mappings: Annotated[list[str] | None, LENS] = None,
+    lens: Annotated[list[str] | None, LENS] = None,
     describe: Annotated[
         bool, typer.Option(help="Have every state describe an entity too, which takes most of the time.")
     ] = True,
@@ -40,15 +44,20 @@ def lens(
 
     import pscope
     from pscope.experiments.token_grid import grid_of
-    from pscope.models.fingerprint import fingerprint
     from pscope.show.lens_page import lens_page
 
-    read = {name: frame.lens(name, model, model) for name in mappings or ()}
+    mappings: dict[str, MappingSet] = {}
+    for name in lens or ():
+        if (read := frame.lens(name, model, model)) is not None:
+            label = f"{read.origin.kind}, {Path(name).absolute().name}"
+            if label in mappings:
+                raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
+            mappings[label] = read
     experiment = grid_of(
         model,
         text,
         chosen,
-        mappings={f"{own.origin.kind}: {name}": own for name, own in read.items() if own is not None},
+        mappings=mappings,
         describe=pscope.Decoding(new_tokens, stop=(",",)) if describe else None,
         top_k=top_k,
         memory=frame.memory,
@@ -57,9 +66,9 @@ def lens(
     table = frame.carry_out(experiment, text=experiment.prompt.text)
     made = {
         "model": model.name,
-        "weights": fingerprint(model)[:16],
+        "weights": frame.settings["model"]["fingerprint"][:16],
         "text": repr(experiment.prompt.text),
-        "command": shlex.join(["pscope", *sys.argv[1:]]),
+        "command": frame.settings["command_line"],
     }
     page = frame.write_page(lens_page(table, text, made, model.config.vocab_size))
     frame.finish()

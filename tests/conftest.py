@@ -20,8 +20,8 @@ import pscope
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-AS_IT_COMES = {None, False, "auto", "cpu"}
-"""The options of a model that nothing is asked of."""
+AS_IT_COMES = {("dtype", "auto"), ("device", "cpu")}
+"""Options of a model that nothing is asked of, beside those that are not given."""
 
 
 def pytest_addoption(parser):
@@ -46,10 +46,11 @@ def loaded_once(smollm2, monkeypatch) -> None:
     load = pscope.load
 
     def loaded(model="smollm2", *more, **options):
-        as_it_comes = model == "smollm2" and not more and set(options.values()) <= AS_IT_COMES
+        asked = {(name, value) for name, value in options.items() if value not in (None, False)}
+        as_it_comes = model == "smollm2" and not more and asked <= AS_IT_COMES
         return smollm2 if as_it_comes else load(model, *more, **options)
 
-    monkeypatch.setattr(pscope, "load", loaded)
+    monkeypatch.setattr("pscope.models.loading.load", loaded)
 
 
 @pytest.fixture(scope="session")

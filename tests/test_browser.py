@@ -68,6 +68,9 @@ def test_cells_show_what_the_lens_says(page, table):
             first = rows_of(table, lens, position, layer).iloc[0]
             assert cell(page, layer, position).text_content() == first["next_token"].replace("\n", "⏎")
     assert page.locator("#grid b").count() == 0
+    # The label of a row is that of its cells.
+    assert page.locator("#grid tbody th").all_text_contents() == ["4", "3", "2", "1", "0"]
+    assert page.locator("#grid thead th").all_text_contents()[1:4] == ["⏎", "one", " two"]
 
 
 def test_hovering_and_focus_tell_more(page, table):
@@ -93,8 +96,9 @@ def test_arrows_move_and_enter_pins(page):
     page.keyboard.press("Enter")
     page.keyboard.press("End")
     page.keyboard.press("Enter")
-    pins = page.locator("#pins thead th")
-    assert pins.count() == 3
+    pins = page.locator("#pins thead th").all_text_contents()
+    assert pins == ["layer", "one at 1", pins[-1]]
+    assert f"{pins[-1]}, layer 3: " in page.locator("#status").text_content()
     assert page.locator("#pins tbody tr").count() == 5
     page.keyboard.press("Escape")
     assert page.locator("#pins table").count() == 0
@@ -110,7 +114,8 @@ def test_a_token_is_found_wherever_it_is_among_the_first(page, table):
     hits = logit[logit["next_token"].str.strip().str.lower() == sought.strip().lower()]
     expected = len(hits.drop_duplicates(["position", "layer"]))
     assert page.locator("#grid td.hit").count() == expected > 0
-    assert f"in {expected} of" in page.locator("#found").text_content()
+    assert f"in {expected} of {5 * logit['position'].nunique()} cells" in page.locator("#found").text_content()
+    assert "at rank 2 here" in page.locator("#grid td.hit").evaluate_all("cells => cells.map(cell => cell.title)")
     page.fill("#search", "")
     assert page.locator("#grid td.hit").count() == 0
 
@@ -159,6 +164,10 @@ def test_a_long_text_stays_in_reach(browser, tiny, tmp_path):
     opened.goto(path.as_uri())
     assert opened.locator("#grid thead th").count() == 1 + len(prompt) > 190
     opened.evaluate("document.querySelector('.scroll').scrollLeft = 2000")
-    # Layers stay where they are while tokens go by.
+    # Layers stay where they are while tokens go by, and tokens while layers do.
     assert opened.locator("#grid tbody th").first.bounding_box()["x"] < 100
+    opened.set_viewport_size({"width": 900, "height": 150})
+    top = opened.locator(".scroll").bounding_box()["y"]
+    opened.evaluate("document.querySelector('.scroll').scrollTop = 60")
+    assert abs(opened.locator("#grid thead th").first.bounding_box()["y"] - top) < 5
     opened.close()

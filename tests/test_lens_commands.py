@@ -216,10 +216,21 @@ def test_read_goes_through_maps(tiny_folder, other_folder, tiny):
     maps = read_mappings("maps", tiny)
     for (_, row), layer in zip(patched.iterrows(), (1, 2), strict=True):
         state = pscope.capture(tiny, [tiny.prompt("one two")], layers=[layer])[0]
-        (part,) = pscope.Patchscope(tiny, tiny.prompt("say x")).logits(maps.at((layer, 4))(state), 4)
+        (part,) = pscope.Patchscope(tiny, tiny.prompt("say x")).logits(maps.at((layer, 4), "one two")(state), 4)
         assert row["probability"] == pytest.approx(part.patched[0].softmax(-1).max().item(), abs=1e-5)
     across = done(*base, "--layers", "2", "--target-layers", "1", "--target-model", other_folder)
     assert [row["target_layer"] for row in json.loads(across.stdout) if row["condition"] == "patched"] == [1]
     refused = run(*base, "--layers", "2", "--target-model", other_folder, "--target-layers", "1", "--minus", "three")
     assert refused.exit_code == 2
     assert "the maps between models have a constant part" in " ".join(refused.stderr.split())
+
+
+def test_a_page_with_maps_is_drawn_again_from_elsewhere(tiny_folder, tmp_path, monkeypatch):
+    done("fit", "--model", tiny_folder, "--layers", "1,2", "--out", "maps")
+    done("lens", "one two", "--model", tiny_folder, "--lens", "maps", "--no-describe", "--out", tmp_path / "run")
+    (tmp_path / "run" / "page.html").unlink()
+    monkeypatch.chdir(tmp_path)
+    done("resume", "run")
+    page = (tmp_path / "run" / "page.html").read_text("utf-8")
+    assert ">affine, maps</option>" in page
+    assert "pscope resume" not in page

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pscope
 from pscope import Affine, DataError, Decoding, MappingSet, PscopeError
 from pscope.experiments.next_token import Lens
-from pscope.experiments.token_grid import GridLens, TokenGrid
+from pscope.experiments.token_grid import GridLens, TokenGrid, grid_of
 from pscope.show.lens_page import lens_page
 
 TEXT = "\none two"
@@ -62,6 +62,25 @@ def test_every_cell_against_one_row_passes(tiny, lenses):
     assert clean["next_token"]["described"] == tiny.tokenizer.decode(said[:1])
 
 
+def test_maps_to_other_layers_are_read_by_the_prompt_of_token_identity(tiny):
+    maps = MappingSet.identity(tiny, [])
+    twice = Affine(2 * torch.eye(32))
+    maps.maps.update({(1, 3): twice, (2, 3): twice})
+    grid = grid_of(tiny, "one two", [1, 2, 4], mappings={"maps": maps})
+    table = grid.table()
+    rows = table[(table["lens"] == "maps") & (table["rank"] == 1)].dropna(subset="layer")
+    assert set(rows["layer"]) == {1, 2}
+    target = tiny.prompt(pscope.TOKEN_IDENTITY)
+    own = hidden_states(tiny.hf, tiny.layers, grid.prompt.ids)
+    for row in rows.itertuples():
+        logits = patched_logits(tiny.hf, tiny.layers, target.ids, target.position, 3, 2 * own[row.layer, row.position])[
+            -1
+        ]
+        assert row.probability == pytest.approx(logits.softmax(dim=-1).max().item(), abs=1e-5)
+    with pytest.raises(PscopeError, match=r"maps reads none of the layers \[0, 4\]"):
+        grid_of(tiny, "one two", [0, 4], mappings={"maps": maps})
+
+
 def test_a_lens_of_maps_reads_the_layers_that_they_lead_from(tiny):
     maps = MappingSet.identity(tiny, [])
     maps.maps[2, 4] = Affine(2 * torch.eye(32))
@@ -83,6 +102,8 @@ def test_what_cannot_be_looked_at_is_told(tiny, lenses):
         ({"layers": []}, "no layer is asked for"),
         ({"layers": [9]}, "layer 9 is out of range"),
         ({"top_k": 0}, "top_k is 0"),
+        ({"layers": [1, 1]}, "given twice"),
+        ({"lenses": lenses[:1] * 2}, "given twice"),
     ):
         with pytest.raises(PscopeError, match=told):
             TokenGrid(tiny, prompt, **{"lenses": lenses, **options})
@@ -94,6 +115,19 @@ def page_of(model, text, lenses, **made):
 
 def data_of(page):
     return json.loads(re.search(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)[1])
+
+
+def test_a_lens_goes_on_greedily_from_a_prompt(tiny):
+    for lens, decoding in ((Lens("tail"), Decoding(3)), (Lens("x", tiny.prompt("x")), Decoding(3, temperature=1.0))):
+        with pytest.raises(PscopeError, match="a lens goes on greedily, from the prompt that it patches"):
+            GridLens(lens, decoding)
+
+
+def test_a_tie_goes_to_the_models_own_answer(tiny):
+    grid = grid_of(tiny, "one")
+    logits = torch.zeros(1, 8)
+    (cell,) = grid._ranked(logits, torch.tensor([5]))
+    assert cell[0]["answer_rank"] == 1
 
 
 def test_a_hostile_text_is_shown_as_text(tiny, lenses):
@@ -141,6 +175,14 @@ def test_the_command_leaves_a_page(tiny_folder, tmp_path, monkeypatch):
     (tmp_path / "run" / "page.html").unlink()
     assert CliRunner().invoke(app, ["resume", "run"]).exit_code == 0
     assert (tmp_path / "run" / "page.html").exists()
+    dry = CliRunner().invoke(app, [*arguments[:-1], "dry", "--dry-run", "--rate", "1"])
+    assert (dry.exit_code, (tmp_path / "dry").exists()) == (0, False), dry.output
+    for share in ("1/2", "2/2"):
+        assert CliRunner().invoke(app, [*arguments[:-1], "shares", "--shard", share]).exit_code == 0
+    joined = CliRunner().invoke(app, ["resume", "shares"])
+    assert joined.exit_code == 0, joined.output
+    tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("run", "shares")]
+    pd.testing.assert_frame_equal(*tables, atol=1e-5)
     quick = CliRunner().invoke(app, [*arguments[:-1], "json", "--no-describe", "--json"])
     assert {row["lens"] for row in json.loads(quick.stdout)} == {"logit lens", "token identity"}
     refused = CliRunner().invoke(app, ["lens", "", "--model", str(tiny_folder)])

@@ -52,6 +52,17 @@ class Lens:
         return natural if natural in mapped else next(iter(mapped), None)
 
 
+def lens_of(name: str, mappings: MappingSet, target: Prompt, last: int) -> Lens:
+    """The lens of some maps: those to the last layer are read by the model's tail, others by the target prompt.
+
+    Raises PscopeError for maps that lead into another prompt.
+    """
+    into = mappings.origin.settings.get("into")
+    if into not in (None, target.text):
+        raise PscopeError(f"the maps of {name} lead into the prompt {into!r}; give it with --target")
+    return Lens(name, None if all(pair[1] == last for pair in mappings.maps) else target, mappings)
+
+
 @dataclass(frozen=True)
 class SampledText(Unit):
     """The sampled positions of one text, read at every layer."""

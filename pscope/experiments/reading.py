@@ -243,16 +243,18 @@ class Reading(Experiment[Vector | Plain]):
 
     def _mapped(self, units: Sequence[Vector]) -> Tensor:
         """What is written for each unit at each of its target layers, before it is scaled, (units × layers, hidden)."""
-        places = [(unit.number, (unit.label.layer, target)) for unit in units for target in unit.target_layers]
-        vectors = self._vectors[[number for number, _ in places]]
+        places = [(unit, target) for unit in units for target in unit.target_layers]
+        vectors = self._vectors[[unit.number for unit, _ in places]]
         if self._mappings is None:
             return vectors
-        by_pair: dict[Pair, list[int]] = {}
-        for place, (_, pair) in enumerate(places):
-            by_pair.setdefault(pair, []).append(place)
+        # A state of a text goes through maps that have not seen it; a mean or a vector is of no text.
+        by_map: dict[tuple[Pair, str | None], list[int]] = {}
+        for place, (unit, target) in enumerate(places):
+            text = None if unit.label.position is None else unit.label.text
+            by_map.setdefault(((unit.label.layer, target), text), []).append(place)
         # One map at a time: all of a large model's take more than a GPU has beside it.
-        parts = [self._mappings.at(pair).to(vectors.device)(vectors[own]) for pair, own in by_pair.items()]
-        order = torch.tensor([place for own in by_pair.values() for place in own]).argsort()
+        parts = [self._mappings.at(*of).to(vectors.device)(vectors[own]) for of, own in by_map.items()]
+        order = torch.tensor([place for own in by_map.values() for place in own]).argsort()
         return torch.cat(parts)[order.to(vectors.device)]
 
     def _said(self, rows: Sequence[_Row], writes: Writes) -> Iterator[list[int]]:

@@ -17,7 +17,7 @@ from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
 from pscope.experiments.experiment import Experiment, Unit, Work, tidy
 from pscope.experiments.grid import line_break
-from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens
+from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens, lens_of
 from pscope.experiments.sweep import CLEAN
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
@@ -50,6 +50,10 @@ class GridLens:
     lens: Lens
     decoding: Decoding | None = None
 
+    def __post_init__(self) -> None:
+        if self.decoding is not None and (self.lens.target is None or self.decoding.temperature):
+            raise PscopeError(f"{self.lens.name}: a lens goes on greedily, from the prompt that it patches")
+
 
 @dataclass(frozen=True)
 class Column(Unit):
@@ -58,15 +62,22 @@ class Column(Unit):
     position: int
 
 
-class TokenGrid(Experiment[Column]):
+@dataclass(frozen=True)
+class Unpatched(Unit):
+    """The prompt that a lens patches, as it is."""
+
+    lens: GridLens
+
+
+class TokenGrid(Experiment[Column | Unpatched]):
     """Every token of a prompt at every layer, by every lens.
 
     A row of the table is one lens × token × layer × rank: `lens`, `position`, `token`, `layer`; `rank` (to `top_k`),
     `next_token` and its `probability`, of what the lens makes of the state; its `entropy`, in nats; the `answer`, which
     is what the model itself says after that token, and its `answer_rank` there, from 1; and the `continuation`, of
     lenses that go on. For each lens that patches a prompt, the rows without a position are those of the prompt
-    unpatched. A lens has no rows for layers that its mappings do not lead from. Raises PscopeError for what cannot be
-    read.
+    unpatched. A lens has no rows for layers that its mappings do not lead from, and reads with those that have not seen
+    the `text`, by default that of the prompt. Raises PscopeError for what cannot be read.
     """
 
     def __init__(
@@ -76,6 +87,7 @@ class TokenGrid(Experiment[Column]):
         lenses: Sequence[GridLens],
         layers: Sequence[int] | None = None,
         *,
+        text: str | None = None,
         top_k: int = 5,
         memory: int = MEMORY,
     ) -> None:
@@ -87,37 +99,53 @@ class TokenGrid(Experiment[Column]):
             raise PscopeError("no lens is asked for" if layers else "no layer is asked for")
         if not 1 <= top_k <= model.config.vocab_size:
             raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
+        names = [each.lens.name for each in lenses]
+        if len(set(names)) < len(names) or len(set(layers)) < len(layers):
+            raise PscopeError(f"one of the lenses {names}, or of the layers {list(layers)}, is given twice")
         for each in lenses:
+            if not any(each.lens.pair(layer, model.n_layers) for layer in layers):
+                raise PscopeError(
+                    f"{each.lens.name} reads none of the layers {list(layers)}: {each.lens.mappings.covered}"
+                )
             if each.decoding is not None:
                 model.check_window(len(each.lens.target) + each.decoding.new_tokens)
-        self.prompt = prompt
+        self.prompt, self._text = prompt, prompt.text if text is None else text
         self._lenses, self._layers, self._top_k = list(lenses), list(layers), top_k
         rows = len(self._layers) * len(self._lenses)
-        self.units = [Column(f"token {position}", rows, self.target, position) for position, _ in enumerate(prompt.ids)]
+        self.units = [Column(f"token {position}", rows, self.target, position) for position in range(len(prompt))]
+        # Each beside none: the prompts are of different lengths.
+        self.units += [
+            Unpatched(f"{each.lens.name}, {CLEAN}", 1, each.lens.name, each)
+            for each in lenses
+            if each.lens.target is not None
+        ]
 
-    def work(self, unit: Column) -> Work:
-        suffix = max((len(target) - min(target.positions) for target in self._targets), default=1)
+    def work(self, unit: Column | Unpatched) -> Work:
         decodings = [each.decoding for each in self._lenses if each.decoding is not None]
         new_tokens = max((decoding.new_tokens for decoding in decodings), default=0)
+        if isinstance(unit, Unpatched):
+            return Work(len(unit.lens.lens.target), spoken=1, new_tokens=new_tokens)
+        suffix = max((len(target) - min(target.positions) for target in self._targets), default=1)
         # Those that go on are nearly all there is to do.
         patched = tuple(self._layers) * (len(decodings) or len(self._targets))
         return Work(1, suffix, patched, spoken=0 if patched else len(self._layers), new_tokens=new_tokens)
 
-    def read(self, units: Sequence[Column]) -> pd.DataFrame:
+    def read(self, units: Sequence[Column | Unpatched]) -> pd.DataFrame:
+        self._tail.memory = self.memory
+        if isinstance(units[0], Unpatched):
+            return tidy([row for unit in units for row in self._clean(unit.lens)], TYPES)
         positions = [unit.position for unit in units]
         states = capture(self.model, [self.prompt], [positions], [*self._layers, self.model.n_layers])
         own = torch.cat([part.patched.argmax(dim=-1) for part in self._tail.logits(states[:, -1], self.model.n_layers)])
-        frames = [
+        cells = [
             row
             for each in self._lenses
             for row in self._cells(each, positions, states[:, :-1], own)  # (positions, layers, hidden)
         ]
-        return tidy(frames, TYPES)
+        return tidy(cells, TYPES)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """By lens, each with what its prompt says unpatched after its cells."""
-        clean = [row for each in self._lenses if each.lens.target is not None for row in self._clean(each)]
-        table = pd.concat([table, tidy(clean, TYPES)], ignore_index=True) if clean else table
         order = {each.lens.name: number for number, each in enumerate(self._lenses)}
         return table.sort_values("lens", key=lambda names: names.map(order), kind="stable", ignore_index=True)
 
@@ -137,7 +165,7 @@ class TokenGrid(Experiment[Column]):
         columns = [column for column, pair in enumerate(pairs) if pair is not None]
         pairs, states = [pairs[column] for column in columns], states[:, columns]
         if lens.mappings is not None:
-            states = lens.mappings.apply(states, pairs, [self.prompt.text] * len(positions))
+            states = lens.mappings.apply(states, pairs, [self._text] * len(positions))
         rows, targets = states.flatten(0, 1), [target for _, target in pairs] * len(positions)
         answers = own.repeat_interleave(len(pairs))
         scope = self._reader(lens)
@@ -169,7 +197,8 @@ class TokenGrid(Experiment[Column]):
         ranks: list[int | None] = [None] * len(logits)
         if answers is not None:
             own = log_probabilities.gather(1, answers.to(logits.device)[:, None])
-            ranks = (log_probabilities >= own).sum(dim=-1).tolist()
+            # Of equals, the model's own is the first.
+            ranks = (1 + (log_probabilities > own).sum(dim=-1)).tolist()
         decode = self.model.tokenizer.decode
         for tokens, values, entropy, rank in zip(
             top.indices.tolist(), top.values.tolist(), entropies.tolist(), ranks, strict=True
@@ -197,12 +226,14 @@ def grid_of(
     memory: int = MEMORY,
 ) -> TokenGrid:
     """The grid of a text by the logit lens, by `mappings`, each a lens of its own, and by token identity; with
-    `describe`, also by the entity prompt, which goes on so.
+    `describe`, also by the entity prompt, which goes on so. Maps to other layers than the last are read by the prompt
+    of token identity.
     """
+    identity = model.prompt(IDENTITY_PROMPT)
     lenses = [GridLens(Lens(LOGIT_LENS))]
-    lenses += [GridLens(Lens(name, mappings=own)) for name, own in (mappings or {}).items()]
-    lenses.append(GridLens(Lens(TOKEN_IDENTITY, model.prompt(IDENTITY_PROMPT))))
+    lenses += [GridLens(lens_of(name, own, identity, model.n_layers)) for name, own in (mappings or {}).items()]
+    lenses.append(GridLens(Lens(TOKEN_IDENTITY, identity)))
     if describe is not None:
         lenses.append(GridLens(Lens(ENTITY_DESCRIPTION, model.prompt(ENTITY_PROMPT)), describe))
     prompt = model.prompt(line_break(model, text) + text)
-    return TokenGrid(model, prompt, lenses, layers, top_k=top_k, memory=memory)
+    return TokenGrid(model, prompt, lenses, layers, text=text, top_k=top_k, memory=memory)

@@ -18,6 +18,7 @@ from huggingface_hub.errors import (
     RepositoryNotFoundError,
     RevisionNotFoundError,
 )
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -139,14 +140,18 @@ def _adapted(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
     if missing:
         raise ModelError(f"{folder} is no adapter of peft's: it has no {' and no '.join(missing)}")
     try:
-        from peft import PeftModel
+        from peft import PeftModel, get_peft_model_state_dict
     except ImportError as error:
         raise ModelError('an adapter needs peft; pip install "pscope[adapters]"') from error
     try:
         with warnings.catch_warnings():
-            # Of weights that are missing, peft only warns, and leaves the model as it was there.
-            warnings.filterwarnings("error", message="(?s).*missing adapter keys")
+            # Of weights that are missing, peft only warns; they are held against the file's below.
+            warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(hf, str(folder)).eval()
+        with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+            there, own = set(file.keys()), set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        if astray := sorted(own - there) or sorted(name for name in there - own if "lora" in name):
+            raise ModelError(f"the adapter {folder} is of another model: {astray[0]} has no counterpart")
         if adapted.active_peft_config.is_prompt_learning:
             raise ModelError(f"{folder} puts tokens of its own before a text, so that positions would be others")
         return adapted

@@ -234,8 +234,9 @@ def _places(
         return [at % len(tokens)]
     if isinstance(at, Ending):
         (index,) = _places(at.index, text, tokens, offsets, tokenizer)
-        end = 0 if offsets is None else offsets[index][1]
-        if not tokens[index].strip() or text[:end].split()[-1:] != at.phrase.split()[-1:]:
+        word = tokens[index] if offsets is None else text[: offsets[index][1]]
+        last = (word.split() or [""])[-1].lstrip("\"'([{“‘«")
+        if not tokens[index].strip() or last != at.phrase.split()[-1]:
             raise PromptError(
                 f"{at.phrase!r} stands nowhere in the prompt, nor does it end with its token {index}, {tokens[index]!r}"
             )

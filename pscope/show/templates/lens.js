@@ -3,6 +3,7 @@
   const page = JSON.parse(document.getElementById("data").textContent);
   const grid = document.getElementById("grid"), detail = document.getElementById("detail");
   const pins = document.getElementById("pins"), found = document.getElementById("found");
+  const status = document.getElementById("status");
   const [lensChoice, measureChoice, search] = ["lens", "measure", "search"].map((id) => document.getElementById(id));
   const height = page.layers.length, width = page.tokens.length;
   // The top row is the last layer.
@@ -13,6 +14,8 @@
   const lens = () => page.lenses[lensChoice.value];
   const read = (layer, place) => lens().cells[place][layer];
   const words = (cell) => cell.tokens.map((number) => page.words[number]);
+  const heading = (place) => `${page.tokens[place]} at ${place}`;
+  const quoted = (text) => (text === "" ? "(nothing)" : text);
   const measures = {
     probability: (cell) => cell.probabilities[0],
     certainty: (cell) => 1 - cell.entropy / Math.log(page.vocabulary),
@@ -30,20 +33,23 @@
 
   function paint() {
     const sought = search.value.trim().toLowerCase();
-    let hits = 0;
+    let hits = 0, cellsRead = 0;
     cells.forEach((row, layer) => row.forEach((td, place) => {
       const cell = read(layer, place), text = td.firstElementChild;
       text.textContent = cell ? words(cell)[0] : "";
       const value = cell ? measure(cell) : 0;
-      const hit = cell && sought && words(cell).some((word) => word.trim().toLowerCase() === sought);
+      const at = cell && sought ? words(cell).findIndex((word) => word.trim().toLowerCase() === sought) : -1;
       td.style.setProperty("--v", value.toFixed(3));
-      td.classList.toggle("deep", value > 0.5);
+      td.classList.toggle("deep", value > 0.62);
       td.classList.toggle("agrees", Boolean(cell) && cell.rank === 1);
-      td.classList.toggle("hit", Boolean(hit));
+      td.classList.toggle("hit", at >= 0);
       td.classList.toggle("pinned", pinned.has(place));
-      hits += hit ? 1 : 0;
+      td.setAttribute("aria-selected", pinned.has(place));
+      td.title = at >= 0 ? `at rank ${at + 1} here` : "";
+      hits += at >= 0 ? 1 : 0;
+      cellsRead += cell ? 1 : 0;
     }));
-    found.textContent = sought ? `in ${hits} of ${height * width} cells` : "";
+    found.textContent = sought ? `in ${hits} of ${cellsRead} cells` : "";
     show(...here);
     showPins();
   }
@@ -56,8 +62,14 @@
     svg.setAttribute("class", "plot");
     svg.setAttribute("role", "img");
     svg.setAttribute("aria-label", label);
-    const line = document.createElementNS(space, "polyline"), mark = document.createElementNS(space, "line");
-    line.setAttribute("points", values.map((value, index) => `${index},${1 - value}`).join(" "));
+    const line = document.createElementNS(space, "path"), mark = document.createElementNS(space, "line");
+    // Each value is a short level piece joined to the next one; where none was read, the line is broken.
+    const piece = (value, index) => {
+      if (value === null) return "";
+      const joined = index > 0 && values[index - 1] !== null;
+      return `${joined ? "L" : "M"}${index} ${1 - value}l0.01 0`;
+    };
+    line.setAttribute("d", values.map(piece).join(""));
     for (const [key, value] of [["x1", at], ["x2", at], ["y1", 0], ["y2", 1]]) mark.setAttribute(key, value);
     svg.append(line, mark);
     return svg;
@@ -82,14 +94,15 @@
     });
     const facts = element("dl");
     const tell = (term, told) => facts.append(element("dt", term), element("dd", told));
-    if (cell.continuation !== null) tell("goes on", cell.continuation);
+    if (cell.continuation !== null) tell("goes on", quoted(cell.continuation));
     tell("the model's own answer", `${JSON.stringify(page.answers[place])}, here at rank ${cell.rank}`);
     tell("entropy", `${cell.entropy.toFixed(2)} nats`);
     if (lens().clean) {
       tell("the prompt unpatched says", lens().clean.continuation ?? JSON.stringify(page.words[lens().clean.tokens[0]]));
     }
-    const column = page.layers.map((_, each) => read(each, place)).map((each) => (each ? measure(each) : 0));
-    const row = page.tokens.map((_, each) => read(layer, each)).map((each) => (each ? measure(each) : 0));
+    const measured = (each) => (each ? measure(each) : null);
+    const column = page.layers.map((_, each) => measured(read(each, place)));
+    const row = page.tokens.map((_, each) => measured(read(layer, each)));
     const label = measureChoice.selectedOptions[0].textContent;
     parts.push(bars, facts, element("p", `${label}, over the layers of this token`), plot(column, layer, `${label} over layers`));
     parts.push(element("p", `and over the tokens of this layer`), plot(row, place, `${label} over tokens`));
@@ -103,14 +116,14 @@
     }
     const table = element("table"), head = table.createTHead().insertRow();
     head.append(element("th", "layer", { scope: "col" }));
-    for (const place of pinned) head.append(element("th", page.tokens[place], { scope: "col" }));
+    for (const place of pinned) head.append(element("th", heading(place), { scope: "col" }));
     const body = table.createTBody();
     for (let layer = height - 1; layer >= 0; layer--) {
       const row = body.insertRow();
       row.append(element("th", page.layers[layer], { scope: "row" }));
       for (const place of pinned) {
         const cell = read(layer, place);
-        row.append(element("td", cell ? (cell.continuation ?? words(cell)[0]) : ""));
+        row.append(element("td", cell ? quoted(cell.continuation ?? words(cell)[0]) : "(not read)"));
       }
     }
     pins.replaceChildren(element("h2", "Pinned paths"), table);
@@ -122,6 +135,9 @@
     here = [layer, place];
     cells[layer][place].tabIndex = 0;
     show(layer, place);
+    const cell = read(layer, place);
+    const says = cell ? `${words(cell)[0]}, ${cell.probabilities[0].toFixed(2)}` : "not read";
+    status.textContent = `${heading(place)}, layer ${page.layers[layer]}: ${says}`;
   }
 
   function move(layer, place) {
@@ -156,6 +172,7 @@
     }
   });
   grid.addEventListener("keydown", (event) => {
+    if (event.altKey || event.ctrlKey || event.metaKey) return;
     const step = steps[event.key];
     if (step) move(here[0] + step[0], here[1] + step[1]);
     else if (event.key === "Home") move(here[0], 0);
