@@ -740,9 +740,11 @@ def test_a_stream_that_cannot_take_what_is_printed(arguments, encoding, device, 
 
 
 @pytest.mark.parametrize("sent", [[signal.SIGINT], [signal.SIGTERM, signal.SIGHUP, signal.SIGTERM]])
-def test_a_stopped_command_says_what_was_kept(sent, tmp_path, smollm2):
-    out = tmp_path / "run"
-    command = ["fig2", "--no-fit", "--samples", "2000", "--batch-tokens", "128", "--layers", "10", "--out", str(out)]
+def test_a_stopped_command_says_what_was_kept(sent, tmp_path, tiny_folder):
+    out, many = tmp_path / "run", tmp_path / "many.csv"
+    many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(400)))
+    command = ["fig3", str(many), "--model", str(tiny_folder), "--layers", "0-4", "--new-tokens", "9"]
+    command += ["--memory", "0.002", "--out", str(out)]
     process = subprocess.Popen(
         [sys.executable, "-m", "pscope", *command],
         stderr=subprocess.PIPE,

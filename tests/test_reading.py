@@ -161,3 +161,11 @@ def test_what_cannot_be_read_is_told(tiny, target, states):
     broken = states.map(lambda vectors: vectors.index_fill(0, torch.tensor([1]), torch.nan))
     with pytest.raises(PscopeError, match=r"'one two three' at 1:' two' of layer 3 \(patched\) failed at"):
         Reading(tiny, target, broken).table()
+
+
+def test_at_next_to_no_temperature_every_time_is_the_greedy_one(tiny, target, states):
+    cold = Reading(tiny, target, states[:2], decoding=Decoding(4, temperature=1e-6), times=2).table()
+    greedily = Reading(tiny, target, states[:2], decoding=Decoding(4)).table()
+    columns = ["condition", "layer", "continuation"]
+    for time in (1, 2):
+        assert cold[cold["time"] == time][columns].values.tolist() == greedily[columns].values.tolist()
