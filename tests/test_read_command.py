@@ -269,3 +269,13 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, told, tiny_folder, tmp
     assert told in " ".join(result.stderr.split())
     assert result.stderr.strip().startswith("pscope: ")
     assert "Traceback" not in result.output
+
+
+def test_a_planted_direction_is_found(tiny, tiny_folder):
+    """The last layer, read at the last token, says the token whose unembedding a vector is."""
+    token = tiny.tokenizer("planted").input_ids[0]
+    np.save("planted.npy", 10 * tiny.hf.get_output_embeddings().weight[token].detach().numpy())
+    base = ["--model", tiny_folder, "--vectors", "planted.npy", "--target", "say x"]
+    table = rows(*base, "--target-layers", tiny.n_layers).set_index("condition")
+    assert table["next_token"][PATCHED] == tiny.tokenizer.decode([token])
+    assert table["next_token"]["random vector"] != table["next_token"][PATCHED]

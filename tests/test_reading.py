@@ -130,17 +130,6 @@ def test_every_placeholder_gets_the_state(tiny, states):
     assert said == tiny.tokenizer.decode(greedy(tiny, tiny.prompt("say one two now").ids, 20))
 
 
-def test_a_planted_direction_is_found(tiny, target):
-    """The last layer, read at the last token, says the token whose unembedding a vector is."""
-    token = tiny.tokenizer("planted").input_ids[0]
-    vector = tiny.hf.get_output_embeddings().weight[token].detach()
-    last = tiny.prompt("say x")
-    table = Reading(tiny, last, States(10 * vector[None], (Label("planted"),)), [tiny.n_layers]).table()
-    first = table.iloc[0]
-    assert first["next_token"] == tiny.tokenizer.decode([token])
-    assert table[table["condition"] == RANDOM]["next_token"].iloc[0] != first["next_token"]
-
-
 def test_what_cannot_be_read_is_told(tiny, target, states):
     vectors, _ = rows_for_every_layer(tiny, per_layer=1)
     bare = States(vectors, tuple(Label(f"v {row}") for row in range(len(vectors))))
