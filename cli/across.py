@@ -152,12 +152,12 @@ def across(
         target_model=other.name,
         positions_paired=share,
     )
-    first, title = next(iter(readers)), f"{other.name} reads {model.name}, {samples} samples"
+    first, on = next(iter(readers)), f"{samples} samples"
     summary, best = summarise(table, seed), best_pairs(table[table["reader"] == first], seed)
     frame.note("summary", summary)
     frame.note("best_pairs", best)
-    figure = frame.draw(cross_model_figure(summary, first, "precision_at_1", title))
-    frame.draw(cross_model_figure(summary, first, "surprisal", title), "figure-surprisal")
+    figure = frame.draw(cross_model_figure(summary, on, first))
+    frame.draw(cross_model_figure(summary, on, first, "surprisal"), "figure-surprisal")
     frame.finish()
     out.print(best_pairs_table(best, summary, first))
     tell(f"{share:.0%} of positions of the texts that were read could be paired")

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
     from pscope.models.residual import overwriting as overwriting
     from pscope.models.residual import recording as recording
     from pscope.models.states import States as States
+    from pscope.show.figures import figure as figure
     from pscope.show.lens_page import lens as lens
 
 _HOME = {
@@ -62,6 +63,7 @@ _HOME = {
     "capture": "models.residual",
     "continue_prompts": "engine.unpatched",
     "editing": "models.residual",
+    "figure": "show.figures",
     "lens": "show.lens_page",
     "load": "models.loading",
     "logit_lens": "engine.lens",

@@ -215,14 +215,16 @@ def test_bands_against_a_plain_bootstrap(finding):
 
 def test_the_figure_shows_the_summary(finding):
     summary = summarise(finding)
-    precision, surprise = next_token_figure(summary, "title").axes
+    figure = next_token_figure(summary, "title")
+    precision, surprise = figure.axes
     for axes, measure in ((precision, "precision_at_1"), (surprise, "surprisal")):
         for lens, line in zip(("logit lens", "token identity"), axes.get_lines(), strict=False):
             expected = summary[summary["lens"] == lens]
             np.testing.assert_allclose(line.get_xdata(), expected["layer"])
             np.testing.assert_allclose(line.get_ydata(), expected[measure])
-        assert [text.get_text() for text in axes.get_legend().get_texts()] == ["logit lens", "token identity"]
         assert len(axes.collections) == 2
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["logit lens", "token identity"]
+    assert figure.get_suptitle().endswith("\ntitle")
 
 
 def test_layer_readout_against_one_row_passes(smollm2):
@@ -263,7 +265,7 @@ def test_the_readout_figure_has_a_planted_cell_where_it_belongs():
     )
     table = pd.DataFrame(rows).astype({"layer": "Int64", "continuation": "string"})
     table.loc[(table["layer"] == 5) & (table["reading"] == "logit lens"), "probability"] = 0.9
-    axes = layer_readout_figure(table, "$5 (#1), not $6").axes[0]
+    axes, said = layer_readout_figure(table, "$5 (#1), not $6").axes[:2]
     axes.figure.savefig(io.BytesIO())
     shades = axes.collections[0].get_array().reshape(4, 2)
     assert shades[1, 1] == 0.9
@@ -272,7 +274,9 @@ def test_the_readout_figure_has_a_planted_cell_where_it_belongs():
     written = {(text.get_position()[0], text.get_position()[1]): text.get_text() for text in axes.texts}
     assert written[(1.5, 1.5)] == "logit lens 5"
     assert written[(0.5, 3.5)] == r"\$c\$"
-    assert written[(2.04, 1.5)] == "goes on 5"
+    assert [(text.get_position(), text.get_text()) for text in said.texts][1] == ((0, 1.5), "goes on 5")
+    # Each of the four says something else than the one above.
+    assert [line.get_ydata()[0] for line in said.get_lines()] == [1, 2, 3]
 
 
 def test_readout_refuses(tiny):

@@ -404,21 +404,28 @@ def test_the_figures_show_the_table():
     # A band that rounding puts beside its mean is none of less than no width.
     summary.loc[0, "low"] = summary.loc[0, "found"] + 1e-12
     (axes,) = answers_figure(summary, "$").axes
-    widths = [round(bar.get_width(), 3) for container in axes.containers for bar in getattr(container, "patches", [])]
-    assert sorted(widths) == sorted(summary["found"].round(3))
-    assert [label.get_text() for label in axes.get_yticklabels()] == summary["method"].tolist()
+    shares = [share for container in axes.containers for share in container.lines[0].get_xdata()]
+    assert sorted(shares) == pytest.approx(sorted(summary["found"]))
+    assert [label.get_text() for label in axes.get_yticklabels()] == [*dict.fromkeys(summary["method"])][::-1]
     said = planted()
     said["found"] = said["found"] & (said["condition"] == PATCHED)
     both = summarise(planted(), said)
     panels = answers_figure(both, "$").axes
-    assert [axes.get_title() for axes in panels] == ["answer scored", "answer said"]
+    assert [axes.get_title() for axes in panels] == [
+        "the right answer is the most probable",
+        "the right answer is in what is said",
+    ]
+    methods = [label.get_text() for label in panels[0].get_yticklabels()]
     for axes, judged in zip(panels, ("scored", "said"), strict=True):
-        bars = [bar for container in axes.containers for bar in getattr(container, "patches", [])]
         expected = both[both["judged"] == judged].set_index(["method", "measure"])["found"]
-        got = {round(bar.get_y() + bar.get_height() / 2): bar.get_width() for bar in bars}
-        rows = summary[["method", "measure"]].itertuples(index=False, name=None)
-        places = {row: len(summary) - 1 - place for place, row in enumerate(rows)}
-        assert {row: got[place] for row, place in places.items()} == pytest.approx(expected.to_dict())
+        got = {
+            (methods[round(place)], container.get_label()): share
+            for container in axes.containers
+            for share, place in zip(*container.lines[0].get_data(), strict=True)
+        }
+        assert got == pytest.approx(expected.to_dict())
+        hollow = {each.get_label() for each in axes.containers if each.lines[0].get_markerfacecolor() == "white"}
+        assert hollow == {"held-out pair, random vector", "oracle, random vector"}
     cot, backpatch = answers_heatmaps(planted(), "title").axes[:2]
     # Source layers 1 and 3 to the right, target layers 0 and 2 upwards.
     assert [label.get_text() for label in cot.get_xticklabels()] == ["1", "3"]

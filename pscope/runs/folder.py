@@ -195,7 +195,7 @@ class Run:
             warnings.filterwarnings("ignore", "Glyph .* missing")
             for suffix in ("png", "svg"):
                 with self._whole(f"{name}.{suffix}") as path:
-                    figure.savefig(path, dpi=150, bbox_inches="tight")
+                    figure.savefig(path, dpi=200, bbox_inches="tight")
         return self.folder / f"{name}.png"
 
     def write_page(self, page: str) -> Path:

@@ -3,30 +3,30 @@
 from __future__ import annotations
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from rich.table import Table
 
 from pscope.experiments.attribute_extraction import ANOTHER, PROBE
 from pscope.experiments.attribute_summary import BEST, HELD_OUT, MEAN, SCORED
 from pscope.experiments.sweep import PATCHED, RANDOM
-from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
+from pscope.show.common import drawable, layer_heatmaps, titled
 from pscope.show.tables import literal, narrow_table, number
+from pscope.show.theme import BLUE, GREEN, GREY, ORANGE, SKY, VERMILION, Look, drawing, fill, label_layers, plot
 
 _WITH_BANDS = [(PATCHED, HELD_OUT), (PROBE, None)]
 """Of six bands that overlap nobody would see one."""
 
 _LINES = {
-    (PATCHED, BEST): ("patched, any target layer (oracle)", "-"),
-    (PATCHED, HELD_OUT): ("patched, target layer best for others", "-"),
-    (PATCHED, MEAN): ("patched, mean over target layers", "--"),
-    (PROBE, None): ("probe", "-."),
-    (ANOTHER, BEST): ("another subject (oracle)", ":"),
-    (RANDOM, BEST): ("random vector (oracle)", ":"),
+    (PATCHED, HELD_OUT): ("patched, target layer best for others", Look(BLUE, "-", "o")),
+    (PATCHED, BEST): ("patched, any target layer (oracle)", Look(ORANGE, "-", "^")),
+    (PATCHED, MEAN): ("patched, mean over target layers", Look(SKY, "--")),
+    (PROBE, None): ("probe", Look(GREEN, "-.", "D")),
+    (ANOTHER, BEST): ("another subject (oracle)", Look(VERMILION, ":", "v")),
+    (RANDOM, BEST): ("random vector (oracle)", Look(GREY, ":", "s")),
 }
 
 
-def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Figure:
+def accuracy_figure(accuracy: pd.DataFrame, on: str = "", columns: int = 5) -> Figure:
     """From `attribute_summary.over_layers`: a panel for each relation, a line for each way of reading.
 
     Those that are held against each other, the target layer held out and the probe, have bands.
@@ -34,37 +34,36 @@ def accuracy_figure(accuracy: pd.DataFrame, title: str, columns: int = 5) -> Fig
     relations = list(dict.fromkeys(accuracy["relation"]))
     rows = -(-len(relations) // columns)
     columns = min(columns, len(relations))
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=(1 + 3.2 * columns, 1.4 + 2.7 * rows), layout="constrained")
+    with drawing(max(4, 0.5 + 1.5 * columns), 1.4 + 1.25 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         for axes, relation in zip(panels, relations, strict=False):
             here = accuracy[accuracy["relation"] == relation]
-            for (key, (label, style)), colour in zip(_LINES.items(), sns.color_palette("colorblind"), strict=False):
-                condition, taken = key
+            for (condition, taken), (label, look) in _LINES.items():
                 same = here["taken"].isna() if taken is None else here["taken"] == taken
                 line = here[(here["condition"] == condition) & same].astype({"layer": int})
-                axes.plot(line["layer"], line["found"], style, color=colour, label=label)
-                if key in _WITH_BANDS:
-                    fill(axes, line["layer"], line["low"], line["high"], colour)
-            axes.set(title=drawable(relation), ylim=(0, 1.02))
+                plot(axes, line["layer"], line["found"], look, label, width=1)
+                if (condition, taken) in _WITH_BANDS:
+                    fill(axes, line["layer"], line["low"], line["high"], look, faint=condition == PROBE)
+            # Lines at zero and at one stand clear of the frame.
+            axes.set(title=drawable(relation), ylim=(-0.05, 1.05), yticks=(0, 0.5, 1))
             label_layers(axes, "Source layer")
             axes.label_outer()
         for axes in panels[len(relations) :]:
             axes.remove()
-        figure.supylabel("Accuracy: the right object is the most probable")
-        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figure.suptitle(drawable(title))
+        figure.supylabel("The right object is the most probable")
+        figure.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=3 if columns > 2 else 2)
+        figure.suptitle(titled("How often an attribute of a subject is read from its state", on))
     return figure
 
 
-def accuracy_heatmaps(table: pd.DataFrame, title: str) -> Figure:
+def accuracy_heatmaps(table: pd.DataFrame, on: str = "") -> Figure:
     """From the table of `AttributeScores`: the share of samples answered at every (ℓ, ℓ*)."""
     patched = table[table["condition"] == PATCHED].astype({"found": float})
     means = {
         relation: rows.groupby(["layer", "target_layer"])["found"].mean()
         for relation, rows in patched.groupby("relation", sort=False)
     }
-    return layer_heatmaps(means, "Accuracy", title)
+    return layer_heatmaps(means, "Accuracy", on)
 
 
 def accuracy_table(summary: pd.DataFrame) -> Table:

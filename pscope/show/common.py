@@ -1,4 +1,4 @@
-"""What figures share: bands, heatmaps over layers, text that is drawn as it stands."""
+"""What figures share: heatmaps over layers, and text that is drawn as it stands."""
 
 from __future__ import annotations
 
@@ -8,43 +8,49 @@ import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import MaxNLocator
 
 from pscope.characters import visible
+from pscope.show.theme import PAGE, SHADES, drawing
 
 
-def fill(axes: Axes, x: pd.Series, low: pd.Series, high: pd.Series, colour: str | tuple) -> None:
-    """The band around a line."""
-    axes.fill_between(x, low.astype(float), high.astype(float), color=colour, alpha=0.2, linewidth=0)
-
-
-def label_layers(axes: Axes, label: str) -> None:
-    """Layers on x, of which there are whole ones only."""
-    axes.set_xlabel(label)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-
-
-def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, title: str, columns: int = 5) -> Figure:
+def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, on: str, columns: int = 5) -> Figure:
     """One heatmap per panel, all of one scale: source layers on x, target layers on y, upwards.
 
-    `cells` are, by the title of the panel, values indexed by `layer` and `target_layer`.
+    `cells` are, by the title of the panel, values indexed by `layer` and `target_layer`; `label` says of what.
     """
     rows = -(-len(cells) // columns)
     columns = min(columns, len(cells))
     highest = max(values.max() for values in cells.values())
-    with sns.axes_style("white"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=(1.5 + 3.4 * columns, 0.6 + 3.2 * rows), layout="constrained")
+    side = min(2.4, PAGE / columns)
+    grids = {name: values.astype(float).unstack("layer").sort_index(ascending=False) for name, values in cells.items()}
+    first, *others = grids.values()
+    alike = all(all(map(pd.Index.equals, grid.axes, first.axes)) for grid in others)
+    with drawing(0.7 + side * columns, 0.7 + side * rows, "white") as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
-        for axes, (name, values) in zip(panels, cells.items(), strict=False):
-            grid = values.astype(float).unstack("layer").sort_index(ascending=False)
-            sns.heatmap(grid, cmap="crest", vmin=0, vmax=highest, cbar=False, ax=axes)
+        for axes, (name, grid) in zip(panels, grids.items(), strict=False):
+            sns.heatmap(grid, cmap=SHADES, vmin=0, vmax=highest, cbar=False, ax=axes, xticklabels=1, yticklabels=1)
             axes.set(title=drawable(name), xlabel="Source layer", ylabel="Target layer")
-            axes.tick_params(axis="y", rotation=0)
+            _round_ticks(axes, list(grid.columns), list(grid.index))
+            if alike:
+                axes.label_outer()
         for axes in panels[len(cells) :]:
             axes.remove()
         figure.colorbar(panels[0].collections[0], ax=panels[: len(cells)].tolist(), label=label, aspect=40, shrink=0.8)
-        figure.suptitle(drawable(title))
+        figure.suptitle(titled(f"{label}, at every pair of layers", on))
     return figure
+
+
+def _round_ticks(axes: Axes, columns: list[int], rows: list[int]) -> None:
+    """From the lowest layer on so many that each can be read."""
+    for axis, layers in ((axes.xaxis, columns), (axes.yaxis, rows)):
+        step = -(-len(layers) // 7)
+        shown = [place for place, layer in enumerate(layers) if sorted(layers).index(layer) % step == 0]
+        axis.set_ticks([place + 0.5 for place in shown], [str(layers[place]) for place in shown], rotation=0)
+
+
+def titled(seen: str, on: str) -> str:
+    """A title: what is seen, and below it on what, where that is known."""
+    return drawable(f"{seen}\n{on}" if on else seen)
 
 
 def drawable(text: str) -> str:

@@ -13,14 +13,20 @@ from pscope.show.tables import literal, narrow_table, number, with_band
 _MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
 
 
-def cross_model_figure(summary: pd.DataFrame, reader: str, measure: str, title: str) -> Figure:
-    """Heatmaps of a measure of `cross_model.summarise` over (ℓ, ℓ*): one panel for each condition that has it."""
+def cross_model_figure(
+    summary: pd.DataFrame, on: str = "", reader: str | None = None, measure: str = "precision_at_1"
+) -> Figure:
+    """Heatmaps of a measure of `cross_model.summarise` over (ℓ, ℓ*): one panel for each condition that has it.
+
+    Of the `reader` that is named, or the first.
+    """
+    reader = summary["reader"].iloc[0] if reader is None else reader
     rows = summary[(summary["reader"] == reader) & summary[measure].notna()]
     cells = {
         condition: each.set_index(["layer", "target_layer"])[measure]
         for condition, each in rows.groupby("condition", sort=False)
     }
-    return layer_heatmaps(cells, _MEASURES[measure], title, columns=4)
+    return layer_heatmaps(cells, f"{_MEASURES[measure]}: {reader}", on, columns=4)
 
 
 def best_pairs_table(best: pd.DataFrame, summary: pd.DataFrame, reader: str) -> Table:

@@ -15,11 +15,44 @@ from pscope.experiments.entity_resolution import ANOTHER, WRITTEN_OUT
 from pscope.experiments.entity_resolution_across import SOURCE_ITSELF, TARGET_ITSELF
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.entities import ALL
-from pscope.show.common import drawable, fill, label_layers, layer_heatmaps
+from pscope.show.common import drawable, layer_heatmaps, titled
 from pscope.show.tables import literal, narrow_table, one_line, with_band
+from pscope.show.theme import (
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    INK,
+    ORANGE,
+    PAGE,
+    PALE_PINK,
+    PINK,
+    SKY,
+    VERMILION,
+    Look,
+    drawing,
+    fill,
+    label_layers,
+    plot,
+)
+
+_GROUPS = [Look(ORANGE, "-", "^"), Look(GREEN, "-", "D"), Look(BROWN, "-", "P"), Look(PINK, "-", "X")]
+"""Groups of entities: none of these colours is that of a condition of the same figure."""
+
+_LOOKS = {
+    PATCHED: Look(BLUE, "-", "o"),
+    WRITTEN_OUT: Look(BLUE, "--"),
+    ANOTHER: Look(VERMILION, "-", "v"),
+    RANDOM: Look(GREY, "-", "s"),
+    CLEAN: Look(INK, ":"),
+    SOURCE_ITSELF: Look(SKY, "-.", "<"),
+    TARGET_ITSELF: Look(PALE_PINK, "-.", ">"),
+    MEAN: Look((0.45, 0.25, 0.6), "--", "d"),
+    SHUFFLED: Look((0.5, 0.5, 0), "--", "x"),
+}
 
 
-def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
+def entity_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     """Figure 3 from `entity_resolution.summarise`: mean ROUGE-L of the descriptions over the source layers.
 
     On the left each group of entities, with its ceiling, the name written out, and the bands of up to ten of them; on
@@ -28,57 +61,46 @@ def entity_figure(summary: pd.DataFrame, title: str) -> Figure:
     """
     patched = summary[summary["condition"] == PATCHED]
     if patched.duplicated(["group", "layer"]).any():
-        return _heatmaps(patched, title)
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
-        groups = [group for group in dict.fromkeys(summary["group"]) if group != ALL] or [ALL]
-        # Two entries in a line of the legend: those of all groups and the ceiling, or the five of the controls.
-        figure = Figure(figsize=(11, 4.5 + 0.25 * max(3, len(groups) // 2 + 1)), layout="constrained")
+        return _heatmaps(patched, on)
+    groups = [group for group in dict.fromkeys(summary["group"]) if group != ALL] or [ALL]
+    crowded = len(groups) > len(_GROUPS)
+    looks = sns.color_palette("husl", len(groups)) if crowded else _GROUPS
+    everything = summary[summary["group"] == ALL]
+    controls = [condition for condition in _LOOKS if (everything["condition"] == condition).any()]
+    # Two entries stand in a line of each legend.
+    with drawing(PAGE, 2.6 + 0.16 * max(-(-(1 + len(groups)) // 2), -(-len(controls) // 2))) as figure:
         by_group, by_condition = figure.subplots(1, 2, sharey=True)
-        colours = sns.color_palette("deep")
-        crowded = len(groups) > len(colours)
-        for group, colour in zip(groups, sns.color_palette("husl" if crowded else "deep", len(groups)), strict=True):
-            # Of so many bands none could be told from the others.
-            rows = summary[summary["group"] == group].assign(
-                **dict.fromkeys(("low", "high"), np.nan) if crowded else {}
-            )
+        for group, look in zip(groups, looks, strict=False):
+            rows = summary[summary["group"] == group]
+            if crowded:
+                # Of so many bands none could be told from the others.
+                look, rows = Look(look), rows.assign(low=np.nan, high=np.nan)
             name = group if len(group) <= 24 else f"{group[:23]}…"
-            _line(by_group, rows, PATCHED, colour, name)
-            _line(by_group, rows, WRITTEN_OUT, colour, f"{name}, {WRITTEN_OUT}", linestyle="--")
-        everything = summary[summary["group"] == ALL]
-        for condition, colour, style in (
-            (PATCHED, colours[2], "-"),
-            (WRITTEN_OUT, colours[2], "--"),
-            (ANOTHER, colours[3], "-"),
-            (RANDOM, colours[4], "-"),
-            (CLEAN, colours[7], ":"),
-            (SOURCE_ITSELF, colours[0], "-."),
-            (TARGET_ITSELF, colours[1], "-."),
-            (MEAN, colours[5], "-"),
-            (SHUFFLED, colours[6], "-"),
-        ):
-            _line(by_condition, everything, condition, colour, condition, linestyle=style)
-        by_group.set(title="groups", ylabel="ROUGE-L")
-        by_condition.set(title="all entities and controls")
+            _line(by_group, rows, PATCHED, look, name)
+            _line(by_group, rows, WRITTEN_OUT, Look(look.colour, "--"), f"{name}, {WRITTEN_OUT}")
+        for condition in controls:
+            _line(by_condition, everything, condition, _LOOKS[condition], condition)
+        by_group.set(title="each group", ylabel="ROUGE-L")
+        by_condition.set(title="all entities, and the controls")
         entries = [line for line in by_group.get_lines() if line.get_linestyle() == "-"]
         entries.append(Line2D([], [], color="grey", linestyle="--", label=WRITTEN_OUT))
         for axes, handles in ((by_group, entries), (by_condition, by_condition.get_lines())):
             axes.set(ylim=(0, None))
             label_layers(axes, "Layer of the hidden state")
-            options = {"fontsize": "small", "ncols": 2, "loc": "upper center", "bbox_to_anchor": (0.5, -0.15)}
-            axes.legend(handles=handles, **options)
-        figure.suptitle(drawable(title))
+            axes.legend(handles=handles, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
+        figure.suptitle(titled("How well entities are described from the states of their names", on))
     return figure
 
 
-def _heatmaps(patched: pd.DataFrame, title: str) -> Figure:
+def _heatmaps(patched: pd.DataFrame, on: str) -> Figure:
     by_group = {
         group: rows.set_index(["layer", "target_layer"])["rouge_l"]
         for group, rows in patched.groupby("group", sort=False)
     }
-    return layer_heatmaps(by_group, "ROUGE-L", title)
+    return layer_heatmaps(by_group, "ROUGE-L", on)
 
 
-def _line(axes: Axes, summary: pd.DataFrame, condition: str, colour: tuple, label: str, linestyle: str = "-") -> None:
+def _line(axes: Axes, summary: pd.DataFrame, condition: str, look: Look, label: str) -> None:
     """One condition over the layers with its band; level where it belongs to no layer."""
     rows = summary[summary["condition"] == condition]
     if rows.empty:
@@ -87,8 +109,8 @@ def _line(axes: Axes, summary: pd.DataFrame, condition: str, colour: tuple, labe
         layers = summary["layer"].dropna()
         rows = pd.concat([rows.assign(layer=layers.min()), rows.assign(layer=layers.max())])
     layers = rows["layer"].astype(int)
-    axes.plot(layers, rows["rouge_l"], color=colour, linestyle=linestyle, label=drawable(label))
-    fill(axes, layers, rows["low"], rows["high"], colour)
+    plot(axes, layers, rows["rouge_l"], look, drawable(label))
+    fill(axes, layers, rows["low"], rows["high"], look)
 
 
 def resolution_table(table: pd.DataFrame, entity: str, *, scored: bool) -> Table:

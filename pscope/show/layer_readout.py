@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pandas as pd
 import seaborn as sns
 from matplotlib.figure import Figure
@@ -9,11 +11,15 @@ from rich.table import Table
 
 from pscope.experiments.layer_readout import LOGIT_LENS, PATCHSCOPE
 from pscope.experiments.sweep import CLEAN
-from pscope.show.common import drawable
+from pscope.show.common import drawable, titled
 from pscope.show.tables import literal
+from pscope.show.theme import INK, PAGE, SHADES, drawing
+
+ROOM = 64
+"""Characters of a continuation that are drawn."""
 
 
-def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:
+def layer_readout_figure(table: pd.DataFrame, on: str = "") -> Figure:
     """Figure 1 from the table of `layer_readout`: the most probable token of each layer, shaded by its probability."""
     best = table[table["rank"] == 1].assign(
         layer=lambda frame: frame["layer"].astype("string").fillna(CLEAN),
@@ -24,27 +30,34 @@ def layer_readout_figure(table: pd.DataFrame, title: str) -> Figure:
     columns = [PATCHSCOPE, LOGIT_LENS]
     labels = spoken.loc[order, columns].map(lambda token: "" if pd.isna(token) else drawable(repr(token)[1:-1]))
     continuations = best[best["reading"] == PATCHSCOPE].set_index("layer").loc[order, "continuation"]
-    with sns.axes_style("white"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=(9, 1.4 + 0.3 * len(order)), layout="constrained")
-        axes = figure.subplots()
-        sns.heatmap(
-            shade.loc[order, columns].astype(float),
-            annot=labels,
-            fmt="",
-            cmap="crest",
-            vmin=0,
-            vmax=1,
-            cbar_kws={"label": "Probability", "pad": 0.32},
-            ax=axes,
-        )
+    with drawing(PAGE, 1.1 + 0.17 * len(order), "white") as figure:
+        axes, said = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
+        values = shade.loc[order, columns].astype(float)
+        sns.heatmap(values, annot=labels, fmt="", cmap=SHADES, vmin=0, vmax=1, cbar=False, ax=axes, yticklabels=1)
         for place, text in enumerate(continuations):
-            axes.text(2.04, place + 0.5, drawable(repr(text)[1:-1]), va="center", fontsize="small")
-        axes.text(2.04, -0.25, "patchscope goes on", fontsize="medium")
+            said.text(0, place + 0.5, _shortened(text), va="center", fontsize=7, clip_on=True)
+        for place, (above, below) in enumerate(pairwise(labels[PATCHSCOPE]), 1):
+            if above != below:
+                axes.axhline(place, xmax=0.5, color="white", linewidth=1.5)
+                said.axhline(place, color=INK, linewidth=0.5)
         axes.tick_params(axis="y", rotation=0)
-        axes.xaxis.tick_top()
+        for each in (axes, said):
+            each.xaxis.tick_top()
+            each.tick_params(length=0)
+        said.tick_params(labelleft=False)
+        said.set_xticks([0], ["the patchscope goes on"], ha="left")
+        sns.despine(ax=said, left=True, bottom=True)
         axes.set(xlabel=None, ylabel="Layer")
-        figure.suptitle(drawable(title))
+        bar = figure.colorbar(axes.collections[0], ax=axes, location="bottom", aspect=30, pad=0.01)
+        bar.set_label("Probability of the token")
+        figure.suptitle(titled("What a state says, layer by layer", on))
     return figure
+
+
+def _shortened(text: str) -> str:
+    """So much of a continuation as there is room for."""
+    shown = repr(text)[1:-1]
+    return drawable(shown if len(shown) <= ROOM else f"{shown[: ROOM - 1]}…")
 
 
 def readout_table(table: pd.DataFrame, title: str) -> Table:

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import NamedTuple
 
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from rich.table import Table
 
@@ -13,52 +13,75 @@ from pscope.experiments.attribute_summary import SAID, SCORED
 from pscope.experiments.multi_hop import STEP_BY_STEP, VANILLA, WIRINGS
 from pscope.experiments.sweep import CLEAN, PATCHED
 from pscope.inputs.queries import Query
-from pscope.show.common import drawable, layer_heatmaps
+from pscope.show.common import layer_heatmaps, titled
 from pscope.show.tables import literal, narrow_table, one_line, with_band
+from pscope.show.theme import BLUE, INK, ORANGE, PAGE, drawing
+
+
+class _Mark(NamedTuple):
+    """How a measure is drawn: in which colour and shape, filled or hollow, and how far above the middle of its row."""
+
+    colour: tuple[float, float, float]
+    shape: str
+    filled: bool
+    above: float
+
+
+_MARKS = {
+    "accuracy": _Mark(INK, "s", True, 0),
+    "held-out pair": _Mark(BLUE, "o", True, 0.22),
+    "held-out pair, random vector": _Mark(BLUE, "o", False, 0.08),
+    "oracle": _Mark(ORANGE, "D", True, -0.08),
+    "oracle, random vector": _Mark(ORANGE, "D", False, -0.22),
+}
+
+_JUDGED = {SCORED: "the most probable", SAID: "in what is said"}
 
 _ORDER = {method: place for place, method in enumerate((VANILLA, STEP_BY_STEP, *WIRINGS))}
 
 
-def answers_figure(summary: pd.DataFrame, title: str) -> Figure:
-    """From `multi_hop_summary.summarise`: a bar with its 95 % band for every measure of every method.
+def answers_figure(summary: pd.DataFrame, on: str = "") -> Figure:
+    """From `multi_hop_summary.summarise`: a row for each method, with a mark and its 95 % band for each measure.
 
-    A panel for each way an answer is judged, side by side.
+    A panel for each way an answer is judged, side by side; the dotted line is the query asked as it stands.
     """
-    labels = list(dict.fromkeys(summary["measure"]))
-    colours = dict(zip(labels, sns.color_palette("colorblind"), strict=False))
     panels = list(dict.fromkeys(summary["judged"]))
-    rows = summary.drop_duplicates(["method", "measure"])[["method", "measure"]].sort_values(
-        ["method", "measure"], key=lambda column: column.map({**_ORDER, **{label: n for n, label in enumerate(labels)}})
-    )
-    places = {row: len(rows) - 1 - place for place, row in enumerate(rows.itertuples(index=False, name=None))}
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=(2.5 + 5 * len(panels), 1.6 + 0.36 * len(rows)), layout="constrained")
+    methods = sorted(set(summary["method"]), key=_ORDER.__getitem__, reverse=True)
+    with drawing(PAGE, 1.3 + 0.36 * len(methods)) as figure:
         drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
         for axes, judged in zip(drawn, panels, strict=True):
-            bars = summary[summary["judged"] == judged]
-            bars = bars.assign(place=[places[pair] for pair in zip(bars["method"], bars["measure"], strict=True)])
-            for measure in labels:
-                here = bars[bars["measure"] == measure]
+            here = summary[summary["judged"] == judged]
+            for measure, mark in _MARKS.items():
+                rows = here[here["measure"] == measure]
                 # Where a band has no width, rounding may put it beside its mean.
-                error = [(here["found"] - here["low"]).clip(lower=0), (here["high"] - here["found"]).clip(lower=0)]
-                options = {"label": drawable(measure), "color": colours[measure], "capsize": 3}
-                axes.barh(here["place"], here["found"], xerr=error, **options)
-            axes.set_yticks([*places.values()], [drawable(method) for method, _ in places])
-            axes.set(title=drawable(f"answer {judged}"), xlabel="Share of queries answered", xlim=(0, 1))
-        # The first has bars of every measure.
-        figure.legend(*drawn[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
-        figure.suptitle(drawable(title))
+                band = [(rows["found"] - rows["low"]).clip(lower=0), (rows["high"] - rows["found"]).clip(lower=0)]
+                place = [methods.index(method) + mark.above for method in rows["method"]]
+                drawn_as = {"color": mark.colour, "fmt": mark.shape, "label": measure}
+                hollow = {} if mark.filled else {"markerfacecolor": "white", "elinewidth": 0.7}
+                axes.errorbar(rows["found"], place, xerr=band, **drawn_as, **hollow)
+            for share in here.loc[here["method"] == VANILLA, "found"]:
+                axes.axvline(share, color=INK, linestyle=":", linewidth=0.8, zorder=1)
+            axes.set_yticks(range(len(methods)), methods)
+            axes.grid(visible=False, axis="y")
+            axes.set(title=f"the right answer is {_JUDGED[judged]}", xlabel="Share of queries")
+            axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(methods) - 0.4))
+        # The first has marks of every measure.
+        handles, labels = drawn[0].get_legend_handles_labels()
+        used = [number for number, label in enumerate(labels) if label in set(summary["measure"])]
+        legend = [handles[number] for number in used], [labels[number] for number in used]
+        figure.legend(*legend, loc="outside lower center", ncols=3)
+        figure.suptitle(titled("Questions of two hops, asked plainly and by patching", on))
     return figure
 
 
-def answers_heatmaps(table: pd.DataFrame, title: str) -> Figure:
+def answers_heatmaps(table: pd.DataFrame, on: str = "") -> Figure:
     """From the table of `MultiHopScores`: the share of queries answered at every (ℓ, ℓ*), per wiring."""
     patched = table[(table["condition"] == PATCHED) & table["method"].isin(WIRINGS)].astype({"found": float})
     means = {
         wiring: rows.groupby(["layer", "target_layer"])["found"].mean()
         for wiring, rows in patched.groupby("method", sort=False)
     }
-    return layer_heatmaps(means, "Share of queries answered", title)
+    return layer_heatmaps(means, "Share of queries answered", on)
 
 
 def answers_table(summary: pd.DataFrame, lengths: str) -> Table:

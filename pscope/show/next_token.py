@@ -2,32 +2,58 @@
 
 from __future__ import annotations
 
+from itertools import cycle
+
 import pandas as pd
-import seaborn as sns
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pscope.show.common import drawable, fill, label_layers
+from pscope.show.common import drawable, titled
 from pscope.show.tables import literal, narrow_table, with_band
+from pscope.show.theme import (
+    BLUE,
+    BROWN,
+    GREEN,
+    ORANGE,
+    PAGE,
+    PINK,
+    SKY,
+    VERMILION,
+    Look,
+    drawing,
+    fill,
+    label_layers,
+    plot,
+)
 
 BANDED = 3
 """So many lenses have room for their bands in 80 columns."""
 
+_LOOKS = [
+    Look(VERMILION, "--", "v"),
+    Look(GREEN, "-.", "D"),
+    Look(BLUE, "-", "o"),
+    Look(ORANGE, "-", "s"),
+    Look(PINK, "--", "^"),
+    Look(BROWN, "-.", "P"),
+    Look(SKY, ":", "X"),
+]
+
 _MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
 
 
-def next_token_figure(summary: pd.DataFrame, title: str) -> Figure:
+def next_token_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     """Figure 2 from `next_token.summarise`: precision@1 and surprisal over the layers, one line and band per lens."""
-    with sns.axes_style("whitegrid"), sns.plotting_context("notebook"):
-        figure = Figure(figsize=(11, 4.2), layout="constrained")
+    lenses = summary.groupby("lens", sort=False)
+    with drawing(PAGE, 2.6 + 0.14 * (len(lenses) // 4)) as figure:
         for axes, (measure, label) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
-            sns.lineplot(summary, x="layer", y=measure, hue="lens", style="lens", errorbar=None, ax=axes)
-            for line, (_, band) in zip(axes.get_lines(), summary.groupby("lens", sort=False), strict=False):
-                fill(axes, band["layer"], band[f"{measure}_low"], band[f"{measure}_high"], line.get_color())
+            for (lens, rows), look in zip(lenses, cycle(_LOOKS), strict=False):
+                plot(axes, rows["layer"], rows[measure], look, drawable(lens))
+                fill(axes, rows["layer"], rows[f"{measure}_low"], rows[f"{measure}_high"], look)
             axes.set(ylabel=label, ylim=(0, None))
             label_layers(axes, "Layer of the hidden state")
-            axes.legend(title=None)
-        figure.suptitle(drawable(title))
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
+        figure.suptitle(titled("How early the next token can be read", on))
     return figure
 
 
