@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
-from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, read, resume, table2, table3, targets
+from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, read, resume, show, table2, table3, targets
 from pscope.cli.console import rank
 from pscope.cli.frame import kept_by
 from typer.core import TyperCommand, TyperGroup
@@ -92,8 +92,9 @@ def pscope(
     """Read what a language model's hidden states hold, by patching them into another prompt (Patchscopes).
 
     Run `check` first on a new model. Every command named after a figure or table of the paper draws it, and leaves a
-    folder with its settings, its table and its figure; `resume` goes on. `lens` makes a page to look at. `read` has
-    any state or vector read by any prompt, of which `targets` lists some. `fit` makes maps between layers or models.
+    folder with its settings, its table and its figure; `resume` goes on. `lens` makes a page to look at, `app` is a
+    live demo. `read` has any state or vector read by any prompt, of which `targets` lists some. `fit` makes maps
+    between layers or models.
     """
     if ctx.invoked_subcommand is None:
         typer.echo(ctx.get_help())
@@ -111,3 +112,4 @@ app.command()(read.read)
 app.command()(targets.targets)
 app.command()(fit.fit)
 app.command()(resume.resume)
+app.command()(show.show)

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from pscope.models.states import States as States
     from pscope.show.figures import figure as figure
     from pscope.show.lens_page import lens as lens
+    from pscope.show.run_page import run_page as run_page
 
 _HOME = {
     "Affine": "mappings.mapping",
@@ -70,6 +71,7 @@ _HOME = {
     "overwriting": "models.residual",
     "read_mappings": "mappings.storage",
     "recording": "models.residual",
+    "run_page": "show.run_page",
     "save_mappings": "mappings.storage",
 }
 

@@ -1,5 +1,6 @@
 import json
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from huggingface_hub import constants
+from playwright.sync_api import sync_playwright
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -51,6 +53,17 @@ def loaded_once(smollm2, monkeypatch) -> None:
         return smollm2 if as_it_comes else load(model, *more, **options)
 
     monkeypatch.setattr("pscope.models.loading.load", loaded)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Chromium, which must be there."""
+    found = shutil.which("chromium") or shutil.which("google-chrome")
+    assert found, "no Chromium is installed; Debian's package is called chromium"
+    with sync_playwright() as playwright:
+        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
+        yield chromium
+        chromium.close()
 
 
 @pytest.fixture(scope="session")

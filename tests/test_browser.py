@@ -1,10 +1,8 @@
 """The lens page in a real browser: `pytest -m browser`, with Chromium installed."""
 
-import shutil
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import sync_playwright
 
 import pscope
 from pscope import Decoding
@@ -16,16 +14,6 @@ pytestmark = pytest.mark.browser
 
 TEXT = "\none two one </script><b>three</b>"
 ROWS = "#grid tbody tr"
-
-
-@pytest.fixture(scope="module")
-def browser():
-    found = shutil.which("chromium") or shutil.which("google-chrome")
-    assert found, "no Chromium is installed; Debian's package is called chromium"
-    with sync_playwright() as playwright:
-        chromium = playwright.chromium.launch(executable_path=found, args=["--no-sandbox"])
-        yield chromium
-        chromium.close()
 
 
 @pytest.fixture(scope="module")

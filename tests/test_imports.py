@@ -27,24 +27,25 @@ def imported(folder: str) -> set[str]:
     return {module for module in found if module.split(".")[0] not in own | set(sys.stdlib_module_names)}
 
 
-def declared(extra: str | None = None) -> set[str]:
-    """The distributions that pscope asks for, and with an extra those of the extra."""
+def declared(*extras: str) -> set[str]:
+    """The distributions that pscope asks for, and with extras those of them."""
     asked = [line.partition("; extra ==") for line in requires("pscope")]
     return {
         re.match(r"[\w-]+", name)[0].lower().replace("_", "-")
         for name, _, of in asked
-        if not of or of.strip(" \"'") == extra
+        if not of or of.strip(" \"'") in extras
     }
 
 
 @pytest.mark.parametrize(
-    ("folder", "extra"), [("pscope", "adapters"), ("cli", None), ("tests", "test"), ("benchmarks", "test")]
+    ("folder", "extras"),
+    [("pscope", ["adapters", "app"]), ("cli", ["app"]), ("tests", ["test"]), ("benchmarks", ["test"])],
 )
-def test_what_is_imported_is_declared(folder, extra):
+def test_what_is_imported_is_declared(folder, extras):
     distributions = packages_distributions()
     needed = {distributions[module.split(".")[0]][0].lower().replace("_", "-") for module in imported(folder)}
     assert needed
-    assert needed <= declared(extra)
+    assert needed <= declared(*extras)
 
 
 def test_only_what_transformers_exports_is_imported():

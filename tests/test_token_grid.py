@@ -201,7 +201,7 @@ def test_a_page_shows_itself_in_a_notebook_and_is_kept(tiny, tmp_path):
     ((tag, attributes),) = frames
     assert (tag, attributes["srcdoc"], attributes["sandbox"]) == ("iframe", page.html, "allow-scripts")
     assert set(page.table()["lens"]) == {"logit lens", "token identity", "entity description"}
-    assert repr(page) == f"LensPage(title={HOSTILE!r})"
+    assert repr(page) == f"Page(title={HOSTILE!r})"
     page.save(tmp_path / "page.html")
     assert (tmp_path / "page.html").read_text("utf-8") == page.html
     with pytest.raises(DataError, match="is there already"):

@@ -15,6 +15,7 @@ from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, Stopp
 
 from pscope.errors import PscopeError, RowError
 from pscope.models.model import LanguageModel, not_finite
+from pscope.notebook import table_in_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -117,6 +118,8 @@ class Continuations:
     clean: list[int]
     """What follows the target unpatched, the control."""
     decode: Callable[[list[int]], str] = field(repr=False, compare=False)
+
+    _repr_html_ = table_in_frame
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.patched) > 3 else "")

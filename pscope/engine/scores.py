@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pscope.notebook import table_in_frame
+
 if TYPE_CHECKING:
     import pandas as pd
 
@@ -45,6 +47,8 @@ class Scores(NamedTuple):
     patched: Scored
     clean: Scored
     """The same continuations after the target unpatched, the control."""
+
+    _repr_html_ = table_in_frame
 
     def __repr__(self) -> str:
         whole = self.patched.log_probabilities.nansum(dim=1).tolist()
@@ -83,6 +87,8 @@ class Choices(NamedTuple):
     clean: Choice
     """One row: what is chosen after the target unpatched, the control."""
     candidates: tuple[str, ...]
+
+    _repr_html_ = table_in_frame
 
     def __repr__(self) -> str:
         of = f"{len(self.text)} rows of {len(self.candidates)} candidates"

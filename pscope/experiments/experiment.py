@@ -20,6 +20,7 @@ from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.engine.selfcheck import PathName, SelfCheck
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
+from pscope.notebook import progress
 
 FEWEST_ROWS = 256
 """A part has as many, if its units have: below, passes begin to cost in which few rows are left to speak."""
@@ -129,9 +130,13 @@ class Experiment(ABC, Generic[U]):
         return parts
 
     def table(self) -> pd.DataFrame:
-        """The whole table, read here and now."""
-        parts = self.parts(self.rows_per_part(self.rows_per_pass()))
-        return self.join(pd.concat([self.read(part) for part in parts], ignore_index=True))
+        """The whole table, read here and now. In a notebook a bar tells how far it is."""
+        tables = []
+        with progress(sum(unit.rows for unit in self.units), "rows") as meter:
+            for part in self.parts(self.rows_per_part(self.rows_per_pass())):
+                tables.append(self.read(part))
+                meter(sum(unit.rows for unit in part))
+        return self.join(pd.concat(tables, ignore_index=True))
 
 
 def tidy(rows: Iterable[Mapping[str, object]] | pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:

@@ -19,6 +19,7 @@ from pscope.files import written_whole
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 from pscope.models.residual import capture
+from pscope.notebook import table_in_frame
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,6 +137,8 @@ class States:
         if not rows:
             raise PscopeError(f"there is no state of layer {layer} among {self!r}")
         return self[rows]
+
+    _repr_html_ = table_in_frame
 
     def __repr__(self) -> str:
         layers = sorted({label.layer for label in self.labels if label.layer is not None})

@@ -164,6 +164,15 @@ class Run:
         except (OSError, ValueError) as error:
             raise RunError(f"{path} is damaged ({error}); delete it, and resume the run") from error
 
+    def rows(self, stage: str = TABLE) -> pd.DataFrame | None:
+        """What there is of a stage: the whole table, or the parts of it that are finished; None where nothing is."""
+        whole = self.table(stage)
+        paths = [] if whole is not None else sorted(self.parts(stage, []).folder.glob("[0-9]*.parquet"))
+        try:
+            return pd.concat(map(pd.read_parquet, paths), ignore_index=True) if paths else whole
+        except (OSError, ValueError) as error:
+            raise RunError(f"a part of {self.folder} is damaged ({error}); resume the run") from error
+
     def keep(self, table: pd.DataFrame, stage: str = TABLE) -> None:
         """Write the whole table of a stage; its parts are needed no longer."""
         with self._whole(f"{stage}.parquet") as path:
@@ -187,6 +196,16 @@ class Run:
                 _write_json(what, path)
         return self.folder / f"{name}{suffix}"
 
+    def notes(self) -> dict[str, pd.DataFrame]:
+        """The frames that were noted, by name."""
+        notes = {}
+        for path in sorted(self.folder.glob("*.csv")):
+            try:
+                notes[path.stem] = pd.read_csv(path)
+            except (OSError, ValueError) as error:
+                raise RunError(f"cannot read {path}: {error}") from error
+        return notes
+
     def draw(self, figure: Figure, name: str = "figure") -> Path:
         """Save a figure as `NAME.png` and `NAME.svg`; returns the path of the PNG."""
         # Text stays text in the SVG, drawn with the reader's fonts; in the PNG, scripts that matplotlib's own font
@@ -198,11 +217,11 @@ class Run:
                     figure.savefig(path, dpi=200, bbox_inches="tight")
         return self.folder / f"{name}.png"
 
-    def write_page(self, page: str) -> Path:
-        """Save a page as `page.html`; returns its path."""
-        with self._whole("page.html") as path:
+    def write_page(self, page: str, name: str = "page") -> Path:
+        """Save a page as `NAME.html`; returns its path."""
+        with self._whole(f"{name}.html") as path:
             path.write_text(page, "utf-8")
-        return self.folder / "page.html"
+        return self.folder / f"{name}.html"
 
     def leave_nothing(self) -> None:
         """Delete a run that this process began and nobody wants, with the folders made for it that are empty then."""

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from html import escape
-from importlib.resources import files
-from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment
 
 from pscope.characters import visible
 from pscope.engine.generate import Decoding
-from pscope.errors import DataError
 from pscope.experiments.token_grid import grid_of
-from pscope.files import written_whole
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.fingerprint import fingerprint
 from pscope.models.model import LanguageModel
-
-_TEMPLATES = files("pscope.show").joinpath("templates")
+from pscope.show.page import Page, rendered, shown
 
 
 def lens_page(table: pd.DataFrame, title: str, made: Mapping[str, str], vocabulary: int) -> str:
@@ -31,14 +22,14 @@ def lens_page(table: pd.DataFrame, title: str, made: Mapping[str, str], vocabula
     tokens = first.drop_duplicates("position").sort_values("position")
     words: dict[str, int] = {}
     data = {
-        "tokens": [_shown(token) for token in tokens["token"]],
-        "answers": [_shown(answer) for answer in tokens["answer"]],
+        "tokens": [shown(token) for token in tokens["token"]],
+        "answers": [shown(answer) for answer in tokens["answer"]],
         "layers": sorted(first["layer"].unique().tolist()),
         "vocabulary": vocabulary,
         "lenses": [_lens(name, rows, table, words) for name, rows in cells.groupby("lens", sort=False)],
     }
     # Tokens stand once, and cells name them by number.
-    data["words"] = [_shown(word) for word in words]
+    data["words"] = [shown(word) for word in words]
     page = {
         **data,
         "title": visible(title),
@@ -49,36 +40,7 @@ def lens_page(table: pd.DataFrame, title: str, made: Mapping[str, str], vocabula
             [_first(cell, data["words"]) for cell in row] for row in zip(*data["lenses"][0]["cells"], strict=True)
         ],
     }
-    environment = Environment(autoescape=True, trim_blocks=False)
-    template = environment.from_string(_TEMPLATES.joinpath("lens.html").read_text("utf-8"))
-    style, script = (_TEMPLATES.joinpath(f"lens.{kind}").read_text("utf-8") for kind in ("css", "js"))
-    return template.render(page=page, style=style, script=script, data=_embedded(data))
-
-
-@dataclass(frozen=True)
-class LensPage:
-    """A page and the table that it shows. A notebook shows the page, in a frame of its own."""
-
-    html: str = field(repr=False)
-    cells: pd.DataFrame = field(repr=False)
-    title: str
-
-    def table(self) -> pd.DataFrame:
-        """What is in the page: see `pscope.experiments.token_grid.TokenGrid`."""
-        return self.cells
-
-    def save(self, path: str | Path) -> None:
-        """Write the page to a new file. Raises DataError where something is there already."""
-        path = Path(path)
-        if path.exists():
-            raise DataError(f"{path} is there already; name a new file")
-        with written_whole(path) as unfinished:
-            unfinished.write_text(self.html, "utf-8")
-
-    def _repr_html_(self) -> str:
-        # In a frame, so that neither its styles nor its script meet those of the notebook, or of another page.
-        frame = 'style="width: 100%; height: 46rem; border: 0" sandbox="allow-scripts"'
-        return f'<iframe {frame} title="{escape(self.title)}" srcdoc="{escape(self.html)}"></iframe>'
+    return rendered("lens", page, data)
 
 
 def lens(
@@ -89,7 +51,7 @@ def lens(
     mappings: Mapping[str, MappingSet] | None = None,
     describe: Decoding | None = None,
     top_k: int = 5,
-) -> LensPage:
+) -> Page:
     """The lens page of a text: every token at every layer, by the logit lens, token identity and `mappings`, by name.
 
     With `describe`, as Decoding(20, stop=(",",)), every state also describes an entity. Raises PscopeError for what
@@ -97,7 +59,7 @@ def lens(
     """
     table = grid_of(model, text, layers, mappings=mappings, describe=describe, top_k=top_k).table()
     made = {"model": model.name, "weights": fingerprint(model)[:16]}
-    return LensPage(lens_page(table, text, made, model.config.vocab_size), table, text)
+    return Page(lens_page(table, text, made, model.config.vocab_size), table, text)
 
 
 def _lens(name: str, rows: pd.DataFrame, table: pd.DataFrame, words: dict[str, int]) -> dict:
@@ -120,21 +82,10 @@ def _cell(rows: pd.DataFrame, words: dict[str, int]) -> dict:
         "probabilities": [round(float(probability), 4) for probability in rows["probability"]],
         "entropy": round(float(top["entropy"]), 3),
         "rank": None if pd.isna(top["answer_rank"]) else int(top["answer_rank"]),
-        "continuation": None if pd.isna(top["continuation"]) else _shown(top["continuation"]),
+        "continuation": None if pd.isna(top["continuation"]) else shown(top["continuation"]),
     }
 
 
 def _first(cell: dict | None, words: list[str]) -> dict | None:
     """What is written in a cell, and how sure of it the lens is."""
     return cell and {"text": words[cell["tokens"][0]], "probability": cell["probabilities"][0]}
-
-
-def _shown(text: str) -> str:
-    """Text in one line, of which nothing steers a reader."""
-    return visible(text).replace("\n", "⏎").replace("\t", "⇥")
-
-
-def _embedded(data: dict) -> str:
-    """JSON that cannot end the tag that it stands in."""
-    text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
-    return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -1,0 +1,95 @@
+"""The page of a run: its settings, its figures, and all of its tables, to filter, sort, and read side by side."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from pscope.characters import visible
+from pscope.runs.folder import STAGES, TABLE, Run
+from pscope.show.page import Page, rendered, shown
+
+HEAVY = 2**21
+"""Bytes: a drawing of more is shown by its points, not its lines."""
+
+_UNITS = ("entity", "subject", "query", "source", "text")
+_WAYS = ("reader", "lens", "reading", "method", "condition")
+_NAMES = dict(zip(STAGES, ("what the model knows unpatched", "rows of the run", "what is said"), strict=True))
+
+
+def run_page(folder: str | Path) -> Page:
+    """The page of the run in a folder; of one that is not finished, of what there is. Raises RunError if it is none.
+
+    What is in the run's tables is in the page, which grows with them: some 10 MB for 500,000 rows.
+    """
+    run = Run(Path(folder))
+    settings = run.settings
+    stages = {stage: rows for stage in _NAMES if (rows := run.rows(stage)) is not None}
+    made, told = run.notes(), {_NAMES[stage]: rows for stage, rows in stages.items()}
+    # What is looked at first stands first: texts, then numbers.
+    order = ["what is said", "rows of the run", *made, "what the model knows unpatched"]
+    tables = {name: rows for name in order if (rows := {**told, **made}.get(name)) is not None}
+    model = settings.get("model") if isinstance(settings.get("model"), dict) else {}
+    page = {
+        "title": visible(f"{settings['command']}: {model.get('name', run.folder.name)}"),
+        "made": {
+            "run": visible(str(run.folder)),
+            **{
+                name: _told(settings[name])
+                for name in ("command_line", "status", "started", "seconds", "path", "rows")
+                if name in settings
+            },
+        },
+        "settings": {visible(name): _told(value) for name, value in settings.items() if name != "command_line"},
+        "figures": [_figure(path) for path in sorted(run.folder.glob("*.png"))],
+        "lens": (run.folder / "page.html").exists(),
+    }
+    data = {"tables": [_packed(name, rows) for name, rows in tables.items()]}
+    return Page(rendered("run", page, data), stages.get(TABLE, pd.DataFrame()), page["title"])
+
+
+def _told(value: object) -> str:
+    if isinstance(value, dict):
+        return visible(", ".join(f"{name} {_told(each)}" for name, each in value.items()))
+    return visible(", ".join(map(str, value)) if isinstance(value, list) else str(value))
+
+
+def _figure(png: Path) -> dict[str, str]:
+    """A figure as a link that holds it: as lines where that is not too much."""
+    svg = png.with_suffix(".svg")
+    path, kind = (svg, "svg+xml") if svg.exists() and svg.stat().st_size <= HEAVY else (png, "png")
+    return {"name": png.stem, "link": f"data:image/{kind};base64,{base64.b64encode(path.read_bytes()).decode()}"}
+
+
+def _packed(name: str, table: pd.DataFrame) -> dict[str, object]:
+    """A table, column by column, and what its rows are of."""
+    columns = [_column(column, table[column]) for column in table]
+    several = table[["layer", "target_layer"]].drop_duplicates() if {"layer", "target_layer"} <= {*table} else []
+    return {
+        "name": name,
+        "rows": len(table),
+        "columns": columns,
+        # Heatmaps are of tables in which a layer is patched into several.
+        "grid": len(several) > table["layer"].nunique() + 1 if len(several) else False,
+        "measures": [each["name"] for each in columns if each["kind"] in ("number", "flag")],
+        "unit": next((each for each in _UNITS if each in table), None),
+        "ways": [each for each in _WAYS if each in table],
+        "says": next((each for each in ("continuation", "answer", "token") if each in table), None),
+    }
+
+
+def _column(name: str, values: pd.Series) -> dict[str, object]:
+    """Numbers as they are; of anything else each value once, and for each row which it is, from 1; 0 is for none."""
+    if pd.api.types.is_float_dtype(values):
+        numbers = values.to_numpy(dtype="<f4", na_value=np.nan)
+        return {"name": name, "kind": "number", "packed": base64.b64encode(numbers.tobytes()).decode()}
+    codes, found = pd.factorize(values)
+    flag = pd.api.types.is_bool_dtype(values)
+    kind = "flag" if flag else "whole" if pd.api.types.is_integer_dtype(values) else "text"
+    size = next(size for size in (1, 2, 4) if len(found) < 2 ** (8 * size))
+    packed = base64.b64encode((codes + 1).astype(f"<u{size}").tobytes()).decode()
+    told = [shown(each) if isinstance(each, str) else each for each in found.tolist()]
+    return {"name": name, "kind": kind, "size": size, "values": told, "packed": packed}
