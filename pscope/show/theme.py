@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BytesIO
 from typing import NamedTuple
 
 import seaborn as sns
@@ -53,16 +54,33 @@ class Look(NamedTuple):
     mark: str | None = None
 
 
+class Drawing(Figure):
+    """A figure that a notebook shows by itself, whether or not pyplot has been imported there."""
+
+    def _repr_png_(self) -> bytes:
+        file = BytesIO()
+        with _any_script():
+            self.savefig(file, dpi=150, bbox_inches="tight")
+        return file.getvalue()
+
+
 @contextmanager
 def drawing(width: float, height: float, style: str = "whitegrid") -> Iterator[Figure]:
     """A figure of so many inches to draw on, and everything drawn meanwhile in the sizes of the theme."""
     with sns.axes_style(style, {"axes.edgecolor": "0.6"}), sns.plotting_context("paper", rc=_SIZES):
-        figure = Figure(figsize=(width, height), layout="constrained")
+        figure = Drawing(figsize=(width, height), layout="constrained")
         yield figure
         # Ticks are made when they are first drawn, in the sizes that hold then.
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Glyph .* missing")
+        with _any_script():
             figure.draw_without_rendering()
+
+
+@contextmanager
+def _any_script() -> Iterator[None]:
+    """A block in which scripts that matplotlib's font lacks are drawn as boxes, without a warning for each letter."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")
+        yield
 
 
 def plot(axes: Axes, x: object, y: object, look: Look, label: str, *, width: float = 1.2) -> None:
