@@ -9,7 +9,7 @@ from contextlib import suppress
 from typing import Annotated
 
 import typer
-from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, read, resume, show, table2, table3, targets
+from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, live, read, resume, show, table2, table3, targets
 from pscope.cli.console import rank
 from pscope.cli.frame import kept_by
 from typer.core import TyperCommand, TyperGroup
@@ -108,6 +108,7 @@ app.command()(table3.table3)
 app.command()(fig3.fig3)
 app.command()(fig4.fig4)
 app.command()(lens.lens)
+app.command()(live.app)
 app.command()(read.read)
 app.command()(targets.targets)
 app.command()(fit.fit)
