@@ -80,9 +80,14 @@ class GridOptions:
 
         `coarse` are source and target layers of the grid as fractions of the depth.
         """
-        if self.said_at is SaidAt.best:
+        if not self.speaks_on_a_grid:
             return self._as_many_as_best(model) if best is None else best
         return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
+
+    @property
+    def speaks_on_a_grid(self) -> bool:
+        """Whether rows speak at the same pairs of layers whatever scores best."""
+        return self.said_at is not SaidAt.best
 
     def _as_many_as_best(self, model: LanguageModel) -> list[Pair]:
         """A pair for every fold, of those that lead downwards where there are any: back-patching has no others."""
