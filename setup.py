@@ -27,7 +27,7 @@ setup(
         "safetensors>=0.8",
         "seaborn>=0.13.2",
         TORCH,
-        "tqdm>=4.66",
+        "tqdm>=4.67",
         "transformers>=5.20,<6",
         "rich>=13.8",
         "rouge-score>=0.1.2",
