@@ -31,27 +31,36 @@
     return made;
   }
 
+  const everyCell = (act) => cells.forEach((row, layer) => row.forEach((td, place) => act(td, read(layer, place))));
+
   function paint() {
-    const sought = search.value.trim().toLowerCase();
-    let hits = 0, cellsRead = 0;
-    cells.forEach((row, layer) => row.forEach((td, place) => {
-      const cell = read(layer, place), text = td.firstElementChild;
-      text.textContent = cell ? words(cell)[0] : "";
+    everyCell((td, cell) => {
       const value = cell ? measure(cell) : 0;
-      const at = cell && sought ? words(cell).findIndex((word) => word.trim().toLowerCase() === sought) : -1;
+      td.firstElementChild.textContent = cell ? words(cell)[0] : "";
       td.style.setProperty("--v", value.toFixed(3));
       td.classList.toggle("deep", value > 0.62);
       td.classList.toggle("agrees", Boolean(cell) && cell.rank === 1);
-      td.classList.toggle("hit", at >= 0);
-      td.classList.toggle("pinned", pinned.has(place));
-      td.setAttribute("aria-selected", pinned.has(place));
-      td.title = at >= 0 ? `at rank ${at + 1} here` : "";
-      hits += at >= 0 ? 1 : 0;
-      cellsRead += cell ? 1 : 0;
-    }));
-    found.textContent = sought ? `in ${hits} of ${cellsRead} cells` : "";
+    });
+    find();
     show(...here);
     showPins();
+  }
+
+  function find() {
+    const sought = search.value.trim().toLowerCase();
+    // Words stand once, so that each is looked at once.
+    const alike = new Set(page.words.flatMap((word, number) => (word.trim().toLowerCase() === sought ? [number] : [])));
+    let hits = 0, cellsRead = 0;
+    everyCell((td, cell) => {
+      const at = cell && sought ? cell.tokens.findIndex((number) => alike.has(number)) : -1;
+      if (at >= 0 || td.title) {
+        td.classList.toggle("hit", at >= 0);
+        td.title = at >= 0 ? `at rank ${at + 1} here` : "";
+      }
+      hits += at >= 0 ? 1 : 0;
+      cellsRead += cell ? 1 : 0;
+    });
+    found.textContent = sought ? `in ${hits} of ${cellsRead} cells` : "";
   }
 
   function plot(values, at, label) {
@@ -145,9 +154,15 @@
     cells[here[0]][here[1]].focus();
   }
 
-  function pin(place) {
-    pinned.has(place) ? pinned.delete(place) : pinned.add(place);
-    paint();
+  function pin(...places) {
+    for (const place of places) {
+      pinned.has(place) ? pinned.delete(place) : pinned.add(place);
+      for (const row of cells) {
+        row[place].classList.toggle("pinned", pinned.has(place));
+        row[place].setAttribute("aria-selected", pinned.has(place));
+      }
+    }
+    showPins();
   }
 
   const placeOf = (target) => {
@@ -178,13 +193,12 @@
     else if (event.key === "Home") move(here[0], 0);
     else if (event.key === "End") move(here[0], width - 1);
     else if (event.key === "Enter" || event.key === " ") pin(here[1]);
-    else if (event.key === "Escape") {
-      pinned.clear();
-      paint();
-    } else return;
+    else if (event.key === "Escape") pin(...pinned);
+    else return;
     event.preventDefault();
   });
-  for (const control of [lensChoice, measureChoice, search]) control.addEventListener("input", paint);
+  for (const control of [lensChoice, measureChoice]) control.addEventListener("input", paint);
+  search.addEventListener("input", find);
   document.getElementById("controls").addEventListener("submit", (event) => event.preventDefault());
   cells[here[0]][here[1]].tabIndex = 0;
   paint();
