@@ -15,7 +15,7 @@ from pscope.show.page import Page, rendered, shown
 HEAVY = 2**21
 """Bytes: a drawing of more is shown by its points, not its lines."""
 
-_UNITS = ("entity", "subject", "query", "source", "text")
+_UNITS = ("entity", "subject", "text", "query", "source")
 _WAYS = ("reader", "lens", "reading", "method", "condition")
 _NAMES = dict(zip(STAGES, ("what the model knows unpatched", "rows of the run", "what is said"), strict=True))
 
