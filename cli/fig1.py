@@ -30,7 +30,7 @@ def fig1(
     target: TargetOptions,
     layers: Annotated[str | None, layers_option("all")] = None,
     top_k: Annotated[int, typer.Option(min=1, help="Tokens to show for each layer.")] = 1,
-    new_tokens: NewTokensOption = 4,
+    new_tokens: NewTokensOption = 12,
     as_json: JsonOption = False,
 ) -> None:
     """Figure 1: what one token's hidden state says, layer by layer.
