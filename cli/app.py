@@ -6,6 +6,7 @@ import os
 import sys
 import time
 from contextlib import suppress
+from importlib.metadata import version
 from typing import Annotated
 
 import typer
@@ -81,12 +82,22 @@ def _tell(message: str, exit_code: int) -> int:
     return exit_code
 
 
-app = typer.Typer(cls=OneLineErrors, add_completion=False, invoke_without_command=True, rich_markup_mode="markdown")
+app = typer.Typer(cls=OneLineErrors, invoke_without_command=True, rich_markup_mode="markdown")
+
+
+def _tell_versions(asked: bool) -> None:
+    if asked:
+        typer.echo(", ".join(f"{name} {version(name)}" for name in ("pscope", "torch", "transformers")))
+        raise typer.Exit
 
 
 @app.callback()
 def pscope(
     ctx: typer.Context,
+    _: Annotated[
+        bool,
+        typer.Option("--version", callback=_tell_versions, is_eager=True, help="Tell the versions numbers depend on."),
+    ] = False,
     traceback: Annotated[bool, typer.Option("--traceback", help="Show where in the code an error arose.")] = False,
 ) -> None:
     """Read what a language model's hidden states hold, by patching them into another prompt (Patchscopes).
@@ -100,17 +111,12 @@ def pscope(
         typer.echo(ctx.get_help())
 
 
-app.command()(check.check)
-app.command()(fig1.fig1)
-app.command()(fig2.fig2)
-app.command()(table2.table2)
-app.command()(table3.table3)
-app.command()(fig3.fig3)
-app.command()(fig4.fig4)
-app.command()(lens.lens)
-app.command()(live.app)
-app.command()(read.read)
-app.command()(targets.targets)
-app.command()(fit.fit)
-app.command()(resume.resume)
-app.command()(show.show)
+PAPER, LOOK, RUNS = "The paper's experiments", "Look, and read anything", "Models and runs"
+
+for panel, commands in {
+    PAPER: (fig1.fig1, fig2.fig2, table2.table2, table3.table3, fig3.fig3, fig4.fig4),
+    LOOK: (lens.lens, read.read, targets.targets, live.app, show.show),
+    RUNS: (check.check, fit.fit, resume.resume),
+}.items():
+    for command in commands:
+        app.command(rich_help_panel=panel)(command)
