@@ -45,7 +45,7 @@ def framed(page: str, title: str, height: str, *, scripts: bool = False) -> str:
 
 
 def table_in_frame(result: Tabled) -> str:
-    """What a notebook shows of a result: what it says of itself, and its table. To be its `_repr_html_`."""
+    """What a notebook shows of a result: what it says of itself, and its table."""
     table, told = result.table(), visible(repr(result))
     shown = table.head(MOST_ROWS)
     more = f"<p>… and {len(table) - MOST_ROWS} more rows</p>" if len(table) > MOST_ROWS else ""

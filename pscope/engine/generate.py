@@ -119,7 +119,8 @@ class Continuations:
     """What follows the target unpatched, the control."""
     decode: Callable[[list[int]], str] = field(repr=False, compare=False)
 
-    _repr_html_ = table_in_frame
+    def _repr_html_(self) -> str:
+        return table_in_frame(self)
 
     def __repr__(self) -> str:
         shown = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.patched) > 3 else "")

@@ -48,7 +48,8 @@ class Scores(NamedTuple):
     clean: Scored
     """The same continuations after the target unpatched, the control."""
 
-    _repr_html_ = table_in_frame
+    def _repr_html_(self) -> str:
+        return table_in_frame(self)
 
     def __repr__(self) -> str:
         whole = self.patched.log_probabilities.nansum(dim=1).tolist()
@@ -88,7 +89,8 @@ class Choices(NamedTuple):
     """One row: what is chosen after the target unpatched, the control."""
     candidates: tuple[str, ...]
 
-    _repr_html_ = table_in_frame
+    def _repr_html_(self) -> str:
+        return table_in_frame(self)
 
     def __repr__(self) -> str:
         of = f"{len(self.text)} rows of {len(self.candidates)} candidates"

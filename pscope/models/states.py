@@ -138,7 +138,8 @@ class States:
             raise PscopeError(f"there is no state of layer {layer} among {self!r}")
         return self[rows]
 
-    _repr_html_ = table_in_frame
+    def _repr_html_(self) -> str:
+        return table_in_frame(self)
 
     def __repr__(self) -> str:
         layers = sorted({label.layer for label in self.labels if label.layer is not None})
