@@ -70,10 +70,12 @@ def patched_continuation(hf, decoder_layers, ids, position, layer, state, new_to
     return spoken
 
 
-def greedy_choices(hf, decoder_layers, ids, position, layer, state, spoken):
-    """What a greedy loop would choose at each step of `spoken`: by causality, one pass over all of it tells."""
-    logits = patched_logits(hf, decoder_layers, [*ids, *spoken], position, layer, state)
-    return logits[len(ids) - 1 : -1].argmax(dim=-1).tolist()
+def logits_at_each_step(hf, decoder_layers, ids, position, layer, state, spoken):
+    """The logits from which a greedy loop would choose each token of `spoken`, and one more: (spoken + 1, vocab).
+
+    By causality, one pass over all of it tells.
+    """
+    return patched_logits(hf, decoder_layers, [*ids, *spoken], position, layer, state)[len(ids) - 1 :]
 
 
 def _tensor(output):

@@ -1,9 +1,10 @@
 from dataclasses import replace
+from functools import cache
 
 import pytest
 import torch
 from conftest import random_model, rows_for_every_layer
-from reference import greedy_choices, hidden_states, patched_continuation, patched_logits
+from reference import hidden_states, logits_at_each_step, patched_continuation, patched_logits
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -48,14 +49,18 @@ def test_continuations_agree_with_the_one_row_loop(tiny, path, at):
     states, layers = rows_for_every_layer(tiny, per_layer=1)
     scope = Patchscope(tiny, tiny.prompt(TARGET, at), path=path)
     spoken = scope.generate(states, layers, Decoding(20))
-    for state, layer, got in zip(states, layers, spoken.patched, strict=True):
-        assert got == patched_continuation(
-            tiny.hf, tiny.layers, scope.target.ids, scope.target.position, layer, state, 20
-        )
-    own = hidden_states(tiny.hf, tiny.layers, scope.target.ids)[0, scope.target.position]
-    assert spoken.clean == patched_continuation(
-        tiny.hf, tiny.layers, scope.target.ids, scope.target.position, 0, own, 20
-    )
+    assert [*spoken.patched, spoken.clean] == loop_says(tiny, scope.target, 20)
+
+
+@cache
+def loop_says(model, target, new_tokens):
+    """What the one-row loop says of a random state at each layer, in no order, and last of the clean row."""
+    states, layers = rows_for_every_layer(model, per_layer=1)
+    own = hidden_states(model.hf, model.layers, target.ids)[0, target.position]
+    return [
+        patched_continuation(model.hf, model.layers, target.ids, target.position, layer, state, new_tokens)
+        for state, layer in zip([*states, own], [*layers, 0], strict=True)
+    ]
 
 
 def test_the_default_model_agrees_at_every_layer_logits_and_continuations(smollm2):
@@ -63,13 +68,17 @@ def test_the_default_model_agrees_at_every_layer_logits_and_continuations(smollm
     layers = list(range(smollm2.n_layers + 1))
     scope = Patchscope(smollm2, smollm2.prompt("Syria: Country in the Middle East, x"))
     assert scope.check.path == "staircase"
-    assert_agrees(scope, state, layers)
+    ids, (part,) = scope.target.ids, scope.logits(state, layers)
     spoken = scope.generate(state, layers, Decoding(20))
-    for layer, got in zip(layers, spoken.patched, strict=True):
+    for layer, logits, got in zip(layers, part.patched, spoken.patched, strict=True):
         assert len(got) == 20 or got[-1] in smollm2.end_tokens
-        assert got == greedy_choices(
-            smollm2.hf, smollm2.layers, scope.target.ids, scope.target.position, layer, state[layer], got
-        )
+        where = smollm2.hf, smollm2.layers, ids, scope.target.position, layer, state[layer]
+        expected = logits_at_each_step(*where, got)
+        assert got == expected[:-1].argmax(dim=-1).tolist()
+        assert (logits - expected[0]).abs().max() / expected[0].std() < 1e-4
+    with torch.no_grad():
+        clean = smollm2.hf(torch.tensor([ids])).logits[0, -1]
+    assert (part.clean - clean).abs().max() / clean.std() < 1e-4
 
 
 @pytest.mark.parametrize("path", PATHS)
