@@ -1,6 +1,4 @@
-"""Run by several processes that hold each model together: what it says, into a file, by the models' folders."""
-
-import sys
+"""What a model says, whole or held by several processes together."""
 
 import torch
 from accelerate import PartialState
@@ -23,9 +21,10 @@ def said(model: pscope.LanguageModel) -> dict[str, object]:
     }
 
 
-if __name__ == "__main__":
+def said_together(*folders_and_file: str) -> None:
+    """Run by several processes that hold each model together: what it says, into a file, by the models' folders."""
     state = PartialState(cpu=True)
-    *folders, file = sys.argv[1:]
+    *folders, file = folders_and_file
     found = {folder: said(pscope.load(folder, device="cpu", tensor_parallel=True)) for folder in folders}
     if state.is_main_process:
         torch.save(found, file)

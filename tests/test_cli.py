@@ -9,6 +9,7 @@ import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import forked
 import pandas as pd
 import pyarrow.parquet as pq
 import pytest
@@ -743,21 +744,14 @@ def test_a_stream_that_cannot_take_what_is_printed(arguments, encoding, device, 
 def test_a_stopped_command_says_what_was_kept(sent, tmp_path, tiny_folder):
     out, many = tmp_path / "run", tmp_path / "many.csv"
     many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(400)))
-    command = ["fig3", str(many), "--model", str(tiny_folder), "--layers", "0-4", "--new-tokens", "9"]
-    command += ["--memory", "0.002", "--out", str(out)]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "pscope", *command],
-        stderr=subprocess.PIPE,
-        text=True,
-        # Whoever runs the tests may have some of them ignored.
-        preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in sent],
-    )
-    while not (out / "parts" / "00000.parquet").exists():
-        assert process.poll() is None
-        time.sleep(0.1)
-    for number in sent:
-        process.send_signal(number)
-    _, told = process.communicate()
+    command = ("fig3", many, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 9, "--memory", 0.002)
+    with forked.pscope(*command, "--out", out) as process:
+        while not (out / "parts" / "00000.parquet").exists():
+            assert process.poll() is None
+            time.sleep(0.1)
+        for number in sent:
+            process.send_signal(number)
+        _, told = process.communicate()
     assert process.returncode == 130
     parts = sorted((out / "parts").iterdir())
     assert len(pd.read_parquet(out / "parts")) > 0

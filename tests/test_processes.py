@@ -7,12 +7,13 @@ import sys
 import time
 from pathlib import Path
 
+import forked
 import pandas as pd
 import pytest
 import torch
 from conftest import random_model
 from pscope.cli.app import app
-from split import said
+from split import said, said_together
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -24,17 +25,6 @@ from transformers import (
 from typer.testing import CliRunner
 
 import pscope
-
-TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
-
-
-def together(*arguments, **options) -> subprocess.Popen:
-    """Two processes of pscope, started by torchrun."""
-    command = [*TWO, "-m", "pscope", *map(str, arguments)]
-    return subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=ENVIRONMENT, **options
-    )
 
 
 def alone(*arguments) -> None:
@@ -53,8 +43,11 @@ def test_two_processes_leave_the_table_of_one(tiny_folder, tmp_path):
         "entity,reference\n" + "".join(f"{place},Town\n" for place in ("Paris", "Oslo", "Rome", "Nice", "Bonn"))
     )
     command = ("fig3", names, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 4, "--memory", 0.001, "--out")
-    process = together(*command, tmp_path / "two")
-    printed, told = process.communicate(timeout=300)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "pscope"]
+    line = [*torchrun, *map(str, command), str(tmp_path / "two")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.run(line, capture_output=True, text=True, env=environment, timeout=300)
+    printed, told = process.stdout, process.stderr
     assert process.returncode == 0, told
     alone(*command, tmp_path / "one")
     tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("one", "two")]
@@ -71,13 +64,12 @@ def test_a_process_that_dies_ends_the_others_with_one_line(killed, tmp_path, tin
     out, many = tmp_path / "run", tmp_path / "many.csv"
     many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(200)))
     command = ("fig3", many, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 9, "--memory", 0.002)
-    process = together(*command, "--out", out, start_new_session=True)
-    while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    (child,) = (number for number in children(process.pid) if f"\0RANK={killed}\0" in environment_of(number))
-    os.kill(child, signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
+    with forked.two_of_pscope(*command, "--out", out) as process:
+        while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
+            assert process.poll() is None
+            time.sleep(0.1)
+        os.kill(forked.pid_of(killed, process), signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
     assert process.returncode != 0
     (line,) = own_lines(told)
     assert re.fullmatch(rf"pscope: .*kept \d+ of \d+ parts in {out}; `pscope resume {out}` goes on", line)
@@ -88,45 +80,40 @@ def test_a_split_model_ends_as_one(tiny_folder, tmp_path):
     out, many = tmp_path / "run", tmp_path / "many.csv"
     many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(60)))
     command = ("fig3", many, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 9, "--memory", 0.002)
-    process = together(*command, "--tensor-parallel", "--out", out, start_new_session=True)
-    while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
-        assert process.poll() is None
-        time.sleep(0.05)
-    (child,) = (number for number in children(process.pid) if "\0RANK=1\0" in environment_of(number))
-    os.kill(child, signal.SIGKILL)
-    _, told = process.communicate(timeout=120)
+    with forked.two_of_pscope(*command, "--tensor-parallel", "--out", out) as process:
+        while not (out / "parts").is_dir() or not any((out / "parts").glob("0*.parquet")):
+            assert process.poll() is None
+            time.sleep(0.05)
+        os.kill(forked.pid_of(1, process), signal.SIGKILL)
+        _, told = process.communicate(timeout=120)
     (line,) = own_lines(told)
     again = f"torchrun --nproc-per-node 2 -m pscope resume {out}"
     assert re.fullmatch(rf"pscope: .*kept \d+ of \d+ parts in {out}; `{again}` goes on", line)
 
 
 def test_what_all_find_wrong_is_told_once(tmp_path):
-    process = together("fig2", "--tensor-parallel", "--out", tmp_path / "run")
-    _, told = process.communicate(timeout=120)
+    with forked.two_of_pscope("fig2", "--tensor-parallel", "--out", tmp_path / "run") as process:
+        _, told = process.communicate(timeout=120)
     (line,) = own_lines(told)
     assert "the 9 num_attention_heads of smollm2 cannot be dealt out to 2 processes" in line
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_that_see_other_folders(tiny_folder, tmp_path):
-    code = """
-import os, pathlib, sys
-if os.environ["RANK"] == "1":
-    pathlib.Path("elsewhere").mkdir()
-    os.chdir("elsewhere")
-from pscope.cli import main
-sys.argv = ["pscope", "fig2", "--no-fit", "--model", sys.argv[1], "--samples", "3", "--out", "run"]
-main()
-"""
-    Path(tmp_path / "code.py").write_text(code)
-    finished = subprocess.run(
-        [*TWO, "code.py", str(tiny_folder)], cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True, timeout=120
-    )
-    assert finished.returncode != 0
-    assert any(
-        "process 1 does not see run; give --out in a folder that all share" in line
-        for line in own_lines(finished.stderr)
-    )
+def elsewhere(*arguments):
+    """A command of which the second process stands in another folder."""
+    if os.environ["RANK"] == "1":
+        Path("elsewhere").mkdir()
+        os.chdir("elsewhere")
+    forked.command(*arguments)
+
+
+def test_processes_that_see_other_folders(tiny_folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    options = ("--no-fit", "--model", str(tiny_folder), "--samples", "3", "--out", "run")
+    with forked.two(elsewhere, "fig2", *options) as process:
+        _, told = process.communicate(timeout=120)
+    assert process.returncode != 0
+    assert any("process 1 does not see run; give --out in a folder that all share" in line for line in own_lines(told))
 
 
 def test_a_model_that_is_split_says_the_same(tokenizer, tmp_path):
@@ -140,8 +127,9 @@ def test_a_model_that_is_split_says_the_same(tokenizer, tmp_path):
         model.hf.save_pretrained(tmp_path / name)
         tokenizer.save_pretrained(tmp_path / name)
     folders = [str(tmp_path / name) for name in kinds]
-    script = Path(__file__).with_name("split.py")
-    subprocess.run([*TWO, str(script), *folders, str(tmp_path / "said.pt")], env=ENVIRONMENT, check=True, timeout=300)
+    with forked.two(said_together, *folders, str(tmp_path / "said.pt")) as process:
+        _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
     split = torch.load(tmp_path / "said.pt", weights_only=True)
     for folder in folders:
         whole = said(pscope.load(folder, device="cpu"))
@@ -149,11 +137,3 @@ def test_a_model_that_is_split_says_the_same(tokenizer, tmp_path):
         torch.testing.assert_close(split[folder].pop("states"), whole.pop("states"), atol=1e-4, rtol=0)
         assert split[folder] == whole
         assert whole["path"] == "staircase"
-
-
-def children(number: int) -> list[int]:
-    return [int(child) for child in Path(f"/proc/{number}/task/{number}/children").read_text().split()]
-
-
-def environment_of(number: int) -> str:
-    return "\0" + Path(f"/proc/{number}/environ").read_text()

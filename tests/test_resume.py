@@ -2,12 +2,11 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from pathlib import Path
 from unittest.mock import Mock
 
+import forked
 import pandas as pd
 import pytest
 import torch
@@ -96,19 +95,18 @@ def test_a_run_that_was_killed_is_resumed(tiny_folder, tmp_path):
     many = tmp_path / "many.csv"
     many.write_text("entity,reference\n" + "".join(f"Number {number},a number\n" for number in range(40)))
     command = ("fig3", many, "--model", tiny_folder, "--layers", "0-4", "--new-tokens", 4, "--out")
-    line = [sys.executable, "-m", "pscope", *map(str, command), str(out)]
-    process = subprocess.Popen(line, stderr=subprocess.DEVNULL)
-    while not (out / "parts" / "00001.parquet").exists():
-        assert process.poll() is None
-        time.sleep(0.05)
-    process.send_signal(signal.SIGSTOP)
-    # While it lives the folder is its own, even if it does nothing.
-    for refused in (("resume", out), (*command, out)):
-        result = run(*refused)
-        assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-        assert "is being written by another" in result.stderr
-    process.kill()
-    process.wait()
+    with forked.pscope(*command, out) as process:
+        while not (out / "parts" / "00001.parquet").exists():
+            assert process.poll() is None
+            time.sleep(0.05)
+        process.send_signal(signal.SIGSTOP)
+        # While it lives the folder is its own, even if it does nothing.
+        for refused in (("resume", out), (*command, out)):
+            result = run(*refused)
+            assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+            assert "is being written by another" in result.stderr
+        process.send_signal(signal.SIGKILL)
+        process.communicate()
     assert json.loads((out / "settings.json").read_text("utf-8"))["status"] == "running"
     result = run(*command, out)
     assert f"already holds a run; name another with --out, or go on with `pscope resume {out}`" in result.stderr
