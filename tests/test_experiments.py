@@ -20,10 +20,11 @@ from pscope.show.next_token import next_token_figure
 
 @pytest.fixture(scope="module")
 def finding(smollm2) -> pd.DataFrame:
-    """Figure 2 of the default model on some of the shipped texts, spread over their registers."""
-    sampled = draw_positions(smollm2, shipped_texts()[::3], 80, seed=0)
+    """Figure 2 of the default model on the first words of some shipped texts, spread over registers and layers."""
+    texts = [text[:150] for text in shipped_texts()[::3]]
     lenses = [Lens("logit lens"), Lens("token identity", smollm2.prompt(TOKEN_IDENTITY))]
-    return NextToken(smollm2, lenses, shipped_texts()[::3], sampled, range(smollm2.n_layers + 1)).table()
+    layers = [3, 6, 9, *range(10, 31, 2)]
+    return NextToken(smollm2, lenses, texts, draw_positions(smollm2, texts, 80, seed=0), layers).table()
 
 
 def places(sampled):
@@ -227,30 +228,28 @@ def test_the_figure_shows_the_summary(finding):
     assert figure.get_suptitle().endswith("\ntitle")
 
 
-def test_layer_readout_against_one_row_passes(smollm2):
-    source = smollm2.prompt("Amazon's former CEO attended the Oscars", "CEO")
-    target = smollm2.prompt(TOKEN_IDENTITY)
-    table = LayerReadout(smollm2, target, source, [0, 12, 30], top_k=3, new_tokens=4).table()
+def test_layer_readout_against_one_row_passes(tiny):
+    source = tiny.prompt("Amazon's former CEO attended the Oscars", "CEO")
+    target = tiny.prompt(TOKEN_IDENTITY)
+    table = LayerReadout(tiny, target, source, [0, 1, 4], top_k=3, new_tokens=4).table()
     assert len(table) == 3 * 3 * 2 + 3
-    states = hidden_states(smollm2.hf, smollm2.layers, source.ids)[:, source.position]
+    states = hidden_states(tiny.hf, tiny.layers, source.ids)[:, source.position]
     with torch.no_grad():
-        for layer in (0, 12, 30):
-            logits = patched_logits(smollm2.hf, smollm2.layers, target.ids, target.position, layer, states[layer])[-1]
-            lens = smollm2.hf.lm_head(smollm2.hf.model.norm(states[layer]))
+        for layer in (0, 1, 4):
+            logits = patched_logits(tiny.hf, tiny.layers, target.ids, target.position, layer, states[layer])[-1]
+            lens = tiny.hf.lm_head(tiny.hf.model.norm(states[layer]))
             for reading, expected in (("patchscope", logits), ("logit lens", lens)):
                 rows = table[(table["layer"] == layer) & (table["reading"] == reading)]
                 top = expected.softmax(0).topk(3)
                 assert rows["token_id"].tolist() == top.indices.tolist()
                 assert rows["probability"].tolist() == pytest.approx(top.values.tolist(), abs=1e-4)
-            spoken = patched_continuation(
-                smollm2.hf, smollm2.layers, target.ids, target.position, layer, states[layer], 4
-            )
+            spoken = patched_continuation(tiny.hf, tiny.layers, target.ids, target.position, layer, states[layer], 4)
             rows = table[(table["layer"] == layer) & (table["reading"] == "patchscope")]
-            assert set(rows["continuation"]) == {smollm2.tokenizer.decode(spoken)}
+            assert set(rows["continuation"]) == {tiny.tokenizer.decode(spoken)}
     clean = table[table["reading"] == "clean target"]
     assert clean["layer"].isna().all()
     with torch.no_grad():
-        assert clean["token_id"].iloc[0] == smollm2.hf(torch.tensor([target.ids])).logits[0, -1].argmax()
+        assert clean["token_id"].iloc[0] == tiny.hf(torch.tensor([target.ids])).logits[0, -1].argmax()
 
 
 def test_the_readout_figure_has_a_planted_cell_where_it_belongs():
