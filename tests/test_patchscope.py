@@ -69,9 +69,9 @@ def test_the_default_model_agrees_at_every_layer_logits_and_continuations(smollm
     scope = Patchscope(smollm2, smollm2.prompt("Syria: Country in the Middle East, x"))
     assert scope.check.path == "staircase"
     ids, (part,) = scope.target.ids, scope.logits(state, layers)
-    spoken = scope.generate(state, layers, Decoding(20))
+    spoken = scope.generate(state, layers, Decoding(12))
     for layer, logits, got in zip(layers, part.patched, spoken.patched, strict=True):
-        assert len(got) == 20 or got[-1] in smollm2.end_tokens
+        assert len(got) == 12 or got[-1] in smollm2.end_tokens
         where = smollm2.hf, smollm2.layers, ids, scope.target.position, layer, state[layer]
         expected = logits_at_each_step(*where, got)
         assert got == expected[:-1].argmax(dim=-1).tolist()

@@ -161,8 +161,8 @@ def test_the_start_of_candidates_tells_them_apart(tiny, candidates, needed):
     assert tokens[1][0] == tokens[0][0]
     told_apart = set()
     for row, (layer, state) in enumerate([*zip(layers, states, strict=True), (0, own_state(tiny, target))]):
-        first = [forced(tiny, target, layer, state, own[:1])[0].sum() for own in tokens]
-        exact = [forced(tiny, target, layer, state, own[:n])[0].sum() for own, n in zip(tokens, needed, strict=True)]
+        each = [forced(tiny, target, layer, state, own[:n])[0] for own, n in zip(tokens, needed, strict=True)]
+        first, exact = [own[0] for own in each], [own.sum() for own in each]
         if tokens[1][:1] == tokens[0]:
             # That Tokyo is said, and not that Tokyo Bay is.
             exact[0] = torch.log(exact[0].exp() - exact[1].exp())
