@@ -12,6 +12,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import pytest
 import torch
 from huggingface_hub import constants
+from matplotlib.figure import Figure
 from playwright.sync_api import sync_playwright
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -43,17 +44,41 @@ def smollm2() -> pscope.LanguageModel:
     return pscope.load("smollm2", device="cpu")
 
 
+@pytest.fixture(scope="session")
+def tokenizers() -> dict[tuple[bytes, ...], PreTrainedTokenizerFast]:
+    """Those that were loaded, by what stands in their files."""
+    return {}
+
+
 @pytest.fixture
-def loaded_once(smollm2, monkeypatch) -> None:
-    """What loads the default model as it comes gets the one that is there: many commands in one process do."""
+def loaded_once(smollm2, tokenizers, monkeypatch) -> None:
+    """Many commands in one process load what is there already, and need not wait for it.
+
+    The default model as it comes is the one that is there; of folders with the same tokenizer, the first one's is used.
+    """
     load = pscope.load
 
     def loaded(model="smollm2", *more, **options):
         asked = {(name, value) for name, value in options.items() if value not in (None, False)}
-        as_it_comes = model == "smollm2" and not more and asked <= AS_IT_COMES
-        return smollm2 if as_it_comes else load(model, *more, **options)
+        if more:
+            return load(model, *more, **options)
+        if model == "smollm2" and asked <= AS_IT_COMES:
+            return smollm2
+        files = [Path(model) / name for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")]
+        content = tuple(file.read_bytes() for file in files if file.is_file())
+        if not content:
+            return load(model, **options)
+        read = load(model, tokenizers.get(content), **options)
+        tokenizers.setdefault(content, read.tokenizer)
+        return read
 
     monkeypatch.setattr("pscope.models.loading.load", loaded)
+
+
+@pytest.fixture
+def unpainted(monkeypatch) -> None:
+    """Figures are made and saved, but not painted: that takes longer than all else that a tiny model is asked for."""
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: Path(path).touch())
 
 
 @pytest.fixture(scope="session")

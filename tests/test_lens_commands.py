@@ -17,7 +17,7 @@ from pscope.inputs.texts import shipped_texts
 from pscope.mappings.checkpoint import Checkpoint
 from pscope.mappings.storage import read_mappings
 
-SOME = shipped_texts()[::12]
+SOME = shipped_texts()[::20]
 
 
 def run(*arguments):
@@ -31,7 +31,7 @@ def done(*arguments):
 
 
 @pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch):
+def work(tmp_path, monkeypatch, loaded_once):
     """A folder and a cache of one's own, and fewer texts to fit on."""
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")

@@ -31,7 +31,7 @@ def done(*arguments) -> pd.DataFrame:
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch, loaded_once):
+def in_a_folder_of_its_own(tmp_path, monkeypatch, loaded_once, unpainted):
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
 
