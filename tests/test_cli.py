@@ -130,6 +130,7 @@ def said_of(result) -> str:
     return " ".join(result.stderr.split())
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fig1_reads_no_attention_sink_unless_told_to(tiny_folder):
     paris = ("fig1", "--model", tiny_folder, "--source", "Paris is the capital of France", "--layers", "1")
     sink = "'Paris' is the very first token: models keep an attention sink there"
@@ -150,6 +151,7 @@ def test_fig1_reads_no_attention_sink_unless_told_to(tiny_folder):
     assert "1 of 2 names are read at the very first token" in said_of(result)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_positions_on_the_command_line(tiny_folder):
     Path("target.txt").write_text("say x x x x x now 3\n")
     target = ("--target", "target.txt", "--model", tiny_folder, "--layers", "1", "--memory", 0.5)
@@ -203,24 +205,25 @@ def test_fig2_on_the_users_texts(texts, tmp_path):
     for line in ("precision@1", "1.00 (0.29–1.00)"):
         assert line in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
-    # The same command with the same seed gives the same table.
-    assert run(*command, "--out", tmp_path / "b").exit_code == 0
-    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "b" / "table.parquet"))
-    # And never over an older one.
+    # Never over an older one.
     again = run(*command, "--out", tmp_path / "a")
     assert (again.exit_code, again.stderr.count("\n")) == (2, 1)
     assert "already holds a run" in again.stderr
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fig2_options_reach_the_model(tiny_folder, texts, tmp_path):
-    result = run(
-        *("fig2", "--model", tiny_folder, "--texts", texts, "--samples", 4, "--dtype", "bfloat16"),
-        *("--no-fit", "--batch-tokens", 10, "--memory", 0.001, "--out", tmp_path / "run"),
-    )
+    command = ["fig2", "--model", tiny_folder, "--texts", texts, "--samples", 4, "--dtype", "bfloat16"]
+    command += ["--no-fit", "--batch-tokens", 10, "--memory", 0.001, "--seed", 1]
+    result = run(*command, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     settings = json.loads((tmp_path / "run" / "settings.json").read_text("utf-8"))
     assert settings["model"]["dtype"] == "bfloat16"
-    assert len(pd.read_parquet(tmp_path / "run" / "table.parquet")) == 4 * 5 * 2
+    table = pd.read_parquet(tmp_path / "run" / "table.parquet")
+    assert len(table) == 4 * 5 * 2
+    # The same command with the same seed gives the same table.
+    assert run(*command, "--out", tmp_path / "again").exit_code == 0
+    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "again" / "table.parquet"))
 
 
 ENTITIES = [
@@ -246,6 +249,7 @@ def test_table3_resolves_a_name(tmp_path):
     assert (settings["source"], settings["source_position"], settings["stop"]) == ("\nAlbert Einstein", 3, [","])
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_table3_shows_a_table_with_the_control_last(tiny_folder):
     Path("target.txt").write_text("one two x three\n")
     result = run(
@@ -260,10 +264,9 @@ def test_table3_shows_a_table_with_the_control_last(tiny_folder):
     assert json.loads((folder / "settings.json").read_text("utf-8"))["target"] == "one two x three"
 
 
-def test_fig3_on_the_users_entities(tmp_path, smollm2):
+def test_fig3_on_the_users_entities(tmp_path):
     Path("mine.json").write_text(json.dumps(ENTITIES), "utf-8")
-    command = ["fig3", "mine.json", "--layers", "5,8", "--seed", 1]
-    result = run(*command, "--out", tmp_path / "a")
+    result = run("fig3", "mine.json", "--layers", "5,8", "--seed", 1, "--out", tmp_path / "a")
     assert result.exit_code == 0, result.output
     assert "left out, since the target prompt speaks of them: Syria" in result.stderr
     for shown in ("popular", "rare", "another", "written out", "the maximum is an oracle"):
@@ -283,31 +286,20 @@ def test_fig3_on_the_users_entities(tmp_path, smollm2):
         assert summary.loc[(group, "patched", layer), "rouge_l"] == pytest.approx(mean)
     settings = json.loads((folder / "settings.json").read_text("utf-8"))
     assert (settings["left_out"], settings["pairs"], settings["seed"]) == (["Syria"], [[5, 5], [8, 8]], 1)
-    assert run(*command, "--out", tmp_path / "b").exit_code == 0
-    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "b" / "table.parquet"))
 
 
 def test_fig3_with_all_target_layers_and_whole_continuations(tiny_folder, tmp_path):
     Path("mine.jsonl").write_text("\n".join(json.dumps(record) for record in ENTITIES), "utf-8")
-    result = run(
-        *(
-            "fig3",
-            "mine.jsonl",
-            "--model",
-            tiny_folder,
-            "--target",
-            "one x",
-            "--layers",
-            "1,3",
-            "--target-layers",
-            "all",
-        ),
-        *("--before", "", "--no-stop-at-comma", "--new-tokens", 3, "--memory", 0.01, "--out", tmp_path / "run"),
-    )
+    command = ["fig3", "mine.jsonl", "--model", tiny_folder, "--target", "one x", "--layers", "1,3", "--target-layers"]
+    command += ["all", "--before", "", "--no-stop-at-comma", "--new-tokens", 3, "--memory", 0.01, "--seed", 1]
+    result = run(*command, "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     table = pd.read_parquet(tmp_path / "run" / "table.parquet")
     assert len(table) == 5 * (2 + 3 * 2 * 5)
     assert (tmp_path / "run" / "figure.png").exists()
+    # The same command with the same seed gives the same table.
+    assert run(*command, "--out", tmp_path / "again").exit_code == 0
+    pd.testing.assert_frame_equal(table, pd.read_parquet(tmp_path / "again" / "table.parquet"))
 
 
 def test_table2_on_the_users_relations(relations, tmp_path):
@@ -360,30 +352,45 @@ def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_p
     assert not (tmp_path / "run").exists()
 
 
-def test_fig4_composes_the_users_relations(relations, tiny_folder, tmp_path):
-    command = ["fig4", relations, "--layers", "20", "--target-layers", "4,7", "--new-tokens", 8, "--cot-tokens", 8]
-    result = run(*command, "--said-at", "all", "--out", tmp_path / "run")
+@pytest.mark.usefixtures("unpainted")
+def test_fig4_composes_the_users_relations(relations, tmp_path):
+    # On a model that knows something.
+    command = ["fig4", relations, "--layers", 20, "--target-layers", 4, "--new-tokens", 8, "--cot-tokens", 1]
+    result = run(*command, "--said-at", "best", "--out", tmp_path / "run")
     assert result.exit_code == 0, result.output
     assert "queries: 4 composed" in result.stderr
+    folder = tmp_path / "run"
+    settings = json.loads((folder / "settings.json").read_text("utf-8"))
+    asked = settings["counts"]["asked"]
+    assert 0 < asked == settings["counts"]["both answered"] <= 4
+    assert f"only {asked} queries, " in result.stderr
+    assert len(json.loads((folder / "queries.json").read_text("utf-8"))) == asked
+    scores = pd.read_parquet(folder / "table.parquet")
+    assert set(scores["answer"]) <= {"Tokyo", "Paris", "Berlin", "Cairo"}
+
+
+def test_fig4_shows_what_was_said_and_how_long_it_may_be(relations, tiny_folder, tmp_path):
+    command = ["fig4", relations, "--model", tiny_folder, "--keep", "all", "--layers", 3, "--target-layers", "0,1"]
+    command += ["--new-tokens", 3, "--cot-tokens", 4]
+    result = run(*command, "--said-at", "all", "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
     # The lengths stand where the numbers do.
-    lengths = "step by step: 8 tokens, in the chat template; all others: 8 tokens, without it"
+    lengths = "step by step: 4 tokens, in the chat template; all others: 3 tokens, without it"
     assert lengths in " ".join(result.stdout.split())
     assert lengths in (tmp_path / "run" / "figure.svg").read_text("utf-8")
     for shown in ("vanilla", "step by step", "cot", "placeholder", "backpatch", "oracle"):
         assert shown in result.stdout
     assert max(map(len, result.stdout.splitlines())) <= 80
     folder = tmp_path / "run"
-    settings = json.loads((folder / "settings.json").read_text("utf-8"))
-    asked = settings["counts"]["asked"]
-    assert 0 < asked == settings["counts"]["both answered"] <= 4
-    assert f"only {asked} queries, " in result.stderr
     told = json.loads((folder / "queries.json").read_text("utf-8"))
-    assert len(told) == asked
-    assert set(told[0]["cot"]["patched"]) == {"20 → 4", "20 → 7"}
+    assert len(told) == 4
+    assert set(told[0]["cot"]["patched"]) == {"3 → 0", "3 → 1"}
     for name in ("figure.png", "heatmaps.svg", "summary.csv", "gains.csv", "table.parquet", "said.parquet"):
         assert (folder / name).exists()
-    scores = pd.read_parquet(folder / "table.parquet")
-    assert set(scores["answer"]) <= {"Tokyo", "Paris", "Berlin", "Cairo"}
+
+
+@pytest.mark.usefixtures("unpainted")
+def test_fig4_walks_through_one_of_the_users_queries(relations, tiny_folder):
     quick = ["fig4", relations, "--model", tiny_folder, "--keep", "all", "--no-chat", "--layers", 3]
     quick += ["--target-layers", "0,1", "--new-tokens", 3, "--cot-tokens", 3, "--said-at", "grid"]
     assert run(*quick, "--out", "all").exit_code == 0
@@ -399,6 +406,7 @@ def test_fig4_composes_the_users_relations(relations, tiny_folder, tmp_path):
     assert "--example 5" in beyond.stderr
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fig4_walks_through_a_query(tiny_folder):
     result = run(
         *("fig4", "--query", "The capital of", "the land of sushi", "--model", tiny_folder, "--no-chat"),
@@ -419,6 +427,7 @@ def test_fig4_walks_through_a_query(tiny_folder):
     assert settings["queries"] == "The capital of the land of sushi"
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fig2_reads_a_dataset(tiny_folder, tmp_path):
     (tmp_path / "set").mkdir()
     (tmp_path / "set" / "test.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in TEXTS))
@@ -643,6 +652,7 @@ def test_running_out_of_memory_names_options_that_the_command_has(command, monke
     assert isinstance(run(*command.split()).exception, RuntimeError)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_a_full_disk_in_the_middle_of_a_run_is_told_and_the_run_resumed(tiny_folder, texts, tmp_path, monkeypatch):
     written = []
 
@@ -692,6 +702,7 @@ def test_names_of_others_steer_no_terminal(tiny_folder, tmp_path):
     assert json.loads(as_json.stdout)
 
 
+@pytest.mark.usefixtures("unpainted")
 def test_fig3_shows_any_number_of_groups_in_80_columns(tiny_folder, tmp_path):
     records = [
         {"entity": f"{number} {group}", "reference": "a", "group": f"the group with the name {group}"}
