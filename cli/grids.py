@@ -64,9 +64,13 @@ class GridOptions:
         """The pairs that are scored."""
         from pscope.experiments.grid import layer_pairs
 
-        every = range(0, model.n_layers + 1, 3 if self.quick else 1)
+        every = self._every(model)
         layers, target_layers = parse_layers(self.layers), parse_target_layers(self.target_layers)
         return layer_pairs(model, layers or every, target_layers or every)
+
+    def _every(self, model: LanguageModel) -> range:
+        """The layers that are scored where no others are asked for."""
+        return range(0, model.n_layers + 1, 3 if self.quick else 1)
 
     def told(self, pairs: Sequence[Pair]) -> dict[str, object]:
         """What stands in the settings of the scores at these pairs."""
@@ -97,10 +101,14 @@ class GridOptions:
         return [(layer, target) for layer, target in pairs if target < layer][:FOLDS] or pairs[:FOLDS]
 
     def coarse(self, model: LanguageModel, fractions: tuple[Sequence[float], Sequence[float]]) -> list[Pair]:
-        """The grid that is asked for, or that of source and target layers at these fractions of the depth."""
+        """The grid that is asked for, or that of scored source and target layers near these fractions of the depth."""
         from pscope.experiments.grid import layer_pairs, spread_layers
 
-        source, target = (spread_layers(model, each[:: 2 if self.quick else 1]) for each in fractions)
+        def near(layer: int) -> int:
+            return min(self._every(model), key=lambda each: abs(each - layer))
+
+        coarse = (spread_layers(model, each[:: 2 if self.quick else 1]) for each in fractions)
+        source, target = (sorted(set(map(near, layers))) for layers in coarse)
         layers, target_layers = parse_layers(self.layers), parse_target_layers(self.target_layers)
         return layer_pairs(model, layers or source, target_layers or target)
 

@@ -23,7 +23,7 @@ def show(
     from pscope.runs.folder import Run
     from pscope.show.run_page import run_page
 
-    page = run_page(run)
+    page = run_page(run, beside=out is None)
     if out is None:
         out = Run(run).write_page(page.html, "show")
     else:

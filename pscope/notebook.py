@@ -47,9 +47,10 @@ def framed(page: str, title: str, height: str, *, scripts: bool = False) -> str:
 def table_in_frame(result: Tabled) -> str:
     """What a notebook shows of a result: what it says of itself, and its table."""
     table, told = result.table(), visible(repr(result))
-    shown = table.head(MOST_ROWS)
+    shown = table.head(MOST_ROWS).astype(object)
+    shown = shown.where(shown.notna(), "")
     more = f"<p>… and {len(table) - MOST_ROWS} more rows</p>" if len(table) > MOST_ROWS else ""
-    rows = visible(shown.to_html(index=False, border=0, na_rep="", float_format="{:.4g}".format))
+    rows = visible(shown.to_html(index=False, border=0, float_format="{:.6g}".format))
     page = f'<!doctype html><meta charset="utf-8"><style>{_STYLE}</style><p>{escape(told)}</p>{rows}{more}'
     return framed(page, told, f"{min(24, 4 + 1.6 * len(shown)):.0f}rem")
 

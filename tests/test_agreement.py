@@ -37,17 +37,21 @@ def shares(table, relation, pairs=PAIRS):
 
 
 RISING, FALLING = [0.1, 0.2, 0.4, 0.5, 0.7, 0.9], [0.9, 0.7, 0.5, 0.4, 0.2, 0.1]
+LOW = [0.0, 0.05, 0.1, 0.2, 0.3, 0.4]
 
 
 def test_correlations_are_those_of_scipy():
-    scores = pd.concat([answered("a", RISING, seed=1), answered("b", RISING, seed=2), answered("c", FALLING, seed=3)])
-    said = pd.concat([answered("a", RISING, seed=4), answered("b", FALLING, seed=5), answered("c", FALLING, seed=6)])
+    falls = {"a": (RISING, RISING), "b": (RISING, FALLING), "c": (FALLING, FALLING), "d": (LOW, RISING)}
+    scores, said = (
+        pd.concat([answered(name, each[place], seed=10 * place + ord(name)) for name, each in falls.items()])
+        for place in (0, 1)
+    )
     table = agreed(scores, said)
-    assert table["relation"].tolist() == ["a", "b", "c", ALL]
-    assert table["ranked"].tolist() == ["pairs of layers"] * 3 + ["relation"]
-    assert table["count"].tolist() == [6, 6, 6, 3]
-    each = [spearmanr(shares(scores, name), shares(said, name)).statistic for name in "abc"]
-    means = [[np.mean(shares(table, name)) for name in "abc"] for table in (scores, said)]
+    assert table["relation"].tolist() == ["a", "b", "c", "d", ALL]
+    assert table["ranked"].tolist() == ["pairs of layers"] * 4 + ["relation"]
+    assert table["count"].tolist() == [6, 6, 6, 6, 4]
+    each = [spearmanr(shares(scores, name), shares(said, name)).statistic for name in "abcd"]
+    means = [[np.mean(shares(table, name)) for name in "abcd"] for table in (scores, said)]
     assert table["rho"].tolist() == pytest.approx([*each, spearmanr(*means).statistic])
     assert (table["low"] <= table["rho"]).all()
     assert (table["rho"] <= table["high"]).all()
@@ -67,19 +71,45 @@ def test_bands_against_a_plain_bootstrap_of_subjects():
     ]
     drawn = [random.integers(8, size=8) for _ in range(2000)]
     rhos = [spearmanr(*(each.to_numpy()[picked].mean(axis=0) for each in cells)).statistic for picked in drawn]
-    low, high = np.quantile(rhos, [0.025, 0.975])
+    spread = np.std(np.arctanh(rhos))
+    low, high = np.tanh(np.arctanh(row.rho) + np.array([-1.96, 1.96]) * spread)
     assert (row.low, row.high) == pytest.approx((low, high), abs=0.1 * (high - low))
+    assert low < row.rho < high
 
 
 def test_only_pairs_that_were_said_and_scored_count():
     scores = answered("a", RISING, seed=1)
     said = answered("a", FALLING, seed=2)
-    said = said[said["target_layer"] == 0]
+    said = said[~(said["layer"].eq(3) & said["target_layer"].eq(2))]
     (row,) = agreed(scores, said).itertuples()
-    pairs = [pair for pair in PAIRS if pair[1] == 0]
-    assert row.count == 3
+    pairs = [pair for pair in PAIRS if pair != (3, 2)]
+    assert row.count == 5
     assert row.rho == pytest.approx(spearmanr(shares(scores, "a", pairs), shares(said, "a", pairs)).statistic)
-    assert agreed(scores, said.assign(target_layer=7)).empty
+    assert agreed(scores, said.assign(target_layer=said["target_layer"] + 7)).empty
+
+
+def test_only_units_of_both_count():
+    scores, said = answered("a", RISING, seed=1), answered("a", RISING, seed=2)
+    few = said[said["subject"] != "s3"]
+    (row,) = agreed(scores, few).itertuples()
+    expected = spearmanr(shares(scores[scores["subject"] != "s3"], "a"), shares(few, "a")).statistic
+    assert row.rho == pytest.approx(expected)
+    (same,) = agreed(scores[scores["subject"] != "s3"], said).itertuples()
+    assert same.rho == pytest.approx(
+        spearmanr(shares(scores[scores["subject"] != "s3"], "a"), shares(few, "a")).statistic
+    )
+
+
+def test_few_have_no_rank_and_one_has_no_band():
+    scores, said = answered("a", RISING, seed=1), answered("a", RISING, seed=2)
+    three = said["layer"].isin([1]) | (said["layer"].eq(3) & said["target_layer"].eq(0))
+    (row,) = agreed(scores, said[three]).itertuples()
+    assert row.count == 3
+    assert np.isnan([row.rho, row.low, row.high]).all()
+    alone = [table[table["subject"] == "s0"] for table in (scores, said)]
+    (row,) = agreed(*alone).itertuples()
+    assert not np.isnan(row.rho)
+    assert np.isnan([row.low, row.high]).all()
 
 
 def test_where_nothing_differs_nothing_is_told():

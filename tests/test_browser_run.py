@@ -69,13 +69,15 @@ def test_rows_are_filtered_searched_and_sorted(page):
 
 
 def test_a_cell_opens_the_rows_behind_it(page):
-    page.select_option("[data-column=condition]", label="patched")
     page.select_option("#measure", label="found")
+    # Without a word, only what is patched: controls are not averaged with it.
+    assert page.locator("[data-of=condition]").input_value() == "patched"
     shades = {
         pair: float(page.locator(f"td[data-pair='{pair}']").evaluate("cell => cell.style.getPropertyValue('--v')"))
         for pair in ("3,0", "5,0", "3,2", "5,2")
     }
     assert shades == {"3,0": 0.5, "5,0": 0.5, "3,2": 1, "5,2": 1}
+    assert page.locator("#shades").text_content() == "from 0.00 (light) to 1.00 (dark)"
     # Source layers to the right, target layers upwards.
     assert page.locator("#grid thead th").all_text_contents()[1:] == ["3", "5"]
     assert page.locator("#grid tbody th").all_text_contents() == ["2", "0"]
@@ -87,7 +89,13 @@ def test_a_cell_opens_the_rows_behind_it(page):
     page.keyboard.press("Enter")
     assert page.locator("#count").text_content() == "2 of 16 rows, layer 5 → 2"
     page.keyboard.press("Enter")
-    assert page.locator("#count").text_content() == "8 of 16 rows"
+    assert page.locator("#count").text_content() == "16 of 16 rows"
+    page.select_option("[data-of=condition]", label="random vector")
+    assert page.locator("#shades").text_content() == "from 0.00 (light) to 1.00 (dark)"
+    page.click("td[data-pair='5,0']")
+    assert column(page, "condition") == ["random vector"] * 2
+    page.select_option("#table", label="summary (1)")
+    assert page.locator("#cell").text_content() == ""
 
 
 def test_texts_stand_side_by_side(page):
@@ -95,10 +103,36 @@ def test_texts_stand_side_by_side(page):
     assert page.locator("#texts thead th").all_text_contents() == ["layer", "patched", "random vector"]
     line = page.locator("#texts tbody tr").nth(1)
     assert line.locator("th").text_content() == "3 → 2"
-    assert line.locator("td").all_text_contents() == ["Japan 3 2 <b>patched</b>", "Japan 3 2 <b>random vector</b>"]
-    assert line.locator("td.right").all_text_contents() == ["Japan 3 2 <b>patched</b>"]
+    assert line.locator("td").all_text_contents() == ["✓ Japan 3 2 <b>patched</b>", "Japan 3 2 <b>random vector</b>"]
+    assert line.locator("td.right").count() == 1
     page.fill("#search", "peru")
     assert page.locator("#unit option").all_text_contents() == ["Peru"]
+
+
+def test_what_differs_within_a_subject_is_told_apart(browser, tmp_path):
+    twice = pd.concat([table(), table().assign(relation="currency", continuation="yen")])
+    run_of(tmp_path / "run", twice)
+    path = tmp_path / "page.html"
+    run_page(tmp_path / "run").save(path)
+    opened = browser.new_page()
+    opened.goto(path.as_uri())
+    opened.select_option("#unit", label="Japan")
+    heads = opened.locator("#texts thead th").all_text_contents()[1:]
+    ways = ("patched", "random vector")
+    assert heads == [f"{way}, relation {relation}" for relation in ("capital", "currency") for way in ways]
+    opened.close()
+
+
+def test_a_printed_page_keeps_its_headings(page):
+    page.emulate_media(media="print")
+    assert page.locator("#rows thead button").first.is_visible()
+    assert not page.locator("#after").is_visible()
+
+
+def test_sorting_by_key_keeps_the_focus(page):
+    page.locator("#rows thead button:has-text('score')").focus()
+    page.keyboard.press("Enter")
+    assert page.evaluate("document.activeElement.textContent") == "score ▲"
 
 
 def test_every_table_can_be_looked_at(page):

@@ -70,9 +70,52 @@ def test_the_page_holds_the_tables(tmp_path):
         if column["name"] == "continuation":
             expected = [each and each.replace("\n", "⏎") for each in expected]
         assert unpacked(column) == expected
-    assert (whole["unit"], whole["says"], whole["grid"]) == ("entity", "continuation", True)
+    assert (whole["unit"], whole["says"], whole["pairs"]) == ("entity", "continuation", True)
     assert whole["measures"] == ["found", "rouge_l"]
-    assert (noted["unit"], noted["grid"]) == (None, False)
+    assert (noted["unit"], noted["pairs"]) == (None, False)
+
+
+def test_layers_that_each_have_one_target_are_no_grid(tmp_path):
+    alone = table()[table()["target_layer"] == table()["layer"]]
+    run_of(tmp_path / "run", alone)
+    (whole,) = tables_of(pscope.run_page(tmp_path / "run").html)
+    assert not whole["pairs"]
+
+
+def test_values_of_any_kind_are_told(tmp_path):
+    odd = pd.DataFrame(
+        {
+            "a list": [[1, 2], None],
+            "a date": pd.to_datetime(["2026-01-02", None]),
+            "large": [2**62, 1],
+            "b": [b"x", b"y"],
+        }
+    )
+    run_of(tmp_path / "run", odd)
+    (whole,) = tables_of(pscope.run_page(tmp_path / "run").html)
+    told = {column["name"]: unpacked(column) for column in whole["columns"]}
+    assert told["large"] == [str(2**62), "1"]
+    assert [each and each.replace(" ", "") for each in told["a list"]] == ["[12]", None]
+    assert told["a date"][0].startswith("2026-01-02")
+    assert told["a date"][1] is None
+
+
+def test_notes_keep_their_names_and_others_files_do_no_harm(tmp_path):
+    run = run_of(tmp_path / "run", table(), groups=pd.DataFrame({"group": ["None", "NA", ""]}))
+    (run.folder / "mine.csv").write_bytes("a;b\n\xe9".encode("latin-1"))
+    (run.folder / "empty.csv").write_text("")
+    html = pscope.run_page(run.folder).html
+    _, groups = tables_of(html)
+    assert unpacked(groups["columns"][0]) == ["None", "NA", None]
+    assert "cannot be read: empty, mine" in html
+
+
+def test_a_page_leads_to_the_grid_that_stands_beside_it(tmp_path):
+    run = run_of(tmp_path / "run", table(), {"command": "lens"})
+    run.write_page("the grid")
+    assert 'href="page.html"' not in pscope.run_page(run.folder).html
+    CliRunner().invoke(app, ["show", str(run.folder)])
+    assert 'href="page.html"' in (run.folder / "show.html").read_text("utf-8")
 
 
 def test_a_hostile_text_is_shown_as_text(tmp_path):
@@ -117,7 +160,7 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path):
         result = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
         assert (result.exit_code, result.stderr) == (0, f"page: {tmp_path / 'run' / 'show.html'}\n")
     written = (tmp_path / "run" / "show.html").read_text("utf-8")
-    assert written == pscope.run_page(tmp_path / "run").html
+    assert written == pscope.run_page(tmp_path / "run", beside=True).html
     named = CliRunner().invoke(app, ["show", str(tmp_path / "run"), "--out", str(tmp_path / "a.html")])
     assert named.exit_code == 0
     assert (tmp_path / "a.html").read_text("utf-8") == written
@@ -129,6 +172,3 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path):
         assert refused.exit_code == 2
         assert told in refused.stderr
         assert refused.stderr.count("\n") == 1
-    (tmp_path / "run" / "summary.csv").write_text("")
-    refused = CliRunner().invoke(app, ["show", str(tmp_path / "run")])
-    assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)

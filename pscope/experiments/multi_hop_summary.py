@@ -47,13 +47,15 @@ def _judged(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, objec
         marked = "chosen" in rows and bool(rows["chosen"].notna().any())
         if not marked:
             add(method, "oracle", own.max(axis=1))
-            add(method, "oracle, random vector", random.max(axis=1))
+            if len(random):
+                add(method, "oracle, random vector", random.max(axis=1))
         folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
         if folds.nunique() == FOLDS:
             chosen = found_at(rows, PATCHED, ["query"], "chosen") > 0 if marked else chosen_elsewhere(own, folds)
             layers = _pairs_told(chosen)
             for measure, cells in (("held-out pair", own), ("held-out pair, random vector", random)):
-                add(method, measure, at_chosen(cells, chosen), **layers)
+                if len(cells):
+                    add(method, measure, at_chosen(cells, chosen), **layers)
     return found
 
 

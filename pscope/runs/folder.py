@@ -197,13 +197,12 @@ class Run:
         return self.folder / f"{name}{suffix}"
 
     def notes(self) -> dict[str, pd.DataFrame]:
-        """The frames that were noted, by name."""
+        """The frames that were noted, by name; without what cannot be read, and may be somebody else's."""
         notes = {}
         for path in sorted(self.folder.glob("*.csv")):
-            try:
-                notes[path.stem] = pd.read_csv(path)
-            except (OSError, ValueError) as error:
-                raise RunError(f"cannot read {path}: {error}") from error
+            with suppress(OSError, ValueError):
+                # "None" may be the name of a group.
+                notes[path.stem] = pd.read_csv(path, keep_default_na=False, na_values=[""])
         return notes
 
     def draw(self, figure: Figure, name: str = "figure") -> Path:

@@ -15,12 +15,16 @@ from pscope.show.multi_hop import answers_figure
 from pscope.show.next_token import next_token_figure
 
 _KINDS = (
-    ({"reading", "rank"}, lambda table, seed: table, layer_readout_figure),
+    ({"reading", "rank", "continuation"}, lambda table, seed: table, layer_readout_figure),
     ({"lens", "correct"}, next_token.summarise, next_token_figure),
     ({"reader", "decoded"}, cross_model.summarise, cross_model_figure),
     ({"entity", "rouge_l"}, entity_resolution.summarise, entity_figure),
     ({"relation", "nameable"}, attribute_summary.over_layers, accuracy_figure),
-    ({"query", "method"}, lambda table, seed: multi_hop_summary.summarise(table, seed=seed), answers_figure),
+    (
+        {"query", "method", "log_probability"},
+        lambda table, seed: multi_hop_summary.summarise(table, seed=seed),
+        answers_figure,
+    ),
 )
 """For each figure the columns that tell its table from all others, what is made of that, and what draws it."""
 
@@ -31,6 +35,8 @@ def figure(table: pd.DataFrame, on: str = "", *, seed: int = 0) -> Figure:
     `on` says in the title what it is of, as the model; `seed` is that of the bands. A run's table is
     `pandas.read_parquet("RUN/table.parquet")`. Raises DataError for a table that no figure belongs to.
     """
+    if table.empty:
+        raise DataError("a table without rows has no figure")
     for columns, summarise, draw in _KINDS:
         if columns <= set(table.columns):
             return draw(summarise(table, seed), on)

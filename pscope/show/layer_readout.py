@@ -27,18 +27,18 @@ def layer_readout_figure(table: pd.DataFrame, on: str = "") -> Figure:
     )
     order = list(dict.fromkeys(best["layer"]))
     shade, spoken = (best.pivot(index="layer", columns="reading", values=value) for value in ("probability", "token"))
-    columns = [PATCHSCOPE, LOGIT_LENS]
+    columns = [reading for reading in (PATCHSCOPE, LOGIT_LENS) if reading in spoken]
     labels = spoken.loc[order, columns].map(lambda token: "" if pd.isna(token) else drawable(repr(token)[1:-1]))
-    continuations = best[best["reading"] == PATCHSCOPE].set_index("layer").loc[order, "continuation"]
+    continuations = best[best["reading"] == PATCHSCOPE].set_index("layer")["continuation"].reindex(order, fill_value="")
     with drawing(PAGE, 1.1 + 0.17 * len(order), "white") as figure:
         axes, said = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
         values = shade.loc[order, columns].astype(float)
         sns.heatmap(values, annot=labels, fmt="", cmap=SHADES, vmin=0, vmax=1, cbar=False, ax=axes, yticklabels=1)
         for place, text in enumerate(continuations):
             said.text(0, place + 0.5, _shortened(text), va="center", fontsize=7, clip_on=True)
-        for place, (above, below) in enumerate(pairwise(labels[PATCHSCOPE]), 1):
+        for place, (above, below) in enumerate(pairwise(labels[columns[0]]), 1):
             if above != below:
-                axes.axhline(place, xmax=0.5, color="white", linewidth=1.5)
+                axes.axhline(place, xmax=1 / len(columns), color="white", linewidth=1.5)
                 said.axhline(place, color=INK, linewidth=0.5)
         axes.tick_params(axis="y", rotation=0)
         for each in (axes, said):

@@ -16,14 +16,16 @@ HEAVY = 2**21
 """Bytes: a drawing of more is shown by its points, not its lines."""
 
 _UNITS = ("entity", "subject", "text", "query", "source")
+_ALSO = ("relation", "context", "token", "position", "scale", "time")
 _WAYS = ("reader", "lens", "reading", "method", "condition")
 _NAMES = dict(zip(STAGES, ("what the model knows unpatched", "rows of the run", "what is said"), strict=True))
 
 
-def run_page(folder: str | Path) -> Page:
+def run_page(folder: str | Path, *, beside: bool = False) -> Page:
     """The page of the run in a folder; of one that is not finished, of what there is. Raises RunError if it is none.
 
-    What is in the run's tables is in the page, which grows with them: some 10 MB for 500,000 rows.
+    What is in the run's tables is in the page, which grows with them, and with how many of their texts differ. A page
+    that will stand `beside` what else is in the folder leads to it.
     """
     run = Run(Path(folder))
     settings = run.settings
@@ -45,7 +47,8 @@ def run_page(folder: str | Path) -> Page:
         },
         "settings": {visible(name): _told(value) for name, value in settings.items() if name != "command_line"},
         "figures": [_figure(path) for path in sorted(run.folder.glob("*.png"))],
-        "lens": (run.folder / "page.html").exists(),
+        "lens": beside and (run.folder / "page.html").exists(),
+        "unread": ", ".join(sorted({path.stem for path in run.folder.glob("*.csv")} - {*made})),
     }
     data = {"tables": [_packed(name, rows) for name, rows in tables.items()]}
     return Page(rendered("run", page, data), stages.get(TABLE, pd.DataFrame()), page["title"])
@@ -67,16 +70,20 @@ def _figure(png: Path) -> dict[str, str]:
 def _packed(name: str, table: pd.DataFrame) -> dict[str, object]:
     """A table, column by column, and what its rows are of."""
     columns = [_column(column, table[column]) for column in table]
-    several = table[["layer", "target_layer"]].drop_duplicates() if {"layer", "target_layer"} <= {*table} else []
+    ways = [each for each in _WAYS if each in table]
+    pairs = table[["layer", "target_layer"]].drop_duplicates() if {"layer", "target_layer"} <= {*table} else table[:0]
+    # A table in which a layer is patched into several others.
+    several = len(pairs.dropna()) > pairs["layer"].nunique() if len(pairs) else False
     return {
         "name": name,
         "rows": len(table),
         "columns": columns,
-        # Heatmaps are of tables in which a layer is patched into several.
-        "grid": len(several) > table["layer"].nunique() + 1 if len(several) else False,
+        "pairs": several,
+        "grid": ways if several else [],
         "measures": [each["name"] for each in columns if each["kind"] in ("number", "flag")],
         "unit": next((each for each in _UNITS if each in table), None),
-        "ways": [each for each in _WAYS if each in table],
+        "ways": ways,
+        "also": [each for each in _ALSO if each in table],
         "says": next((each for each in ("continuation", "answer", "token") if each in table), None),
     }
 
@@ -86,9 +93,13 @@ def _column(name: str, values: pd.Series) -> dict[str, object]:
     if pd.api.types.is_float_dtype(values):
         numbers = values.to_numpy(dtype="<f4", na_value=np.nan)
         return {"name": name, "kind": "number", "packed": base64.b64encode(numbers.tobytes()).decode()}
+    kind = "flag" if pd.api.types.is_bool_dtype(values) else "text"
+    if pd.api.types.is_integer_dtype(values) and values.abs().max() < 2**53:
+        kind = "whole"
+    if kind == "text":
+        # A list, a date, a number that no script can hold: as it is written.
+        values = values.map(str, na_action="ignore")
     codes, found = pd.factorize(values)
-    flag = pd.api.types.is_bool_dtype(values)
-    kind = "flag" if flag else "whole" if pd.api.types.is_integer_dtype(values) else "text"
     size = next(size for size in (1, 2, 4) if len(found) < 2 ** (8 * size))
     packed = base64.b64encode((codes + 1).astype(f"<u{size}").tobytes()).decode()
     told = [shown(each) if isinstance(each, str) else each for each in found.tolist()]

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import seaborn as sns
 from matplotlib.axes import Axes
+from matplotlib.backend_bases import RendererBase
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
@@ -55,7 +56,16 @@ class Look(NamedTuple):
 
 
 class Drawing(Figure):
-    """A figure that a notebook shows by itself, whether or not pyplot has been imported there."""
+    """A figure in the sizes of the theme, which a notebook shows by itself, whether or not pyplot is imported there."""
+
+    def __init__(self, style: str, **options: object) -> None:
+        super().__init__(**options)
+        self._style = style
+
+    def draw(self, renderer: RendererBase) -> None:
+        # Ticks are made only now.
+        with _themed(self._style):
+            super().draw(renderer)
 
     def _repr_png_(self) -> bytes:
         file = BytesIO()
@@ -65,14 +75,16 @@ class Drawing(Figure):
 
 
 @contextmanager
-def drawing(width: float, height: float, style: str = "whitegrid") -> Iterator[Figure]:
+def drawing(width: float, height: float, style: str = "whitegrid") -> Iterator[Drawing]:
     """A figure of so many inches to draw on, and everything drawn meanwhile in the sizes of the theme."""
+    with _themed(style):
+        yield Drawing(style, figsize=(width, height), layout="constrained")
+
+
+@contextmanager
+def _themed(style: str) -> Iterator[None]:
     with sns.axes_style(style, {"axes.edgecolor": "0.6"}), sns.plotting_context("paper", rc=_SIZES):
-        figure = Drawing(figsize=(width, height), layout="constrained")
-        yield figure
-        # Ticks are made when they are first drawn, in the sizes that hold then.
-        with _any_script():
-            figure.draw_without_rendering()
+        yield
 
 
 @contextmanager

@@ -27,6 +27,7 @@
   const value = (name, row) => columns.get(name)?.at(row) ?? null;
   // What is missing comes last.
   const compare = (a, b) => (a === null ? 1 : b === null ? -1 : a < b ? -1 : a > b ? 1 : 0);
+  const every = () => [...Array(table.rows).keys()];
   const distinct = (name, among) => [...new Set(among.map((row) => value(name, row)))].filter((each) => each !== null).sort(compare);
 
   function choose(number) {
@@ -49,7 +50,18 @@
       return label;
     }));
     get("measure").replaceChildren(...table.measures.map((name) => element("option", name)));
-    get("heat").hidden = !table.grid || !table.measures.length;
+    get("of").replaceChildren(...table.grid.map((name) => {
+      const select = element("select", undefined, { "data-of": name });
+      // What is patched and its controls are never averaged together.
+      const read = distinct(name, every().filter((row) => value("target_layer", row) !== null));
+      select.append(...read.map((each) => element("option", each)));
+      if (read.includes("patched")) select.value = "patched";
+      const label = element("label", `${name} `);
+      label.append(select);
+      return label;
+    }));
+    get("cell").textContent = "";
+    get("heat").hidden = !table.pairs || !table.measures.length;
     get("beside").hidden = !table.unit || !table.says;
     get("unit-name").textContent = table.unit ?? "";
     filter();
@@ -73,7 +85,8 @@
 
   function filter() {
     const kept = left();
-    rows = pair ? kept.filter((row) => value("layer", row) === pair[0] && value("target_layer", row) === pair[1]) : kept;
+    const seen = get("heat").hidden ? [] : ofHeat(kept);
+    rows = pair ? seen.filter((row) => value("layer", row) === pair[0] && value("target_layer", row) === pair[1]) : kept;
     if (sortedBy) {
       const column = columns.get(sortedBy), sign = downwards ? -1 : 1;
       rows.sort((a, b) => {
@@ -83,7 +96,7 @@
     }
     first = 0;
     get("count").textContent = `${rows.length} of ${table.rows} rows${pair ? `, layer ${pair[0]} → ${pair[1]}` : ""}`;
-    if (!get("heat").hidden) heat(kept);
+    if (!get("heat").hidden) heat(seen);
     if (!get("beside").hidden) {
       offerUnits();
       beside();
@@ -100,6 +113,7 @@
         downwards = name === sortedBy && !downwards;
         sortedBy = name;
         filter();
+        get("rows").querySelector("th[aria-sort$=ending] button").focus();
       });
       th.append(button);
       head.append(th);
@@ -116,11 +130,16 @@
     get("after").disabled = first + PAGE >= rows.length;
   }
 
+  function ofHeat(kept) {
+    const wanted = [...get("of").querySelectorAll("select")].map((select) => [select.dataset.of, select.value]);
+    return kept.filter((row) => wanted.every(([name, of]) => String(value(name, row)) === of));
+  }
+
   function heat(kept) {
     const measure = columns.get(get("measure").value), cells = new Map();
     for (const row of kept) {
       const [layer, target, number] = [value("layer", row), value("target_layer", row), measure.at(row)];
-      if (layer === null || target === null || number === null) continue;
+      if (layer === null || target === null || number === null || !Number.isFinite(Number(number))) continue;
       const key = `${layer},${target}`, cell = cells.get(key) ?? [0, 0];
       cells.set(key, [cell[0] + Number(number), cell[1] + 1]);
     }
@@ -137,9 +156,9 @@
         if (cell) {
           const mean = cell[0] / cell[1];
           td.style.setProperty("--v", ((mean - least) / span).toFixed(3));
-          td.setAttribute("aria-label", `layer ${layer} to ${target}: ${mean.toPrecision(3)}, ${cell[1]} rows`);
-          td.title = td.getAttribute("aria-label");
         }
+        td.title = `layer ${layer} to ${target}: ${cell ? `${(cell[0] / cell[1]).toPrecision(3)}, ${cell[1]} rows` : "no rows"}`;
+        td.setAttribute("aria-label", td.title);
         td.classList.toggle("open", Boolean(pair) && pair[0] === layer && pair[1] === target);
         line.append(td);
       }
@@ -147,6 +166,7 @@
     head.append(element("th", "ℓ* ↑  ℓ →"), ...layers.map((layer) => element("th", layer, { scope: "col" })));
     foot.append(head);
     get("grid").replaceChildren(foot, body);
+    get("shades").textContent = means.length ? `from ${least.toPrecision(3)} (light) to ${(least + span).toPrecision(3)} (dark)` : "no rows";
     const stop = get("grid").querySelector("td.open") ?? get("grid").querySelector("td");
     if (stop) stop.tabIndex = 0;
   }
@@ -159,10 +179,12 @@
 
   function beside() {
     const unit = get("unit").value, cells = new Map(), ways = [], places = [];
-    for (const row of rows) {
-      if (String(value(table.unit, row)) !== unit) continue;
-      const way = table.ways.map((name) => value(name, row)).filter((each) => each !== null).join(", ") || table.says;
-      const place = value("layer", row) === null ? "" : written(value("layer", row)) + (table.grid ? ` → ${written(value("target_layer", row))}` : "");
+    const own = rows.filter((row) => String(value(table.unit, row)) === unit);
+    const also = table.also.filter((name) => distinct(name, own).length > 1);
+    for (const row of own) {
+      const told = [...table.ways.map((name) => value(name, row)), ...also.map((name) => value(name, row) !== null && `${name} ${written(value(name, row))}`)];
+      const way = told.filter((each) => each !== null && each !== false).join(", ") || table.says;
+      const place = value("layer", row) === null ? "" : written(value("layer", row)) + (table.pairs ? ` → ${written(value("target_layer", row))}` : "");
       if (!ways.includes(way)) ways.push(way);
       if (!places.includes(place)) places.push(place);
       const key = `${place}\n${way}`, texts = cells.get(key) ?? [];
@@ -178,7 +200,7 @@
       line.append(element("th", place || "—", { scope: "row" }));
       for (const way of ways) {
         const texts = cells.get(`${place}\n${way}`) ?? [];
-        line.append(element("td", texts.map((each) => each.says).join("\n"), { class: texts.some((each) => each.right) ? "right" : "" }));
+        line.append(element("td", texts.map((each) => (each.right ? "✓ " : "") + each.says).join("\n"), { class: texts.some((each) => each.right) ? "right" : "" }));
       }
     }
     get("texts").replaceChildren(thead, body);
@@ -188,7 +210,7 @@
     const [layer, target] = td.dataset.pair.split(",").map(Number);
     pair = pair && pair[0] === layer && pair[1] === target ? null : [layer, target];
     filter();
-    get("cell").textContent = pair ? `${td.title}; the rows behind it stand below` : "";
+    get("cell").textContent = !pair ? "" : rows.length ? `${td.title}; they stand below` : td.title;
     get("grid").querySelector(`td[data-pair="${layer},${target}"]`).focus();
   }
 
@@ -218,7 +240,7 @@
   });
   get("table").replaceChildren(...tables.map((each, number) => element("option", `${each.name} (${each.rows})`, { value: number })));
   get("table").addEventListener("input", () => choose(get("table").value));
-  for (const id of ["search", "filters", "measure"]) get(id).addEventListener("input", filter);
+  for (const id of ["search", "filters", "measure", "of"]) get(id).addEventListener("input", filter);
   get("unit").addEventListener("input", beside);
   get("clear").addEventListener("click", () => {
     get("search").value = "";
