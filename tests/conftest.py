@@ -13,7 +13,6 @@ import pytest
 import torch
 from huggingface_hub import constants
 from matplotlib.figure import Figure
-from playwright.sync_api import sync_playwright
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
@@ -84,6 +83,8 @@ def unpainted(monkeypatch) -> None:
 @pytest.fixture(scope="session")
 def browser():
     """Chromium, which must be there."""
+    from playwright.sync_api import sync_playwright
+
     found = shutil.which("chromium") or shutil.which("google-chrome")
     assert found, "no Chromium is installed; Debian's package is called chromium"
     with sync_playwright() as playwright:

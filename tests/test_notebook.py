@@ -103,7 +103,9 @@ def test_a_bar_tells_how_far_a_table_is(tiny, in_a_notebook):
     assert bar.done == bar.options["total"] == sum(unit.rows for unit in experiment.units)
 
 
-def test_nowhere_else_is_anything_shown(capfd, tiny):
+def test_nowhere_else_is_anything_shown(capfd, monkeypatch):
+    monkeypatch.setattr("tqdm.auto.tqdm", None)
+    monkeypatch.setitem(sys.modules, "IPython", SimpleNamespace(get_ipython=lambda: None))
     with progress(10, "rows") as meter:
         assert meter(10) is None
     assert capfd.readouterr() == ("", "")
