@@ -93,6 +93,30 @@ def browser():
         chromium.close()
 
 
+@pytest.fixture
+def from_disk(browser, tmp_path):
+    """What opens a page that is written to disk; at the end nothing has gone wrong in it, and it has asked for no more."""
+    contexts, faults, asked, there = [], [], [], []
+
+    def opened(html):
+        path = tmp_path / f"page{len(there)}.html"
+        path.write_text(html, "utf-8")
+        contexts.append(browser.new_context(viewport={"width": 1200, "height": 900}))
+        page = contexts[-1].new_page()
+        page.on("pageerror", lambda error: faults.append(str(error)))
+        page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(path.as_uri())
+        there.append(path.as_uri())
+        return page
+
+    yield opened
+    assert faults == []
+    assert asked == there
+    for context in contexts:
+        context.close()
+
+
 @pytest.fixture(scope="session")
 def tokenizer(smollm2):
     return smollm2.tokenizer

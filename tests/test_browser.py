@@ -1,7 +1,5 @@
 """The lens page in a real browser: `pytest -m browser`, with Chromium installed."""
 
-from pathlib import Path
-
 import pytest
 
 import pscope
@@ -23,21 +21,8 @@ def table(tiny):
 
 
 @pytest.fixture
-def page(browser, table, tiny, tmp_path):
-    """The page, opened from disk, and what goes wrong in it."""
-    path = Path(tmp_path / "page.html")
-    path.write_text(lens_page(table, TEXT, {"model": "tiny"}, tiny.config.vocab_size), "utf-8")
-    context = browser.new_context(viewport={"width": 1200, "height": 800})
-    opened = context.new_page()
-    faults, asked = [], []
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    opened.on("request", lambda request: asked.append(request.url))
-    opened.goto(path.as_uri())
-    yield opened
-    assert faults == []
-    assert asked == [path.as_uri()]
-    context.close()
+def page(from_disk, table, tiny):
+    return from_disk(lens_page(table, TEXT, {"model": "tiny"}, tiny.config.vocab_size))
 
 
 def cell(page, layer, place):
@@ -143,13 +128,10 @@ def test_two_pages_in_one_notebook_do_not_disturb_each_other(browser, tiny, tmp_
     opened.close()
 
 
-def test_a_long_text_stays_in_reach(browser, tiny, tmp_path):
+def test_a_long_text_stays_in_reach(from_disk, tiny):
     prompt = tiny.prompt("\n" + " one two three" * 66)
     table = TokenGrid(tiny, prompt, [GridLens(Lens("logit lens"))], top_k=2).table()
-    path = tmp_path / "long.html"
-    path.write_text(lens_page(table, "long", {}, tiny.config.vocab_size), "utf-8")
-    opened = browser.new_page()
-    opened.goto(path.as_uri())
+    opened = from_disk(lens_page(table, "long", {}, tiny.config.vocab_size))
     assert opened.locator("#grid thead th").count() == 1 + len(prompt) > 190
     opened.evaluate("document.querySelector('.scroll').scrollLeft = 2000")
     # Layers stay where they are while tokens go by, and tokens while layers do.
@@ -158,4 +140,3 @@ def test_a_long_text_stays_in_reach(browser, tiny, tmp_path):
     top = opened.locator(".scroll").bounding_box()["y"]
     opened.evaluate("document.querySelector('.scroll').scrollTop = 60")
     assert abs(opened.locator("#grid thead th").first.bounding_box()["y"] - top) < 5
-    opened.close()

@@ -24,24 +24,10 @@ def table():
 
 
 @pytest.fixture
-def page(browser, tmp_path):
-    """The page, opened from disk, and what goes wrong in it."""
-    run_of(
-        tmp_path / "run", table(), {"command": "table2"}, summary=pd.DataFrame({"relation": ["capital"], "p": [0.5]})
-    )
-    path = tmp_path / "page.html"
-    run_page(tmp_path / "run").save(path)
-    context = browser.new_context(viewport={"width": 1200, "height": 900})
-    opened = context.new_page()
-    faults, asked = [], []
-    opened.on("pageerror", lambda error: faults.append(str(error)))
-    opened.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
-    opened.on("request", lambda request: asked.append(request.url))
-    opened.goto(path.as_uri())
-    yield opened
-    assert faults == []
-    assert asked == [path.as_uri()]
-    context.close()
+def page(from_disk, tmp_path):
+    summary = pd.DataFrame({"relation": ["capital"], "p": [0.5]})
+    run_of(tmp_path / "run", table(), {"command": "table2"}, summary=summary)
+    return from_disk(run_page(tmp_path / "run").html)
 
 
 def column(page, name):
@@ -109,18 +95,14 @@ def test_texts_stand_side_by_side(page):
     assert page.locator("#unit option").all_text_contents() == ["Peru"]
 
 
-def test_what_differs_within_a_subject_is_told_apart(browser, tmp_path):
+def test_what_differs_within_a_subject_is_told_apart(from_disk, tmp_path):
     twice = pd.concat([table(), table().assign(relation="currency", continuation="yen")])
     run_of(tmp_path / "run", twice)
-    path = tmp_path / "page.html"
-    run_page(tmp_path / "run").save(path)
-    opened = browser.new_page()
-    opened.goto(path.as_uri())
+    opened = from_disk(run_page(tmp_path / "run").html)
     opened.select_option("#unit", label="Japan")
     heads = opened.locator("#texts thead th").all_text_contents()[1:]
     ways = ("patched", "random vector")
     assert heads == [f"{way}, relation {relation}" for relation in ("capital", "currency") for way in ways]
-    opened.close()
 
 
 def test_a_printed_page_keeps_its_headings(page):
@@ -142,16 +124,12 @@ def test_every_table_can_be_looked_at(page):
     assert not page.locator("#beside").is_visible()
 
 
-def test_long_tables_come_in_pieces(browser, tmp_path):
+def test_long_tables_come_in_pieces(from_disk, tmp_path):
     long = pd.DataFrame({"number": [f"n{row}" for row in range(250)]})
     run_of(tmp_path / "run", long)
-    path = tmp_path / "page.html"
-    run_page(tmp_path / "run").save(path)
-    opened = browser.new_page()
-    opened.goto(path.as_uri())
+    opened = from_disk(run_page(tmp_path / "run").html)
     assert opened.locator("#where").text_content() == "1 to 100 of 250"
     opened.click("#after")
     opened.click("#after")
     assert column(opened, "number") == [f"n{row}" for row in range(200, 250)]
     assert opened.locator("#after").is_disabled()
-    opened.close()
