@@ -95,7 +95,7 @@ def browser():
 
 @pytest.fixture
 def from_disk(browser, tmp_path):
-    """What opens a page that is written to disk; at the end nothing has gone wrong in it, and it has asked for no more."""
+    """What opens a page from disk; at the end nothing has gone wrong in it, and it has asked for no more than itself."""
     contexts, faults, asked, there = [], [], [], []
 
     def opened(html):
