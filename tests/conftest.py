@@ -33,7 +33,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """Fast ones first, so that most faults show within seconds."""
     slow = ["test_architectures", "test_benchmarks", "test_cli", "test_lens_commands", "test_processes", "test_resume"]
-    slow += ["test_recipes", "test_tour"]
+    slow += ["test_readme", "test_recipes", "test_tour"]
     items.sort(key=lambda item: item.path.stem in slow)
 
 
@@ -95,7 +95,7 @@ def browser():
 
 @pytest.fixture
 def from_disk(browser, tmp_path):
-    """What opens a page from disk; at the end nothing has gone wrong in it, and it has asked for no more than itself."""
+    """What opens a page from disk; at the end nothing has gone wrong in it, and it has asked for nothing."""
     contexts, faults, asked, there = [], [], [], []
 
     def opened(html):
