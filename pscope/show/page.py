@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pandas as pd
-from jinja2 import Environment
+from jinja2 import Environment, FunctionLoader
 
 from pscope.characters import visible
 from pscope.errors import DataError
@@ -44,7 +44,7 @@ class Page:
 
 def rendered(name: str, page: dict[str, object], data: dict[str, object]) -> str:
     """The page of a template, with its style and its script; `data` is for the script alone."""
-    template = Environment(autoescape=True).from_string(_read(f"{name}.html"))
+    template = Environment(loader=FunctionLoader(_read), autoescape=True).get_template(f"{name}.html")
     style = _read("page.css") + _read(f"{name}.css")
     return template.render(page=page, style=style, script=_read(f"{name}.js"), data=_embedded(data))
 
