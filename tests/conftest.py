@@ -8,6 +8,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Threads of several workers that wait for each other cost more than they do.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
