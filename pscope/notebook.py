@@ -56,7 +56,7 @@ def table_in_frame(result: Tabled) -> str:
 
 
 @contextmanager
-def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
+def progress(total: int, what: str) -> Iterator[Callable[[int], object]]:
     """A bar in a notebook, which is told how many more are done; nothing is shown anywhere else."""
     if not _within_notebook():
         yield lambda more: None
@@ -64,7 +64,7 @@ def progress(total: int, what: str) -> Iterator[Callable[[int], None]]:
     from tqdm.auto import tqdm
 
     with tqdm(total=total, unit=f" {what}", delay=SOON, leave=False) as bar:
-        yield lambda more: bar.update(more) and None
+        yield bar.update
 
 
 def _within_notebook() -> bool:
