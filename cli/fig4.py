@@ -83,11 +83,10 @@ def fig4(
     model = frame.load()
 
     import pscope
-    from pscope.experiments.agreement import rank_agreement
     from pscope.experiments.experiment import permuted
     from pscope.experiments.held_out import FOLDS
     from pscope.experiments.known import PlainWords
-    from pscope.experiments.multi_hop import WIRINGS, MultiHop, MultiHopScores, answered_hops, plain_hops, shared_bridge
+    from pscope.experiments.multi_hop import MultiHop, MultiHopScores, answered_hops, plain_hops, shared_bridge
     from pscope.experiments.multi_hop_summary import gains, summarise, transcripts
     from pscope.experiments.scored_sweep import best_pairs
     from pscope.show.agreement import agreement_table
@@ -139,10 +138,8 @@ def fig4(
     summary, gained = summarise(scores, said, seed), gains(scores, seed)
     frame.note("summary", summary)
     frame.note("gains", gained)
-    alike = None
-    if grid.speaks_on_a_grid:
-        wired = said[said["method"].isin(WIRINGS)]
-        alike = rank_agreement(scores, wired, "method", ["query"], "bridge", seed)
+    alike = grid.agreement(scores, said, "method", ["query"], "bridge", seed)
+    if len(alike):
         frame.note("agreement", alike)
     steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
     lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
@@ -152,6 +149,6 @@ def fig4(
     out.print(answers_table(summary, lengths))
     if len(gained):
         out.print(gains_table(gained))
-    if alike is not None and len(alike):
+    if len(alike):
         out.print(agreement_table(alike))
     tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")

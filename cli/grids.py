@@ -12,6 +12,8 @@ from pscope.cli.console import tell
 from pscope.cli.options import layers_option, parse_layers, parse_target_layers, target_layers_option
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from pscope.experiments.experiment import Experiment
     from pscope.experiments.grid import Pair
     from pscope.models.model import LanguageModel
@@ -84,14 +86,17 @@ class GridOptions:
 
         `coarse` are source and target layers of the grid as fractions of the depth.
         """
-        if not self.speaks_on_a_grid:
+        if self.said_at is SaidAt.best:
             return self._as_many_as_best(model) if best is None else best
         return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
 
-    @property
-    def speaks_on_a_grid(self) -> bool:
-        """Whether rows speak at the same pairs of layers whatever scores best."""
-        return self.said_at is not SaidAt.best
+    def agreement(
+        self, scores: pd.DataFrame, said: pd.DataFrame, key: str, unit: list[str], group: str, seed: int
+    ) -> pd.DataFrame:
+        """How alike scores and words rank: see `rank_agreement`. Empty where rows speak at the best pairs alone."""
+        from pscope.experiments.agreement import rank_agreement
+
+        return rank_agreement(scores, said[:0] if self.said_at is SaidAt.best else said, key, unit, group, seed)
 
     def _as_many_as_best(self, model: LanguageModel) -> list[Pair]:
         """A pair for every fold, of those that lead downwards where there are any: back-patching has no others."""

@@ -61,7 +61,6 @@ def table2(
     model = frame.load()
 
     import pscope
-    from pscope.experiments.agreement import rank_agreement
     from pscope.experiments.attribute_extraction import AttributeExtraction, AttributeScores, plain_questions
     from pscope.experiments.attribute_summary import over_layers, summarise
     from pscope.experiments.held_out import FOLDS
@@ -109,15 +108,14 @@ def table2(
     summary, accuracy = summarise(scores, said, seed), over_layers(scores, seed)
     frame.note("summary", summary)
     frame.note("accuracy", accuracy)
-    unit, alike = ["subject", "context"], None
-    if grid.speaks_on_a_grid:
-        alike = rank_agreement(scores, said, "relation", unit, "subject", seed)
+    alike = grid.agreement(scores, said, "relation", ["subject", "context"], "subject", seed)
+    if len(alike):
         frame.note("agreement", alike)
     figure = frame.draw(accuracy_figure(accuracy, model.name))
     heatmaps = frame.draw(accuracy_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(accuracy_table(summary))
-    if alike is not None and len(alike):
+    if len(alike):
         out.print(agreement_table(alike))
     tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")
 

@@ -84,6 +84,25 @@ def unpainted(monkeypatch) -> None:
 
 
 @pytest.fixture(scope="session")
+def demo(tiny):
+    """The live demo of the tiny model."""
+    from pscope.show.live import Demo
+
+    return Demo(tiny)
+
+
+@pytest.fixture(scope="session")
+def address(tiny):
+    """Where a server of that demo listens."""
+    from pscope.show.live import live
+
+    page = live(tiny)
+    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
+    yield address
+    page.close(verbose=False)
+
+
+@pytest.fixture(scope="session")
 def browser():
     """Chromium, which must be there."""
     from playwright.sync_api import sync_playwright

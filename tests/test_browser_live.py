@@ -6,24 +6,11 @@ from playwright.sync_api import expect
 from pscope.characters import visible
 from pscope.engine.patchscope import Patchscope
 from pscope.inputs.targets import shipped_targets
-from pscope.show.live import TEXT, Demo, live
+from pscope.show.live import TEXT
 
 pytestmark = pytest.mark.browser
 
 ENTITY = shipped_targets()["entity-description"]
-
-
-@pytest.fixture(scope="module")
-def demo(tiny):
-    return Demo(tiny)
-
-
-@pytest.fixture(scope="module")
-def address(tiny):
-    page = live(tiny)
-    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
-    yield address
-    page.close(verbose=False)
 
 
 @pytest.fixture

@@ -17,7 +17,9 @@ import pytest
 import torch
 import typer
 from conftest import random_model
+from pscope.cli import fig4, table2
 from pscope.cli.app import app
+from pscope.cli.grids import GridOptions
 from pscope.cli.options import parse_layers, parse_shard, parse_target_layers
 from pscope.cli.prompts import parse_position
 from transformers import BertConfig, BertLMHeadModel, MambaConfig, MambaForCausalLM
@@ -367,6 +369,8 @@ def test_fig4_composes_the_users_relations(relations, tmp_path):
     assert 0 < asked == settings["counts"]["both answered"] <= 4
     assert f"only {asked} queries, " in result.stderr
     assert len(json.loads((folder / "queries.json").read_text("utf-8"))) == asked
+    # Rows that speak at one pair alone rank none.
+    assert not (folder / "agreement.csv").exists()
     scores = pd.read_parquet(folder / "table.parquet")
     assert set(scores["answer"]) <= {"Tokyo", "Paris", "Berlin", "Cairo"}
 
@@ -387,7 +391,9 @@ def test_fig4_shows_what_was_said_and_how_long_it_may_be(relations, tiny_folder,
     told = json.loads((folder / "queries.json").read_text("utf-8"))
     assert len(told) == 4
     assert set(told[0]["cot"]["patched"]) == {"3 → 0", "3 → 1"}
-    for name in ("figure.png", "heatmaps.svg", "summary.csv", "gains.csv", "table.parquet", "said.parquet"):
+    for name in (
+        *("figure.png", "heatmaps.svg", "summary.csv", "gains.csv", "agreement.csv", "table.parquet", "said.parquet"),
+    ):
         assert (folder / name).exists()
 
 
@@ -628,6 +634,13 @@ def test_help_is_legible_in_80_columns(monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     for arguments in ([], *([name, "--help"] for name in typer.main.get_command(app).commands)):
         assert max(map(len, run(*arguments).stdout.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_rows_speak_where_they_are_scored(tiny, quick):
+    grid = GridOptions(quick=quick)
+    for fractions in (fig4.GRID, table2.GRID):
+        assert set(grid.coarse(tiny, fractions)) <= set(grid.pairs(tiny))
 
 
 def test_versions_are_told():

@@ -22,20 +22,6 @@ TEXT, TARGET = "one two three four", "say x and x now"
 HOSTILE = "<script>alert(1)</script>\u202e\x1b[31m"
 
 
-@pytest.fixture(scope="module")
-def demo(tiny):
-    return Demo(tiny)
-
-
-@pytest.fixture(scope="module")
-def address(tiny):
-    """That of a server of the demo."""
-    page = live(tiny)
-    _, address, _ = page.launch(server_name="127.0.0.1", prevent_thread_lock=True, quiet=True, share=False)
-    yield address
-    page.close(verbose=False)
-
-
 @pytest.mark.parametrize(("position", "layer", "target_layer"), [(2, 3, 1), (4, 0, 0), (1, 4, 3)])
 def test_what_is_said_is_what_whole_prompts_say(demo, tiny, position, layer, target_layer):
     spoken = demo.say(TEXT, position, layer, TARGET, "all:x", target_layer, 6)

@@ -290,15 +290,13 @@ class Reading(Experiment[Vector | Plain]):
         return owed
 
     def _top(self, logits: Tensor) -> list[list[dict[str, object]]]:
-        """The most probable next tokens of each row of logits (rows, vocab)."""
-        top = logits.float().softmax(dim=-1).topk(self._top_k)
-        decode = self.model.tokenizer.decode
+        """The most probable next tokens of each row of logits (rows, vocab), as rows of the table."""
         return [
             [
-                {"rank": rank, "next_token": decode([token]), "probability": probability}
-                for rank, (token, probability) in enumerate(zip(tokens, probabilities, strict=True), 1)
+                {"rank": rank, "next_token": token, "probability": probability}
+                for rank, (token, probability) in enumerate(tokens, 1)
             ]
-            for tokens, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+            for tokens in self.model.most_probable(logits, self._top_k)
         ]
 
     def _text(self, tokens: list[int]) -> str:

@@ -243,6 +243,14 @@ class LanguageModel:
         names = ("cache", "past_key_values", "cache_params")
         return next((name for name in names if name in self._forward_parameters), None)
 
+    def most_probable(self, logits: Tensor, count: int) -> list[list[tuple[str, float]]]:
+        """The `count` most probable next tokens of each row of logits (rows, vocab), with their probabilities."""
+        top = logits.float().softmax(dim=-1).topk(min(count, logits.shape[-1]))
+        return [
+            [(self.tokenizer.decode([token]), value) for token, value in zip(tokens, values, strict=True)]
+            for tokens, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
+        ]
+
     def next_token_logits(self, ids: Tensor, cache: Cache | None = None) -> Tensor:
         """One forward pass; the logits after the last token, (batch, vocab). See `logits`."""
         return self.logits(ids, cache)[:, -1]

@@ -55,7 +55,7 @@ _LOOKS = {
 def entity_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     """Figure 3 from `entity_resolution.summarise`: mean ROUGE-L of the descriptions over the source layers.
 
-    On the left each group of entities, with its ceiling, the name written out, and the bands of up to ten of them; on
+    On the left each group of entities, with its ceiling, the name written out, and the bands of up to four of them; on
     the right all entities beside the controls. With several target layers for a source layer it is a heatmap for each
     group: source on x, target on y.
     """

@@ -112,7 +112,7 @@ class Demo:
         random = same_norm(state, [f"{text!r} at {position}"], [layer], seed=0)
         states = torch.cat([state, random])[:, 0]  # (2, hidden)
         parts = list(scope.logits(states, target_layer))
-        tops = self._top(torch.cat([*(part.patched for part in parts), parts[0].clean[None]]))
+        tops = self.model.most_probable(torch.cat([*(part.patched for part in parts), parts[0].clean[None]]), TOP_K)
         spoken = scope.generate(states, target_layer, Decoding(new_tokens))
         rows = map(Row, (PATCHED, RANDOM, CLEAN), [*spoken.text, spoken.clean_text], tops)
         return Spoken(seen.prompt.tokens[position], scope.target, list(rows))
@@ -134,12 +134,6 @@ class Demo:
         if len(prompt) > MOST_TOKENS:
             raise PromptError(f"{what} has {len(prompt)} tokens; {MOST_TOKENS} are the most here")
         return prompt
-
-    def _top(self, logits: Tensor) -> Iterator[list[tuple[str, float]]]:
-        """The most probable next tokens of each row of logits (rows, vocab)."""
-        top = logits.float().softmax(dim=-1).topk(min(TOP_K, logits.shape[-1]))
-        for tokens, probabilities in zip(top.indices.tolist(), top.values.tolist(), strict=True):
-            yield [(self.model.tokenizer.decode([token]), of) for token, of in zip(tokens, probabilities, strict=True)]
 
 
 def grid_html(grid: pd.DataFrame) -> str:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from io import BytesIO
 from typing import NamedTuple
 
+import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
 from matplotlib.backend_bases import RendererBase
@@ -95,7 +96,7 @@ def _any_script() -> Iterator[None]:
         yield
 
 
-def plot(axes: Axes, x: object, y: object, look: Look, label: str, *, width: float = 1.2) -> None:
+def plot(axes: Axes, x: pd.Series, y: pd.Series, look: Look, label: str, *, width: float = 1.2) -> None:
     """A line with a few marks on it, the first at another place for each kind of mark, whole also on the frame."""
     every = max(1, len(x) // 6)
     start = sum(map(ord, look.mark or "")) % every
@@ -114,7 +115,7 @@ def plot(axes: Axes, x: object, y: object, look: Look, label: str, *, width: flo
     )
 
 
-def fill(axes: Axes, x: object, low: object, high: object, look: Look, *, faint: bool = False) -> None:
+def fill(axes: Axes, x: pd.Series, low: pd.Series, high: pd.Series, look: Look, *, faint: bool = False) -> None:
     """The band around a line."""
     bounds = (low.astype(float), high.astype(float))
     axes.fill_between(x, *bounds, color=look.colour, alpha=0.08 if faint else 0.18, linewidth=0)
