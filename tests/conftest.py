@@ -36,7 +36,7 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     """Fast ones first, so that most faults show within seconds."""
     slow = ["test_architectures", "test_benchmarks", "test_cli", "test_lens_commands", "test_processes", "test_resume"]
-    slow += ["test_readme", "test_recipes", "test_tour"]
+    slow += ["test_adding", "test_readme", "test_recipes", "test_tour"]
     items.sort(key=lambda item: item.path.stem in slow)
 
 
