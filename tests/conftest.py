@@ -30,7 +30,7 @@ AS_IT_COMES = {("dtype", "auto"), ("device", "cpu")}
 
 
 def pytest_addoption(parser):
-    parser.addoption("--write-readme", action="store_true", help="Write the README's table of architectures anew.")
+    parser.addoption("--write-models", action="store_true", help="Write the table of docs/models.md anew.")
 
 
 def pytest_collection_modifyitems(items):

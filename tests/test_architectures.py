@@ -1,4 +1,4 @@
-"""Every architecture against the one-row loop, and the README's table of them."""
+"""Every architecture against the one-row loop, and the documentation's table of them."""
 
 from functools import cache
 from pathlib import Path
@@ -11,7 +11,7 @@ from reference import hidden_states, logits_at_each_step, patched_logits, writte
 from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, Write, Writes, capture, logit_lens
 from pscope.models.structure import check_structure
 
-README = Path(__file__).parent.parent / "README.md"
+PAGE = Path(__file__).parent.parent / "docs" / "models.md"
 BEGIN, END = "<!-- architectures -->\n", "<!-- /architectures -->\n"
 TOKENS = torch.randint(3, VOCABULARY, (20,), generator=torch.Generator().manual_seed(1)).tolist()
 POSITIONS = {"last": 19, "middle": 11, "first": 0}
@@ -157,13 +157,13 @@ def test_eager_attention(name):
     assert_rows_agree(scope, layers)
 
 
-def test_the_readme_lists_what_was_found(request):
+def test_the_page_of_models_lists_what_was_found(request):
     paths = {name: _path(name) for name in KNOWN}
-    text = README.read_text("utf-8")
+    text = PAGE.read_text("utf-8")
     before, rest = text.split(BEGIN)
     found, after = rest.split(END)
-    if request.config.getoption("--write-readme"):
-        README.write_text(before + BEGIN + _table(paths) + END + after, "utf-8")
+    if request.config.getoption("--write-models"):
+        PAGE.write_text(before + BEGIN + _table(paths) + END + after, "utf-8")
     else:
         # An older transformers lacks some; those that it has are as they are told.
         listed = {name: path for path, names in _rows(found).items() for name in names if name in KNOWN}

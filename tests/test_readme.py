@@ -1,21 +1,49 @@
-"""The README's Python is run as it stands there, on the default model."""
+"""What the README and the documentation tell people to type: Python is run, and commands have the options shown."""
 
 import re
+import shlex
 from pathlib import Path
 
+import click
 import pytest
+import typer
+from pscope.cli.app import app
 
-BLOCKS = re.findall(r"```python\n(.*?)```", (Path(__file__).parents[1] / "README.md").read_text("utf-8"), re.S)
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+def blocks(page, language):
+    return re.findall(rf"```{language}\n(.*?)```", page.read_text("utf-8"), re.S)
+
+
+def commands():
+    """The arguments of every line of pscope that a page shows, but for the worked example's, which its test runs."""
+    lines = [(page, line.split("  #")[0]) for page in PAGES for line in "".join(blocks(page, "sh")).splitlines()]
+    shown = [(page, re.search(r"(?:^|&& |-m |')pscope (.+?)'?$", line.strip())) for page, line in lines]
+    return [
+        pytest.param(shlex.split(found[1]), id=f"{page.stem}: {found[1]}")
+        for page, found in shown
+        if found and not found[1].startswith("own-token")
+    ]
 
 
 @pytest.mark.usefixtures("loaded_once")
-def test_the_readmes_python_runs(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("page", "printed"), [("README.md", ["0 ' -> CEO", "clean "]), ("docs/python.md", ["0 ' -> CEO", "Continuations("])]
+)
+def test_the_python_of_a_page_runs(page, printed, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     names = {}
-    assert len(BLOCKS) == 2
-    for block in BLOCKS:
-        exec(compile(block, "README.md", "exec"), names)
-    printed = capsys.readouterr().out
-    assert "0 ' -> CEO" in printed
-    assert "Continuations(" in printed
-    assert (tmp_path / "mean.safetensors").exists()
+    for block in blocks(ROOT / page, "python"):
+        exec(compile(block, page, "exec"), names)
+    told = capsys.readouterr().out
+    assert all(piece in told for piece in printed)
+
+
+@pytest.mark.parametrize("arguments", commands())
+def test_a_command_that_is_shown_has_these_options(arguments):
+    group = typer.main.get_command(app)
+    with click.Context(group) as context:
+        name, command, rest = group.resolve_command(context, arguments)
+        command.make_context(name, rest, parent=context)
