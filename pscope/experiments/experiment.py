@@ -77,7 +77,7 @@ class Experiment(ABC, Generic[U]):
 
     def __init__(self, model: LanguageModel, target: Prompt, memory: int = MEMORY) -> None:
         self.model, self.target, self.memory = model, target, memory
-        self._scope: Patchscope | None = None
+        self._scopes: dict[Prompt, Patchscope] = {}
         self._paths: dict[tuple[int, tuple[int, ...]], PathName] = {}
 
     @abstractmethod
@@ -106,12 +106,12 @@ class Experiment(ABC, Generic[U]):
 
     def scope(self, target: Prompt) -> Patchscope:
         """A Patchscope of the target. One of each length is checked: masks and caches do not tell the others apart."""
-        if self._scope is None or self._scope.target != target:
+        if target not in self._scopes:
             alike = (len(target), target.positions)
-            self._scope = Patchscope(self.model, target, path=self._paths.get(alike, "auto"))
-            self._paths[alike] = self._scope.path
-        self._scope.memory = self.memory
-        return self._scope
+            scope = self._scopes[target] = Patchscope(self.model, target, path=self._paths.get(alike, "auto"))
+            self._paths[alike] = scope.path
+        self._scopes[target].memory = self.memory
+        return self._scopes[target]
 
     def rows_per_part(self, rows_per_pass: int) -> int:
         """How many rows are read together: what fits in a pass, and no more than a small share of a long run."""

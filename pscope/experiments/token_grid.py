@@ -153,6 +153,10 @@ class TokenGrid(Experiment[Column | Unpatched]):
     def _tail(self) -> Patchscope:
         return logit_lens(self.model, self.memory)
 
+    def rows_per_part(self, rows_per_pass: int) -> int:
+        """As many as of all experiments, of each lens: their rows do not share passes."""
+        return super().rows_per_part(rows_per_pass) * len(self._lenses)
+
     def _reader(self, lens: Lens) -> Patchscope:
         return self._tail if lens.target is None else self.scope(lens.target)
 
