@@ -25,6 +25,12 @@ import pscope
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+LONG = {
+    *("test_adding", "test_architectures", "test_benchmarks", "test_cli", "test_lens_commands", "test_processes"),
+    *("test_readme", "test_recipes", "test_resume", "test_tour"),
+}
+"""The files that take whole commands, processes or pages of the documentation, or every architecture."""
+
 AS_IT_COMES = {("dtype", "auto"), ("device", "cpu")}
 """Options of a model that nothing is asked of, beside those that are not given."""
 
@@ -35,9 +41,13 @@ def pytest_addoption(parser):
 
 def pytest_collection_modifyitems(items):
     """Fast ones first, so that most faults show within seconds."""
-    slow = ["test_architectures", "test_benchmarks", "test_cli", "test_lens_commands", "test_processes", "test_resume"]
-    slow += ["test_adding", "test_readme", "test_recipes", "test_tour"]
-    items.sort(key=lambda item: item.path.stem in slow)
+    for item in items:
+        long = item.path.stem in LONG
+        if long:
+            item.add_marker("long")
+        if long or "smollm2" in item.fixturenames or item.get_closest_marker("browser"):
+            item.add_marker("slow")
+    items.sort(key=lambda item: item.get_closest_marker("long") is not None)
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import re
 import shlex
 from pathlib import Path
 
-import click
 import pytest
 import typer
 from pscope.cli.app import app
@@ -44,6 +43,6 @@ def test_the_python_of_a_page_runs(page, printed, tmp_path, monkeypatch, capsys)
 @pytest.mark.parametrize("arguments", commands())
 def test_a_command_that_is_shown_has_these_options(arguments):
     group = typer.main.get_command(app)
-    with click.Context(group) as context:
+    with group.context_class(group) as context:
         name, command, rest = group.resolve_command(context, arguments)
         command.make_context(name, rest, parent=context)
