@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 
 import datasets
@@ -120,6 +120,21 @@ def answer_settled(text: str, answers: Sequence[str]) -> bool:
     return _stands(text, answers, r"(?=\W)")
 
 
+def same_answer(text: str, answers: Sequence[str]) -> bool:
+    """Whether a text is one of the answers, all of it: capitals, an article before it, and what `answer_found` passes
+    over do not count.
+    """
+    return _alike(text) in map(_alike, answers)
+
+
+def distinct_answers(answers: Iterable[str]) -> tuple[str, ...]:
+    """The first of all answers that are the same."""
+    found: dict[str, str] = {}
+    for answer in answers:
+        found.setdefault(_alike(answer), answer)
+    return tuple(found.values())
+
+
 def gives_away(text: str, answers: Sequence[str]) -> bool:
     """Whether one of the answers stands in the text, with or without its capitals."""
     return answer_found(text, [answer.lower() for answer in answers])
@@ -159,6 +174,11 @@ class AnswerFound(evaluate.Metric):
 
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032\u00b4`", "'"))
+
+
+def _alike(answer: str) -> str:
+    """What answers that are the same have in common."""
+    return _plain(answer).casefold().removeprefix("the ")
 
 
 def _plain(text: str) -> str:

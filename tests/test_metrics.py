@@ -12,8 +12,10 @@ from pscope.metrics import (
     Surprisal,
     answer_found,
     answer_settled,
+    distinct_answers,
     gives_away,
     rouge_l,
+    same_answer,
     surprisal,
 )
 
@@ -140,3 +142,20 @@ def test_an_answer_is_settled_once_its_last_word_cannot_grow():
         assert answer_settled(text, ["fish"])
         assert all(answer_found(text + ending, ["fish"]) for ending in endings)
     assert not answer_settled("a fish\u00ad", ["fish"])
+
+
+def test_an_answer_is_the_same_as_a_whole():
+    assert same_answer("the Yen", ["dollar", "yen"])
+    assert same_answer("Sao-Paulo", ["São Paulo"])
+    # It may stand in another one, of which it is no more than a part.
+    assert answer_found("Emily Brontë", ["Charlotte Brontë", "Brontë"])
+    assert not same_answer("Emily Brontë", ["Charlotte Brontë", "Brontë"])
+
+
+def test_answers_that_are_the_same_are_one():
+    assert distinct_answers(["Euro", "the euro", "yen", "Guinea", "Guinea-Bissau"]) == (
+        "Euro",
+        "yen",
+        "Guinea",
+        "Guinea-Bissau",
+    )

@@ -4,12 +4,13 @@ import re
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import random_model, without_a_number
 from reference import hidden_states, patched_continuation, patched_logits
 from test_unpatched import greedy
 from transformers import MambaConfig, MambaForCausalLM
 
-from pscope import Decoding, LanguageModel, Prompt, PscopeError
+from pscope import Decoding, LanguageModel, Patchscope, Prompt, PscopeError
 from pscope.engine.generate import GREEDY
 from pscope.engine.selfcheck import PATHS, SelfCheck
 from pscope.experiments.attribute_extraction import plain_questions, question_of
@@ -28,7 +29,7 @@ from pscope.experiments.multi_hop import (
     step_by_step,
 )
 from pscope.experiments.multi_hop_summary import gains, summarise, transcripts
-from pscope.experiments.scored_sweep import best_pairs
+from pscope.experiments.scored_sweep import best_pairs, scored_plainly
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import shipped_relations
@@ -439,3 +440,15 @@ def test_the_figures_show_the_table():
     assert [label.get_text() for label in cot.get_yticklabels()] == ["2", "0"]
     np.testing.assert_allclose(cot.collections[0].get_array().reshape(2, 2), [[1 / 6, 1 / 6], [1 / 6, 1]])
     assert backpatch.collections[0].get_array().reshape(2, 2)[1].tolist() == [0, 0]
+
+
+def test_a_candidate_that_holds_the_answer_is_another_one(tiny):
+    scope = Patchscope(tiny, tiny.prompt("A city in x is"))
+    both = ("Tokyo", "Tokyo Rome")
+    chosen = {by: scored_plainly(scope, both, ("tokyo",), by) for by in ("whole", "mean")}
+    for by, told in chosen.items():
+        assert told["found"] == (told["answer"] == "Tokyo"), by
+        whole = scope.choose(torch.ones(1, tiny.hidden_size), tiny.n_layers, [" Tokyo", " Tokyo Rome"], by=by)
+        assert told["log_probability"] == pytest.approx(whole.clean.scores[0, 0].item(), abs=1e-5)
+    # Of the two the longer one is chosen by one of the measures, or this would show nothing.
+    assert "Tokyo Rome" in {told["answer"] for told in chosen.values()}

@@ -26,7 +26,7 @@ from pscope.experiments.probe import probe_elsewhere
 from pscope.experiments.scored_sweep import SCORED_TYPES, scored_sweep
 from pscope.experiments.sweep import PATCHED, TYPES, Source, borrowed, mark_chosen, patched_rows, sweep
 from pscope.inputs.relations import Relation, Sample
-from pscope.metrics import answer_found
+from pscope.metrics import answer_found, distinct_answers, same_answer
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, continuing_tokens, spoken_after, written_out
 from pscope.models.residual import capture
@@ -55,7 +55,7 @@ class Question:
     @property
     def candidates(self) -> tuple[str, ...]:
         """The objects of its samples, among which one is chosen."""
-        return tuple(dict.fromkeys(sample.object for sample in self.samples))
+        return distinct_answers(sample.object for sample in self.samples)
 
     @property
     def enough(self) -> bool:
@@ -181,7 +181,8 @@ class _Attributes(Experiment[U]):
         theirs = borrowed(table, pd.DataFrame(self._lenders), "subject", ("relation", "context"))
         # Thousands of rows have one answer.
         cases = theirs[["relation", "subject", self.told]].drop_duplicates()
-        found = [answer_found(case[-1], answers[case[:-1]]) for case in cases.itertuples(index=False, name=None)]
+        right = same_answer if self.told == "answer" else answer_found
+        found = [right(case[-1], answers[case[:-1]]) for case in cases.itertuples(index=False, name=None)]
         theirs = theirs.drop(columns="found").merge(cases.assign(found=found), sort=False)
         theirs = theirs.assign(condition=ANOTHER, state_of=theirs["lender"])
         return pd.concat([table, tidy(theirs, self.types)], ignore_index=True)
@@ -247,7 +248,7 @@ class AttributeScores(_Attributes[Source | Probing]):
             capture(self.model, prompts, layers=layers).float().cpu().numpy(),
             [question.samples[sample].object for sample, _ in read],
             np.array([unit.folds[sample] for sample, _ in read]),
-            lambda number, answer: answer_found(answer, question.samples[read[number][0]].answers),
+            lambda number, answer: same_answer(answer, question.samples[read[number][0]].answers),
         )
         rows = []
         for number, (sample, context) in enumerate(read):

@@ -23,7 +23,7 @@ from pscope.experiments.scored_sweep import SCORED_TYPES, scored_plainly, scored
 from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_rows, sweep
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import PLACEHOLDER
-from pscope.metrics import answer_found
+from pscope.metrics import answer_found, distinct_answers
 from pscope.models.chats import chat_text
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
@@ -218,15 +218,16 @@ def _about(queries: Sequence[Query], seed: int) -> list[dict[str, object]]:
 
 def _candidates(queries: Sequence[Query]) -> dict[str, tuple[str, ...]]:
     """For every second hop the answers among which one is chosen."""
-    everything = tuple(dict.fromkeys(query.answers[0] for query in queries))
+    everything = distinct_answers(query.answers[0] for query in queries)
     if len(everything) < 2:
         raise PscopeError(
             "all queries have one answer, so that there is nothing to choose among; give some with others"
         )
-    own: dict[str, dict[str, None]] = {}
+    asked: dict[str, list[str]] = {}
     for query in queries:
-        own.setdefault(query.second, {})[query.answers[0]] = None
-    return {second: tuple(answers) if len(answers) > 1 else everything for second, answers in own.items()}
+        asked.setdefault(query.second, []).append(query.answers[0])
+    own = {second: distinct_answers(answers) for second, answers in asked.items()}
+    return {second: answers if len(answers) > 1 else everything for second, answers in own.items()}
 
 
 def _all_wired(

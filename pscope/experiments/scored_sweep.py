@@ -17,7 +17,7 @@ from pscope.engine.scores import Choice, Measure
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.held_out import best_elsewhere, found_at
 from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Source, as_rows, naming_rows, read_states, rows_of
-from pscope.metrics import answer_found
+from pscope.metrics import same_answer
 from pscope.models.prompts import Prompt, spoken_after
 from pscope.models.residual import Pair
 
@@ -86,8 +86,8 @@ class _Judge:
 
     def __init__(self, candidates: Sequence[str], answers: Sequence[str], by: Measure) -> None:
         self._candidates, self._by = candidates, by
-        self._right = [answer_found(candidate, answers) for candidate in candidates]
-        self._own = candidates.index(answers[0])
+        self._right = [same_answer(candidate, answers) for candidate in candidates]
+        self._own = next(place for place, candidate in enumerate(candidates) if same_answer(candidate, answers[:1]))
 
     def __call__(self, choice: Choice, row: int) -> dict[str, object]:
         chosen = int(choice.chosen[row])
