@@ -5,7 +5,8 @@ import copy
 import accelerate
 import pytest
 import torch
-from conftest import rows_for_every_layer
+from conftest import random_model, rows_for_every_layer
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import pscope
 from pscope import Decoding, Patchscope, capture
@@ -44,4 +45,15 @@ def test_spread_at_load(tiny, tmp_path):
     placed = pscope.load(tmp_path, device_map=places)
     assert [next(layer.parameters()).is_meta for layer in placed.layers] == [True, False, True, False]
     assert_same_numbers(placed, tiny)
-    assert_same_numbers(pscope.load(tmp_path, device_map="auto"), tiny)
+
+
+def test_spread_by_what_there_is_room_for(tokenizer, tmp_path, monkeypatch):
+    # With layers as large as its embeddings: accelerate keeps room for the largest of all that may come back from disk.
+    model = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, intermediate_size=2**14)
+    model.hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    room = sum(weight.nbytes for weight in model.hf.parameters()) * 3 // 4
+    monkeypatch.setattr("transformers.integrations.accelerate.accelerate_max_memory", lambda _: {"cpu": room})
+    placed = pscope.load(tmp_path, device_map="auto")
+    assert len({next(layer.parameters()).is_meta for layer in placed.layers}) == 2
+    assert_same_numbers(placed, model)
