@@ -23,7 +23,7 @@ def imported(folder: str) -> set[str]:
                 found.update(name.name for name in node.names)
             elif isinstance(node, ast.ImportFrom):
                 found.add(node.module)
-    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"pscope", "benchmarks"}
+    own = {path.stem for path in (ROOT / "tests").glob("*.py")} | {"pscope", "benchmarks", "docs"}
     return {module for module in found if module.split(".")[0] not in own | set(sys.stdlib_module_names)}
 
 
