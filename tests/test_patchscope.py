@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens
-from pscope.engine import staircase
 from pscope.engine.staircase import Staircase
+from pscope.models.caches import GrowingLayer
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 PATHS = ["staircase", "plain", "uncached"]
@@ -117,11 +117,12 @@ def test_the_self_check_catches_an_error_confined_to_patched_rows(tiny, monkeypa
 
 
 def test_quantised_weights_round_like_half_precision(tiny, monkeypatch):
-    growing = staircase._GrowingLayer
     spoil(
         monkeypatch,
         tiny,
-        lambda ids, cache: 0.01 if cache is not None and cache.layers and isinstance(cache.layers[0], growing) else 0.0,
+        lambda ids, cache: (
+            0.01 if cache is not None and cache.layers and isinstance(cache.layers[0], GrowingLayer) else 0.0
+        ),
     )
     assert Patchscope(tiny, tiny.prompt(TARGET, 7)).check.path == "plain"
     monkeypatch.setattr(tiny.hf, "is_quantized", True, raising=False)
@@ -139,11 +140,10 @@ def spoil(monkeypatch, model, wrong):
 
 
 def test_the_self_check_catches_an_error_confined_to_continuations(tiny, monkeypatch):
-    growing = staircase._GrowingLayer
     spoil(
         monkeypatch,
         tiny,
-        lambda ids, cache: ids.shape == (6, 1) and cache is not None and isinstance(cache.layers[0], growing),
+        lambda ids, cache: ids.shape == (6, 1) and cache is not None and isinstance(cache.layers[0], GrowingLayer),
     )
     scope = Patchscope(tiny, tiny.prompt(TARGET, 3))
     assert scope.check.path == "plain"
@@ -168,7 +168,7 @@ def test_the_self_check_catches_a_cache_that_cannot_be_relied_on_once_rows_have_
 def test_the_self_check_catches_an_error_of_the_staircase_alone(tiny, monkeypatch, wrong, where):
     def error(ids, cache):
         layer = None if cache is None or not cache.layers else cache.layers[0]
-        return wrong if isinstance(layer, staircase._GrowingLayer) and where(ids, layer) else 0.0
+        return wrong if isinstance(layer, GrowingLayer) and where(ids, layer) else 0.0
 
     spoil(monkeypatch, tiny, error)
     assert Patchscope(tiny, tiny.prompt(TARGET, 3)).check.path == "plain"

@@ -6,6 +6,7 @@ from conftest import rows_for_every_layer
 from reference import patched_logits
 
 from pscope import Patchscope, PromptError, PscopeError, RowError, capture, editing
+from pscope.models.caches import GrowingLayer
 
 TARGET = "The capital city of x is"
 PATHS = ["staircase", "plain", "uncached"]
@@ -239,13 +240,11 @@ def test_a_row_that_is_not_finite_is_told_by_its_number(tiny):
 
 def test_an_extended_target_is_checked_as_well(tiny, monkeypatch):
     """A target that is right by itself may not be where tokens are forced after it: one of each length is checked."""
-    from pscope.engine import staircase
-
     forward = type(tiny).logits
 
     def wrong(self, ids, cache=None, last=1):
         logits = forward(self, ids, cache, last)
-        growing = cache is not None and cache.layers and isinstance(cache.layers[0], staircase._GrowingLayer)
+        growing = cache is not None and cache.layers and isinstance(cache.layers[0], GrowingLayer)
         return logits + 1.0 * (torch.arange(logits.shape[-1]) % 2) if growing and ids.shape[1] == 4 else logits
 
     monkeypatch.setattr(type(tiny), "logits", wrong)

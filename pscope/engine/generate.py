@@ -14,6 +14,7 @@ from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from pscope.errors import PscopeError, RowError
+from pscope.models.caches import joined
 from pscope.models.model import LanguageModel, not_finite
 from pscope.notebook import table_in_frame
 
@@ -165,16 +166,8 @@ class CachedRows:
     @classmethod
     def joined(cls, parts: Sequence[CachedRows]) -> CachedRows:
         """Rows of several prompts as one batch, in which each has keys and values for as many tokens."""
-        first = parts[0]
-        for own, *others in zip(*(part._cache.layers for part in parts), strict=True):
-            # A layer that no module uses has none.
-            if own.keys is not None:
-                own.keys = torch.cat([own.keys, *(layer.keys for layer in others)])
-                own.values = torch.cat([own.values, *(layer.values for layer in others)])
-            for layer in others:
-                # So that little is held twice at once.
-                layer.keys = layer.values = None
-        return cls(first._model, first._cache, torch.cat([part.logits for part in parts]))
+        cache = joined([part._cache for part in parts])
+        return cls(parts[0]._model, cache, torch.cat([part.logits for part in parts]))
 
     def step(self, tokens: Tensor) -> None:
         self.logits = self._model.next_token_logits(tokens[:, None], self._cache)

@@ -9,16 +9,15 @@ several layers joins at the lowest, and is overwritten again as it climbs.
 
 from __future__ import annotations
 
-from functools import partial
-
 import torch
 from torch import Tensor
-from transformers import Cache, DynamicCache, DynamicLayer
+from transformers import Cache, DynamicCache
 
 from pscope.engine.batching import find_batch_axes, fitting
 from pscope.engine.generate import CachedRows
 from pscope.engine.writes import Here, Writes
 from pscope.errors import ModelError
+from pscope.models.caches import grown, other_kinds
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 from pscope.models.residual import Edit, editing
@@ -32,12 +31,13 @@ class Staircase:
 
     def __init__(self, model: LanguageModel, target: Prompt) -> None:
         self.model, self._target = model, target
-        _check_cache(model)
+        if others := other_kinds(model.own_cache()):
+            raise ModelError(f"its cache has {', '.join(others)}, not only the keys and values of each token")
         first = min(target.positions)
         self._prefix_ids, self._suffix_ids = target.ids[:first], target.ids[first:]
         prefix = self._run_prefix()
         self._batch_axes = find_batch_axes(
-            model, lambda rows: model.next_token_logits(self._suffix(rows), _grown(prefix, rows))
+            model, lambda rows: model.next_token_logits(self._suffix(rows), grown(prefix, rows))
         )
 
     def read(self, writes: Writes, last: int = 1) -> Tensor:
@@ -64,7 +64,7 @@ class Staircase:
         # the first goes up, and the others join it, each at its layer.
         with self.model.lock:
             # Anew in every pass: weights and other people's edits may have changed since the last one.
-            cache = _grown(self._run_prefix(), total, len(self._suffix_ids) + new_tokens if new_tokens else 0)
+            cache = grown(self._run_prefix(), total, len(self._suffix_ids) + new_tokens if new_tokens else 0)
             with editing(self.model, edits), fitting(self.model, self._batch_axes):
                 logits = self.model.logits(self._suffix(total), cache, last)
         if new_tokens:
@@ -113,22 +113,6 @@ def staircase_row_bytes(model: LanguageModel, target: Prompt, new_tokens: int, l
     return cached + model.activation_bytes(suffix, prefix, last)
 
 
-def _grown(prefix: Cache, rows: int, room: int = 0) -> Cache:
-    """A cache for so many rows after a prefix that they share."""
-    if prefix.layers:
-        return Cache(layers=[_GrowingLayer(layer, rows, room) for layer in prefix.layers])
-    # Some models keep more cache layers than they have decoder layers, so they are made as they are asked for.
-    return Cache(layer_class_to_replicate=partial(_GrowingLayer, DynamicLayer(), rows, room))
-
-
-def _check_cache(model: LanguageModel) -> None:
-    kept = {type(layer).__name__ for layer in model.own_cache().layers}
-    # By name, since older releases of transformers lack some of them.
-    others = sorted(kept - {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"})
-    if others:
-        raise ModelError(f"its cache has {', '.join(others)}, not only the keys and values of each token")
-
-
 def _only_clean(stream: Tensor) -> Tensor:
     """The edit that lets only the clean row climb."""
     return stream[:1]
@@ -143,50 +127,3 @@ def _in_turn(*edits: Edit | None) -> Edit:
         return stream
 
     return edit
-
-
-class _GrowingLayer(DynamicLayer):
-    """The keys and values of one decoder layer, (rows, heads, tokens, width): a shared prefix, then each row's own.
-
-    With `room` for the suffix and the tokens to come, they are kept in a buffer for all rows, of which the first to
-    arrive are there already; without, they serve the one pass and are forgotten.
-    """
-
-    def __init__(self, prefix: DynamicLayer, rows: int, room: int) -> None:
-        super().__init__()
-        self._prefix, self._rows, self._room = prefix, rows, room
-        self._length = prefix.get_seq_length()
-        self._started = False
-        self.is_initialized = True
-
-    def get_seq_length(self) -> int:
-        return self._length
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        if not self._started:
-            self._started = True
-            if not self._room:
-                return self._joined(self._prefix.keys, key_states), self._joined(self._prefix.values, value_states)
-            self.keys = self._buffer(self._prefix.keys, key_states)
-            self.values = self._buffer(self._prefix.values, value_states)
-        else:
-            end = self._length + key_states.shape[2]
-            self.keys[:, :, self._length : end] = key_states
-            self.values[:, :, self._length : end] = value_states
-        self._length += key_states.shape[2]
-        present = key_states.shape[0]
-        return self.keys[:present, :, : self._length], self.values[:present, :, : self._length]
-
-    def _joined(self, prefix: Tensor | None, own: Tensor) -> Tensor:
-        return own if prefix is None else torch.cat([prefix.expand(own.shape[0], -1, -1, -1), own], dim=2)
-
-    def _buffer(self, prefix: Tensor | None, own: Tensor) -> Tensor:
-        present, heads, suffix, width = own.shape
-        start = self._length
-        buffer = own.new_empty(self._rows, heads, start + self._room, width)
-        if prefix is not None:
-            buffer[:, :, :start] = prefix
-        buffer[:present, :, start : start + suffix] = own
-        # Below its layer a row is the clean row, row 0.
-        buffer[present:, :, start : start + suffix] = own[:1]
-        return buffer

@@ -19,6 +19,7 @@ from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel,
 
 from pscope.errors import ModelError, PromptError
 from pscope.memory import out_of_memory
+from pscope.models.caches import layer_bytes
 from pscope.models.chats import Message, chat_text
 from pscope.models.prompts import At, Prompt, tokenize
 
@@ -184,7 +185,7 @@ class LanguageModel:
     def _bytes_kept(self, tokens: int) -> list[int]:
         cache = self.own_cache()
         self.next_token_logits(torch.full((1, tokens), self.config.vocab_size // 2, device=self.device), cache)
-        return [_bytes_of(vars(layer)) for layer in cache.layers] or [0]
+        return layer_bytes(cache) or [0]
 
     def own_cache(self) -> Cache:
         """An empty cache of the kind that the model chooses by itself, with windows or recurrent states if it has any.
@@ -276,14 +277,3 @@ class LanguageModel:
             options["position_ids"] = positions.expand(ids.shape[0], -1)
         with self.lock:
             return self.hf(input_ids=ids, **options).logits[:, -last:]
-
-
-def _bytes_of(value: object) -> int:
-    """Those of all tensors in a value, which may be a container of containers."""
-    if isinstance(value, Tensor):
-        return value.nbytes
-    if isinstance(value, dict):
-        value = value.values()
-    elif not isinstance(value, (list, tuple)):
-        return 0
-    return sum(map(_bytes_of, value))
