@@ -24,8 +24,9 @@ PAGES = {
     "data.md": "data/README.md",
     "contributing.md": "CONTRIBUTING.md",
     "changes.md": "CHANGELOG.md",
+    "CITATION.cff": "CITATION.cff",
 }
-"""Each page that is another file of the repository, and that file."""
+"""What of the site is a file of the repository that stands elsewhere or otherwise, and that file."""
 
 LINK = re.compile(r'(\]\(|\b(?:src|href)=")([^)"\s#:]+)(?=[)"#])')
 
@@ -34,7 +35,7 @@ OF_PANDAS = re.compile(r'<style scoped>.*?</style>| border="1" class="dataframe"
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Adds the pages that are no file of docs/."""
+    """Adds what is no file of docs/."""
     # Here, so that the tests need no MkDocs to read what is made.
     from mkdocs.structure.files import File
 
@@ -49,7 +50,7 @@ def on_page_markdown(markdown: str, page: Page, **_: object) -> str:
 
 
 def made() -> dict[str, str]:
-    """The Markdown of each page that is made."""
+    """The text of each file of the site that is no file of docs/."""
     pages = {name: (ROOT / path).read_text("utf-8") for name, path in PAGES.items()}
     return {**pages, "tour.md": notebook(pages["tour.md"]), "commands.md": commands()}
 
