@@ -8,6 +8,10 @@ import pytest
 import typer
 from pscope.cli.app import app
 
+from pscope.inputs.entities import read_entities
+from pscope.inputs.queries import read_queries
+from pscope.inputs.relations import read_relations
+
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
@@ -46,3 +50,15 @@ def test_a_command_that_is_shown_has_these_options(arguments):
     with group.context_class(group) as context:
         name, command, rest = group.resolve_command(context, arguments)
         command.make_context(name, rest, parent=context)
+
+
+def test_the_files_that_are_shown_are_read(tmp_path):
+    page = ROOT / "docs" / "files.md"
+    (entities,), (relation, queries) = blocks(page, "csv"), blocks(page, "json")
+    for name, text in (("e.csv", entities), ("r.json", relation), ("q.json", queries)):
+        (tmp_path / name).write_text(text)
+    assert [entity.group for entity in read_entities(tmp_path / "e.csv")] == ["food", "places"]
+    ((capital,), skipped) = read_relations(tmp_path / "r.json")
+    assert (capital.samples[0].object, len(capital.samples[0].sources), skipped) == ("Tokyo", 2, [])
+    ((query,), _) = read_queries(tmp_path / "q.json")
+    assert (query.text, query.bridge) == ("The capital city of the country of origin of sushi", ("Japan",))
