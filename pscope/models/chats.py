@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from threading import Thread
+from typing import cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -30,14 +31,20 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, name: str, messages: Sequence[
     if not tokenizer.chat_template:
         raise PromptError(f"{name} has no chat template; give a text instead")
     goes_on = begin and messages[-1]["role"] == "assistant"
-    how = {"add_generation_prompt": begin and not goes_on, "continue_final_message": goes_on}
     filled: list[str] = []
     fault = f"it did not end within {TEMPLATE_SECONDS} seconds"
 
     def fill() -> None:
         nonlocal fault
         try:
-            filled.append(tokenizer.apply_chat_template([dict(each) for each in messages], tokenize=False, **how))
+            text = tokenizer.apply_chat_template(
+                [dict(each) for each in messages],
+                tokenize=False,
+                add_generation_prompt=begin and not goes_on,
+                continue_final_message=goes_on,
+            )
+            # Only where it is not tokenised is it one text.
+            filled.append(cast(str, text))
         except Exception as error:
             fault = " ".join(str(error).split())
 

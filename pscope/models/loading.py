@@ -6,6 +6,7 @@ import json
 import re
 import warnings
 from pathlib import Path
+from typing import Any, cast
 
 import torch
 from gguf import GGUFReader
@@ -40,7 +41,12 @@ from pscope.models.structure import check_structure
 MOST_LAYERS = 2000
 """Where a config says more, it is wrong: transformers would try to build them before it looks at the weights."""
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "auto": "auto"}
+DTYPES: dict[str, torch.dtype | str] = {
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "auto": "auto",
+}
 
 
 def load(
@@ -49,7 +55,7 @@ def load(
     *,
     dtype: str | torch.dtype = "auto",
     device: str | torch.device | None = None,
-    device_map: str | dict | None = None,
+    device_map: str | dict[str, Any] | None = None,
     revision: str | None = None,
     attention: str | None = None,
     tensor_parallel: bool = False,
@@ -89,7 +95,7 @@ def load(
     if device_map is None:
         device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder, options = _locate(str(model), revision)
-    placement = {} if device_map is None else {"device_map": device_map}
+    placement: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if tensor_parallel:
         _refuse_indivisible(folder, str(model))
         # All of them, by the plan that comes with the model's class.
@@ -106,7 +112,7 @@ def load(
         if "gguf_file" in options:
             # The blocks are unpacked at load time, so that a GGUF file becomes a model like any other.
             options["quantization_config"] = GgufConfig(dequantize=True)
-        hf, found = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=False,
@@ -117,6 +123,8 @@ def load(
             **placement,
             **options,
         )
+        # With what is told of the loading.
+        hf, found = loaded
         _refuse_incomplete(LanguageModel(hf, tokenizer, str(model)), found)
         if tensor_parallel and not hf.supports_tp_plan:
             raise ModelError(f"transformers has no plan to split {type(hf).__name__} over processes; try a device_map")
@@ -154,7 +162,8 @@ def _adapted(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
             raise ModelError(f"the adapter {folder} is of another model: {astray[0]} has no counterpart")
         if adapted.active_peft_config.is_prompt_learning:
             raise ModelError(f"{folder} puts tokens of its own before a text, so that positions would be others")
-        return adapted
+        # It passes on what is asked of the model within.
+        return cast(PreTrainedModel, adapted)
     except ModelError:
         raise
     except Exception as error:
@@ -203,7 +212,7 @@ def _usable(device: str | torch.device) -> torch.device:
         raise ModelError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 
-def _locate(name: str, revision: str | None, *, weights: bool = True) -> tuple[str, dict[str, str]]:
+def _locate(name: str, revision: str | None, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
     """The local folder that holds the model, fetched if need be, and what `from_pretrained` must know besides."""
     if name in packaged.MODELS:
         return str(packaged.folder(name)), {}
@@ -279,7 +288,7 @@ def _refuse_other_than_causal(folder: str) -> None:
         raise ModelError(f"{config.model_type} is an encoder-decoder; pscope patches decoder-only models")
 
 
-def _refuse_absurd_sizes(config: dict) -> None:
+def _refuse_absurd_sizes(config: dict[str, Any]) -> None:
     for key, value in config.items():
         if isinstance(value, dict):
             _refuse_absurd_sizes(value)
@@ -297,7 +306,7 @@ def _refuse_miscounted(gguf: Path) -> None:
         raise ModelError(f"its header counts {counted} blocks, and it holds {held}; give the whole file")
 
 
-def _refuse_incomplete(model: LanguageModel, found: dict[str, set]) -> None:
+def _refuse_incomplete(model: LanguageModel, found: dict[str, set[Any]]) -> None:
     """Raise ModelError unless the checkpoint gave every weight of the model, and all weights of its decoder layers.
 
     `found` is what transformers tells of the loading. What a checkpoint need not give (tied weights, buffers) and what

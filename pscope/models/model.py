@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from threading import RLock
-from typing import NamedTuple
+from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
 
 import torch
@@ -21,7 +21,7 @@ from pscope.errors import ModelError, PromptError
 from pscope.memory import out_of_memory
 from pscope.models.caches import layer_bytes
 from pscope.models.chats import Message, chat_text
-from pscope.models.prompts import At, Prompt, tokenize
+from pscope.models.prompts import At, Prompt, decode, tokenize
 
 
 def not_finite(dtype: torch.dtype) -> str:
@@ -93,8 +93,12 @@ class LanguageModel:
     @property
     def device(self) -> torch.device:
         """Where token ids go. Offloaded weights (on `meta`) are fetched by accelerate, which moves the ids too."""
-        device = self.hf.get_input_embeddings().weight.device
+        device = self._embedding.device
         return torch.device("cpu") if device.type == "meta" and self.offloaded else device
+
+    @property
+    def _embedding(self) -> Tensor:
+        return cast(Tensor, self.hf.get_input_embeddings().weight)
 
     @property
     def offloaded(self) -> bool:
@@ -109,7 +113,7 @@ class LanguageModel:
     @property
     def embeddings(self) -> int:
         """How many tokens the model embeds: those below this number."""
-        return self.hf.get_input_embeddings().weight.shape[0]
+        return len(self._embedding)
 
     @property
     def window(self) -> int | None:
@@ -248,7 +252,7 @@ class LanguageModel:
         """The `count` most probable next tokens of each row of logits (rows, vocab), with their probabilities."""
         top = logits.float().softmax(dim=-1).topk(min(count, logits.shape[-1]))
         return [
-            [(self.tokenizer.decode([token]), value) for token, value in zip(tokens, values, strict=True)]
+            [(decode(self.tokenizer, [token]), value) for token, value in zip(tokens, values, strict=True)]
             for tokens, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
         ]
 

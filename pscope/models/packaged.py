@@ -20,6 +20,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import mkdtemp
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -129,7 +130,7 @@ def _is_whole(kept: Path, packages: tuple[Package, ...]) -> bool:
         return False
 
 
-def _origin(kept: Path) -> dict:
+def _origin(kept: Path) -> dict[str, Any]:
     try:
         return json.loads((kept / ORIGIN).read_text())
     except (OSError, ValueError):

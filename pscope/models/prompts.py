@@ -8,8 +8,9 @@ the first. Several may be marked: a list of positions, or `Every("x")`, as for t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -56,8 +57,9 @@ class Nearest:
 
     def choose(self, positions: Sequence[int], offsets: Sequence[tuple[int, int]]) -> int:
         """The nearest of several positions, given where each token of the text begins and ends."""
-        if self.character is not None:
-            return min(positions, key=lambda position: abs(offsets[position][1] - self.character))
+        character = self.character
+        if character is not None:
+            return min(positions, key=lambda position: abs(offsets[position][1] - character))
         index = self.index + len(offsets) if self.index < 0 else self.index
         return min(positions, key=lambda position: abs(position - index))
 
@@ -137,22 +139,31 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
     encoding = _encode(tokenizer, text)
     ids = tuple(encoding["input_ids"])
     offsets = encoding.get("offset_mapping")
-    if offsets is None:
-        tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
-    else:
+    tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
+    if offsets is not None:
         # Tokens the tokenizer added have no place in the text.
         tokens = tuple(
-            text[start:end] if end > start else tokenizer.convert_ids_to_tokens(token)
-            for token, (start, end) in zip(ids, offsets, strict=True)
+            text[start:end] if end > start else token for token, (start, end) in zip(tokens, offsets, strict=True)
         )
-    marks = list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at]
+    marks = places_of(at)
     for mark in marks:
         if not isinstance(mark, (str, int, Every, First, Nearest, Ending)):
             raise PromptError(f"{mark!r} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
-        raise PromptError(f"the positions {list(marks)} of {text!r} are none, or one of them twice: {_listed(tokens)}")
+        raise PromptError(f"the positions {marks} of {text!r} are none, or one of them twice: {_listed(tokens)}")
     return Prompt(text, ids, tokens, positions, tuple(map(tuple, offsets or ())))
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_special_tokens: bool = False) -> str:
+    """The text of some tokens."""
+    # Only of several lists of tokens does transformers make several texts.
+    return cast(str, tokenizer.decode(list(tokens), skip_special_tokens=skip_special_tokens))
+
+
+def places_of(at: At) -> list[Place]:
+    """The positions that are given: several, or one alone."""
+    return list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at]
 
 
 def check_prompts(prompts: Sequence[Prompt]) -> None:
@@ -207,7 +218,7 @@ def continuing_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: 
     return ids[len(prompt) :]
 
 
-def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> dict[str, list]:
+def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Mapping[str, Any]:
     options = {"return_offsets_mapping": tokenizer.is_fast, "return_attention_mask": False}
     bare = tokenizer(text, add_special_tokens=False, **options)
     whole, length = tokenizer(text, **options), len(bare["input_ids"])
@@ -224,7 +235,7 @@ def _places(
     at: Place,
     text: str,
     tokens: tuple[str, ...],
-    offsets: list | None,
+    offsets: Sequence[tuple[int, int]] | None,
     tokenizer: PreTrainedTokenizerBase,
 ) -> list[int]:
     """The positions that `at` marks: one, or as many as `Every` finds."""
@@ -263,9 +274,9 @@ def _places(
         raise PromptError(f"{piece!r} stands {where} the prompt; its tokens are {_listed(tokens)}")
     if isinstance(at, Nearest):
         return [at.choose(found, offsets)]
-    if word := _repeated(piece):
+    if repeated := _repeated(piece):
         raise PromptError(
-            f"{piece!r} is one word repeated; mark {_all_of(word)}, or give the indices: {_listed(tokens)}"
+            f"{piece!r} is one word repeated; mark {_all_of(repeated)}, or give the indices: {_listed(tokens)}"
         )
     if len(found) > 1 and not isinstance(at, Every):
         raise PromptError(
@@ -285,7 +296,7 @@ def _repeated(piece: str) -> str | None:
     return first if len(others) > (len(first) > 1) and set(others) == {first} else None
 
 
-def _whole_token_matches(piece: str, text: str, offsets: list) -> list[tuple[int, int]]:
+def _whole_token_matches(piece: str, text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
     """The first and last token of every occurrence of `piece` that begins and ends where tokens do, blanks aside."""
     piece = piece.strip()
     matches = []

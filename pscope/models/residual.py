@@ -13,6 +13,7 @@ from functools import partial
 from inspect import Parameter, signature
 from itertools import accumulate
 from numbers import Integral
+from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,12 +26,19 @@ from pscope.models.prompts import Prompt, check_prompts
 Pair = tuple[int, int]
 """A source layer ℓ and a target layer ℓ*."""
 
-Edit = Callable[[Tensor], Tensor | None] | Callable[[Tensor, range], Tensor | None]
+StreamEdit = Callable[[Tensor], Tensor | None]
+
+PlacedEdit = Callable[[Tensor, range], Tensor | None]
+
+Edit = StreamEdit | PlacedEdit
 """Gets the residual stream (batch, tokens, hidden) of one forward pass and, if it needs a second argument, where
 its tokens stand in the text, a range; what it returns, unless None, replaces the stream."""
 
 
-Rewrite = Callable[[int, tuple, dict], tuple[tuple, dict]]
+Args = tuple[Any, ...]
+Kwargs = dict[str, Any]
+
+Rewrite = Callable[[int, Args, Kwargs], tuple[Args, Kwargs]]
 """Gets the number of a decoder layer and the arguments it is called with; what it returns replaces them."""
 
 WORTH_A_PASS = 128
@@ -67,9 +75,9 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
                 stack.callback(handle.remove)
         for layer, edit in edits.items():
             if layer in positioned:
-                stack.callback(_register(model, layer, began.placed(edit), knows_positions=True).remove)
+                stack.callback(_register(model, layer, began.placed(positioned[layer]), knows_positions=True).remove)
             else:
-                stack.callback(_register(model, layer, edit, knows_positions=False).remove)
+                stack.callback(_register(model, layer, cast(StreamEdit, edit), knows_positions=False).remove)
         yield
 
 
@@ -83,7 +91,7 @@ def calling(model: LanguageModel, rewrite: Rewrite) -> Iterator[None]:
         stack.enter_context(model.lock)
         for number, layer in enumerate(model.layers):
 
-            def before(module, args, kwargs, number=number):
+            def before(module: nn.Module, args: Args, kwargs: Kwargs, number: int = number) -> tuple[Args, Kwargs]:
                 return rewrite(number, args, kwargs)
 
             stack.callback(layer.register_forward_pre_hook(before, with_kwargs=True).remove)
@@ -97,7 +105,7 @@ def looking_on(model: LanguageModel, look: Callable[[int, Tensor], None]) -> Ite
         stack.enter_context(model.lock)
         for number, layer in enumerate(model.layers):
 
-            def after(module, args, kwargs, output, number=number):
+            def after(module: nn.Module, args: Args, kwargs: Kwargs, output: object, number: int = number) -> None:
                 look(number, stream_of(args, kwargs))
 
             stack.callback(layer.register_forward_hook(after, with_kwargs=True).remove)
@@ -162,7 +170,7 @@ def others_intervene(model: LanguageModel) -> bool:
         )
 
 
-def _is_machinery(hand: Callable) -> bool:
+def _is_machinery(hand: Callable[..., Any]) -> bool:
     while isinstance(hand, partial):
         hand = hand.func
     # A module that serves as a hook is somebody's, whoever wrote its class.
@@ -237,7 +245,7 @@ def length_batches(lengths: Sequence[int], batch_tokens: int, most_padding: floa
         yield batch
 
 
-def stream_of(args: tuple, kwargs: dict) -> Tensor:
+def stream_of(args: Args, kwargs: Kwargs) -> Tensor:
     """The residual stream among the arguments that a decoder layer is called with."""
     return args[0] if args else kwargs["hidden_states"]
 
@@ -265,7 +273,7 @@ def _pick(into: list[Tensor], rows: list[int], columns: list[int], device: torch
     return edit
 
 
-def _takes_positions(edit: Edit) -> bool:
+def _takes_positions(edit: Edit) -> TypeGuard[PlacedEdit]:
     try:
         parameters = signature(edit).parameters.values()
     except ValueError:
@@ -285,7 +293,7 @@ class _PassStart:
     def watch(self, model: LanguageModel) -> Iterator[RemovableHandle]:
         """Look at each module that may be called with a cache: the model, one that it wraps, and the decoder within."""
 
-        def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
             cache = kwargs.get("cache", kwargs.get("past_key_values"))
             if cache is not None:
                 try:
@@ -296,7 +304,7 @@ class _PassStart:
                         "told where they stand; run whole prompts"
                     ) from error
 
-        def after(module: nn.Module, args: tuple, output: object) -> None:
+        def after(module: nn.Module, args: Args, output: object) -> None:
             self._start = 0
 
         for hook in (before, after):
@@ -305,11 +313,11 @@ class _PassStart:
             yield module.register_forward_pre_hook(before, with_kwargs=True)
             yield module.register_forward_hook(after, always_call=True)
 
-    def placed(self, edit: Edit) -> Edit:
+    def placed(self, edit: PlacedEdit) -> StreamEdit:
         return lambda stream: edit(stream, range(self._start, self._start + stream.shape[1]))
 
 
-def _register(model: LanguageModel, layer: int, edit: Edit, *, knows_positions: bool) -> RemovableHandle:
+def _register(model: LanguageModel, layer: int, edit: StreamEdit, *, knows_positions: bool) -> RemovableHandle:
     def checked(stream: Tensor) -> Tensor | None:
         if stream.ndim != 3 or stream.shape[-1] != model.hidden_size:
             raise ModelError(
@@ -320,7 +328,7 @@ def _register(model: LanguageModel, layer: int, edit: Edit, *, knows_positions: 
 
     if layer == 0:
 
-        def before(module, args, kwargs):
+        def before(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
             edited = checked(stream_of(args, kwargs))
             if edited is None:
                 return None
@@ -329,7 +337,7 @@ def _register(model: LanguageModel, layer: int, edit: Edit, *, knows_positions: 
         setattr(before, _OWN, knows_positions)
         return model.layers[0].register_forward_pre_hook(before, with_kwargs=True)
 
-    def after(module, args, output):
+    def after(module: nn.Module, args: Args, output: Any) -> Any:
         alone = isinstance(output, Tensor)
         edited = checked(output if alone else output[0])
         if edited is None or alone:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from pscope.errors import ModelError
 from pscope.models.model import LanguageModel, not_finite
-from pscope.models.residual import Edit, calling, editing, stream_of
+from pscope.models.residual import Args, Edit, Kwargs, calling, editing, stream_of
 
 COUNTS = ("num_hidden_layers", "num_layers")
 """Where a config says how many decoder layers there are."""
@@ -32,7 +32,7 @@ def check_structure(model: LanguageModel) -> LanguageModel:
     if model.hf.config.is_encoder_decoder:
         raise ModelError(f"{what} is an encoder-decoder; pscope patches decoder-only models")
     _check_weights(model)
-    counts = {getattr(model.config, name, None) for name in COUNTS} - {None}
+    counts = {count for name in COUNTS if (count := getattr(model.config, name, None)) is not None}
     if counts and model.n_layers not in counts:
         raise ModelError(
             f"{what} lists {model.n_layers} decoder layers where its config says {max(counts)}: layers that are shared "
@@ -79,7 +79,7 @@ def _top(model: LanguageModel, ids: list[int]) -> Tensor:
     ran: list[int] = []
     streams: list[Tensor] = []
 
-    def follow(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def follow(layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         stream = stream_of(args, kwargs)
         if streams and not (
             stream.shape == streams[-1].shape
