@@ -9,13 +9,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pscope.models.model import LanguageModel
-from pscope.models.residual import calling, stream_of
+from pscope.models.residual import Args, Kwargs, calling, stream_of
 
 Place = tuple[object, ...]
 """Where a tensor stands: the number of the decoder layer, and the way to it among the arguments of its call."""
@@ -46,13 +46,14 @@ def find_batch_axes(model: LanguageModel, run: Callable[[int], object]) -> dict[
 def fitting(model: LanguageModel, batch_axes: Mapping[Place, PerRow]) -> AbstractContextManager[None]:
     """A block within which each decoder layer is called with as many rows of everything as of its residual stream."""
 
-    def fit(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def fit(layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         rows = stream_of(args, kwargs).shape[0]
 
         def fitted(place: Place, tensor: Tensor) -> Tensor:
             return _with_rows(tensor, rows, *batch_axes[place]) if place in batch_axes else tensor
 
-        return _mapped((layer,), (args, kwargs), fitted)
+        args, kwargs = _mapped((layer,), (args, kwargs), fitted)
+        return args, kwargs
 
     return calling(model, fit)
 
@@ -60,19 +61,20 @@ def fitting(model: LanguageModel, batch_axes: Mapping[Place, PerRow]) -> Abstrac
 def _shapes(model: LanguageModel, run: Callable[[int], object], rows: int) -> dict[Place, tuple[int, ...]]:
     shapes: dict[Place, tuple[int, ...]] = {}
 
-    def look(layer: int, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    def look(layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
         def noted(place: Place, tensor: Tensor) -> Tensor:
             shapes[place] = tuple(tensor.shape)
             return tensor
 
-        return _mapped((layer,), (args, kwargs), noted)
+        args, kwargs = _mapped((layer,), (args, kwargs), noted)
+        return args, kwargs
 
     with calling(model, look):
         run(rows)
     return shapes
 
 
-def _mapped(place: Place, value: object, function: Callable[[Place, Tensor], Tensor]) -> object:
+def _mapped(place: Place, value: Any, function: Callable[[Place, Tensor], Tensor]) -> Any:
     """`value` with the function applied to every tensor in it. Mappings are changed in place: layers may share them."""
     if isinstance(value, Tensor):
         return function(place, value)

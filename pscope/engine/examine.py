@@ -19,6 +19,8 @@ TEXT = "The quick brown fox jumps over the lazy dog"
 PLACEHOLDERS = {"?": TOKEN_IDENTITY, "x": ENTITY_DESCRIPTION}
 """The tokens that the paper's target prompts have overwritten: their last ones."""
 RUNS = 3
+SAMPLES: dict[PathName, int] = {"staircase": 8, "plain": 1}
+"""Of how many the sweep is that each path is timed on."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def examine(model: LanguageModel) -> Examination:
         first_token_norm=(norms[0] / norms[1:].median()).item(),
         ms_per_row={
             path: _ms_per_row(Patchscope(model, target, path=path), states, samples)
-            for path, samples in (("staircase", 8), ("plain", 1))
+            for path, samples in SAMPLES.items()
             if path == "plain" or scope.check.path == "staircase"
         },
     )

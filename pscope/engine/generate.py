@@ -14,8 +14,9 @@ from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
 from pscope.errors import PscopeError, RowError
-from pscope.models.caches import joined
+from pscope.models.caches import joined, keep
 from pscope.models.model import LanguageModel, not_finite
+from pscope.models.prompts import decode
 from pscope.notebook import table_in_frame
 
 if TYPE_CHECKING:
@@ -26,6 +27,13 @@ Settled = Callable[[int, str], bool]
 
 Ends = Callable[[Tensor, Tensor], Tensor]
 """From the numbers of rows, (rows,), and the tokens they have said, (rows, tokens): which have ended, (rows,)."""
+
+
+def renumbered(settled: Settled | None, numbers: Sequence[int]) -> Settled | None:
+    """`settled` for rows that go by these `numbers`; it is never asked of clean rows, whose number is below 0."""
+    if settled is None:
+        return None
+    return lambda row, text: numbers[row] >= 0 and settled(numbers[row], text)
 
 
 @dataclass(frozen=True)
@@ -95,7 +103,7 @@ class Decoding:
 
     def text(self, tokens: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
         """What a row said, without end tokens, and up to where the first string of `stop` begins."""
-        text = tokenizer.decode(tokens, skip_special_tokens=True)
+        text = decode(tokenizer, tokens, skip_special_tokens=True)
         return text[: min((text.find(string) for string in self.stop if string in text), default=None)]
 
 
@@ -173,7 +181,7 @@ class CachedRows:
         self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
 
     def keep(self, kept: Tensor) -> None:
-        self._cache.reorder_cache(kept)
+        keep(self._cache, kept)
 
 
 class UncachedRows:
@@ -183,7 +191,7 @@ class UncachedRows:
     """
 
     def __init__(
-        self, model: LanguageModel, ids: Tensor, within: Callable[[Tensor], AbstractContextManager] | None = None
+        self, model: LanguageModel, ids: Tensor, within: Callable[[Tensor], AbstractContextManager[None]] | None = None
     ) -> None:
         self._model, self._ids, self._within = model, ids, within or (lambda rows: nullcontext())
         self._rows = torch.arange(len(ids))

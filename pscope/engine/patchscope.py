@@ -22,6 +22,7 @@ from pscope.engine.generate import (
     Settled,
     check_finite,
     continue_rows,
+    renumbered,
 )
 from pscope.engine.plain import PlainPath
 from pscope.engine.relevance import relevance_of
@@ -287,7 +288,7 @@ class Patchscope:
     def _written(self, states: Patch, target_layers: TargetLayers) -> Writes:
         """What rows write, once it is known to fit the target and the model."""
         if not isinstance(states, Writes):
-            return self.writes(states, target_layers)
+            return self.writes(states, target_layers)  # type: ignore[arg-type]  # None is refused there.
         if target_layers is not None:
             raise PscopeError("writes have layers of their own; leave the target layers out")
         states.check(self.target.positions, self.model.n_layers, self.model.hidden_size)
@@ -365,11 +366,7 @@ class Patchscope:
         rows = path.start(writes, decoding.new_tokens)
         # The clean row comes first.
         numbers = [-1, *range(part.start, part.stop)]
-
-        def settled_here(row: int, text: str) -> bool:
-            return row > 0 and settled(numbers[row], text)
-
-        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, None if settled is None else settled_here)
+        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, renumbered(settled, numbers))
         try:
             clean, *spoken = continue_rows(rows, decoding, draws, ends)
         except RowError as error:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -24,7 +24,11 @@ from pscope.models.residual import editing, looking_on, recording
 PathName = Literal["staircase", "plain", "uncached"]
 """One pass for all layers; whole prompts, continued from the model's own cache; whole prompts for every new token."""
 
-PATHS = {"staircase": Staircase, "plain": PlainPath, "uncached": partial(PlainPath, cached=False)}
+PATHS: dict[PathName, Callable[[LanguageModel, Prompt], Staircase | PlainPath]] = {
+    "staircase": Staircase,
+    "plain": PlainPath,
+    "uncached": partial(PlainPath, cached=False),
+}
 
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 """In standard deviations of the logits. Rounding stays well below; a wrong mask or cache is of the order of 1."""
@@ -76,7 +80,7 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     # One more that writes in several layers as it climbs.
     rows.append([write for row in rows for write in row if write.layer >= model.n_layers // 2])
     trial = _Trial(model, target, Writes.of(rows))
-    yardstick = PATHS["uncached"](model, target)
+    yardstick = PlainPath(model, target, cached=False)
     expected = trial.expected(yardstick)
     if not all(logits.isfinite().all() for logits in expected):
         raise ModelError(f"the logits of {model.name} are {not_finite(model.dtype)}")

@@ -9,6 +9,8 @@ several layers joins at the lowest, and is overwritten again as it climbs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
@@ -17,10 +19,13 @@ from pscope.engine.batching import find_batch_axes, fitting
 from pscope.engine.generate import CachedRows
 from pscope.engine.writes import Here, Writes
 from pscope.errors import ModelError
-from pscope.models.caches import grown, other_kinds
+from pscope.models.caches import grown, keep, other_kinds
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
-from pscope.models.residual import Edit, editing
+from pscope.models.residual import editing
+
+Regrown = Callable[[Tensor], Tensor]
+"""An edit that gives a stream with the rows that are to climb on."""
 
 
 class Staircase:
@@ -68,10 +73,10 @@ class Staircase:
             with editing(self.model, edits), fitting(self.model, self._batch_axes):
                 logits = self.model.logits(self._suffix(total), cache, last)
         if new_tokens:
-            cache.reorder_cache(given.to(self.model.device))
+            keep(cache, given.to(self.model.device))
         return logits, cache
 
-    def _written(self, joining: int, here: Here, given: Tensor) -> Edit:
+    def _written(self, joining: int, here: Here, given: Tensor) -> Regrown:
         """The edit that lets rows join, as copies of the clean row, row 0, and makes the writes of one layer.
 
         `given` are the places in the stream of rows as they are numbered, the clean one first.
@@ -118,7 +123,7 @@ def _only_clean(stream: Tensor) -> Tensor:
     return stream[:1]
 
 
-def _in_turn(*edits: Edit | None) -> Edit:
+def _in_turn(*edits: Regrown | None) -> Regrown:
     """Edits of one layer, each of what the one before made; None for none."""
 
     def edit(stream: Tensor) -> Tensor:

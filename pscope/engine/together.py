@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from functools import partial
 from itertools import count, islice
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import CachedRows, Continuations, Decoding, Settled, continue_rows
+from pscope.engine.generate import CachedRows, Continuations, Decoding, Settled, continue_rows, renumbered
 from pscope.engine.patchscope import Patchscope
 from pscope.errors import RowError
 
@@ -63,8 +63,8 @@ def _groups(asked: Sequence[Asked], decoding: Decoding) -> Iterator[list[Asked]]
 def _generate(group: list[Asked], decoding: Decoding, settled: Settled | None, first: int) -> list[Continuations]:
     if len(group) == 1:
         ((scope, states, layers),) = group
-        own = settled and (lambda row, text: settled(first + row, text))
         try:
+            own = renumbered(settled, range(first, first + len(states)))
             return [scope.generate(states, layers, decoding, own)]
         except RowError as error:
             raise RowError(error.row if error.row < 0 else first + error.row, error.reason) from error
@@ -72,13 +72,11 @@ def _generate(group: list[Asked], decoding: Decoding, settled: Settled | None, f
     counted = count(first)
     numbers = [number for each in group for number in (-1, *islice(counted, len(each.states)))]
     model = group[0].scope.model
-    rows = CachedRows.joined([each.scope.start(each.states, each.target_layers, decoding) for each in group])
+    started = [each.scope.start(each.states, each.target_layers, decoding) for each in group]
+    # As all rows are on the staircase.
+    rows = CachedRows.joined(cast(list[CachedRows], started))
     draws = torch.cat([decoding.draws(1 + len(each.states)) for each in group])
-
-    def settled_here(row: int, text: str) -> bool:
-        return numbers[row] >= 0 and settled(numbers[row], text)
-
-    ends = decoding.ends(model.end_tokens, model.tokenizer, None if settled is None else settled_here)
+    ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, numbers))
     try:
         spoken = iter(continue_rows(rows, decoding, draws, ends))
     except RowError as error:

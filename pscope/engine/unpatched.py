@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pscope.engine.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows
+from pscope.engine.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows, renumbered
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.selfcheck import PATHS, PathName, choose_path
 from pscope.errors import PscopeError, RowError
@@ -43,9 +43,11 @@ def continue_prompts(
         model.check_window(len(prompt) + decoding.new_tokens)
     if path not in ("auto", *PATHS):
         raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
+    if not prompts:
+        return
     if others_intervene(model):
         path = "uncached"
-    elif path == "auto" and prompts:
+    elif path == "auto":
         path = choose_path(model, max(prompts, key=len))[1].path
     draws = decoding.draws(len(prompts))
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
@@ -57,17 +59,13 @@ def continue_prompts(
         together = max(1, memory // row_bytes)
         for first in range(0, len(indices), together):
             batch = indices[first : first + together]
-            ends = decoding.ends(model.end_tokens, model.tokenizer, settled and _renumbered(settled, batch))
+            ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, batch))
             ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)
             try:
                 spoken = continue_rows(_start(model, ids, path), decoding, draws[batch], ends)
             except RowError as error:
                 raise RowError(batch[error.row], error.reason) from error
             yield from zip(batch, spoken, strict=True)
-
-
-def _renumbered(settled: Settled, batch: Sequence[int]) -> Settled:
-    return lambda row, text: settled(batch[row], text)
 
 
 def _start(model: LanguageModel, ids: Tensor, path: PathName) -> Rows:

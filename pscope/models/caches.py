@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import LongTensor, Tensor
 from transformers import Cache, DynamicLayer
 
 
@@ -40,12 +41,18 @@ def joined(caches: Sequence[Cache]) -> Cache:
     return first
 
 
+def keep(cache: Cache, rows: Tensor) -> None:
+    """Leave only these rows of a cache, by number, (rows,), in the order given."""
+    cache.reorder_cache(cast(LongTensor, rows))
+
+
 def grown(prefix: Cache, rows: int, room: int = 0) -> Cache:
     """A cache for so many rows after a prefix that they share, one row in full-length layers. See `GrowingLayer`."""
     if prefix.layers:
-        return Cache(layers=[GrowingLayer(layer, rows, room) for layer in prefix.layers])
+        return Cache(layers=[GrowingLayer(layer, rows, room) for layer in cast(list[DynamicLayer], prefix.layers)])
     # Some models keep more cache layers than they have decoder layers, so they are made as they are asked for.
-    return Cache(layer_class_to_replicate=partial(GrowingLayer, DynamicLayer(), rows, room))
+    made = partial(GrowingLayer, DynamicLayer(), rows, room)
+    return Cache(layer_class_to_replicate=cast(type[DynamicLayer], made))
 
 
 class GrowingLayer(DynamicLayer):
@@ -54,6 +61,10 @@ class GrowingLayer(DynamicLayer):
     With `room` for the suffix and the tokens to come, they are kept in a buffer for all rows, of which the first to
     arrive are there already; without, they serve the one pass and are forgotten.
     """
+
+    # Once they have come, where there is room for them.
+    keys: Tensor
+    values: Tensor
 
     def __init__(self, prefix: DynamicLayer, rows: int, room: int) -> None:
         super().__init__()
@@ -65,7 +76,7 @@ class GrowingLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         return self._length
 
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         if not self._started:
             self._started = True
             if not self._room:
