@@ -146,7 +146,7 @@ def _stands(text: str, answers: Sequence[str], after: str) -> bool:
 
 
 @lru_cache(maxsize=1 << 14)
-def _pattern(answer: str, after: str) -> re.Pattern:
+def _pattern(answer: str, after: str) -> re.Pattern[str]:
     """The answer as a whole word, in which capitals match themselves alone, and small letters capitals too."""
     letters = [re.escape(letter) if letter.isupper() else f"(?i:{re.escape(letter)})" for letter in _plain(answer)]
     return re.compile(rf"(?<!\w){''.join(letters)}{after}")

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
 from pscope.errors import DataError
 from pscope.inputs.records import parse_csv, parse_json, parse_jsonl, read_text, text_of
@@ -57,21 +58,22 @@ def without_demonstrated(entities: Iterable[Entity], target: Prompt) -> tuple[li
     text = target.text
     for start, end in sorted((target.spans[position] for position in target.positions if target.spans), reverse=True):
         text = f"{text[:start]} {text[end:]}"
-    kept, demonstrated = [], []
+    kept: list[Entity] = []
+    demonstrated: list[Entity] = []
     for entity in entities:
         mentioned = re.search(rf"(?<!\w){re.escape(entity.name)}(?!\w)", text, re.IGNORECASE)
         (demonstrated if mentioned else kept).append(entity)
     return kept, demonstrated
 
 
-def _json_records(content: str, source: str) -> Iterable[tuple[str, object]]:
+def _json_records(content: str, source: str) -> Iterable[tuple[str, Any]]:
     records = parse_json(content, source)
     if not isinstance(records, list):
         raise DataError(f'{source}: a list of records with "entity" and "reference" is needed')
     return ((f"{source}, entry {number}", record) for number, record in enumerate(records, 1))
 
 
-def _entities(records: Iterable[tuple[str, object]], source: str) -> list[Entity]:
+def _entities(records: Iterable[tuple[str, Any]], source: str) -> list[Entity]:
     places: dict[str, str] = {}
     repeated = []
     entities = []

@@ -121,6 +121,5 @@ def _beginning(tokenizer: PreTrainedTokenizerBase, text: str, tokens: int) -> Pr
 def _cut(text: int, prompt: Prompt, positions: list[int]) -> Sampled:
     # What follows the last position cannot be seen from it, and need not be run.
     end = positions[-1] + 1
-    parts = {"ids": prompt.ids[:end], "tokens": prompt.tokens[:end], "spans": prompt.spans[:end]}
-    cut = replace(prompt, positions=(end - 1,), **parts)
-    return Sampled(text, cut, tuple(positions))
+    ids, tokens, spans = prompt.ids[:end], prompt.tokens[:end], prompt.spans[:end]
+    return Sampled(text, replace(prompt, ids=ids, tokens=tokens, spans=spans, positions=(end - 1,)), tuple(positions))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pscope.errors import DataError
 from pscope.inputs.records import parse_json, read_text, text_of, texts_of
@@ -85,7 +86,7 @@ def read_queries(path: Path) -> tuple[list[Query], list[str]]:
     return queries, skipped
 
 
-def _queries(records: list, source: str) -> list[Query]:
+def _queries(records: list[Any], source: str) -> list[Query]:
     queries = []
     for number, record in enumerate(records, 1):
         where = f"{source}, entry {number}"

@@ -7,6 +7,7 @@ import io
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from pscope.characters import has_surrogates
 from pscope.errors import DataError
@@ -32,7 +33,7 @@ def read_text(path: Path) -> str:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
 
 
-def parse_json(content: str, source: str) -> object:
+def parse_json(content: str, source: str) -> Any:
     """The value that `content` holds. Raises DataError with the line and the column where it is not JSON."""
     try:
         return _value(content, source)
@@ -40,7 +41,7 @@ def parse_json(content: str, source: str) -> object:
         raise DataError(f"{source}, line {error.lineno}, column {error.colno}: not JSON ({error.msg})") from error
 
 
-def parse_jsonl(content: str, source: str) -> Iterator[tuple[str, object]]:
+def parse_jsonl(content: str, source: str) -> Iterator[tuple[str, Any]]:
     """Where each value stands ("FILE, line 3"), and the value; blank lines are passed over. Raises DataError."""
     for number, line in enumerate(content.split("\n"), 1):
         if line.strip():
@@ -62,7 +63,7 @@ def parse_csv(content: str, source: str, delimiter: str = ",") -> Iterator[tuple
             where = f"{source}, line {reader.line_num}"
             cells = sum(value is not None for value in row.values()) + len(row.get(None, [])[1:])
             if None in row or None in row.values():
-                raise DataError(f"{where}: {cells} cells where the first line names {len(reader.fieldnames)}")
+                raise DataError(f"{where}: {cells} cells where the first line names {len(reader.fieldnames or ())}")
             yield where, row
     except csv.Error as error:
         raise DataError(f"{source}, line {reader.reader.line_num}: not CSV ({error})") from error
@@ -89,7 +90,9 @@ def prompt_of(record: object, key: str, where: str) -> str:
     return text
 
 
-def texts_of(record: dict, key: str, where: str, read: Callable[[object, str, str], str] = text_of) -> tuple[str, ...]:
+def texts_of(
+    record: dict[str, Any], key: str, where: str, read: Callable[[object, str, str], str] = text_of
+) -> tuple[str, ...]:
     """The texts under a key that may be missing, or hold one text or a list of them."""
     value = record.get(key) or []
     texts = [value] if isinstance(value, str) else value
@@ -98,7 +101,7 @@ def texts_of(record: dict, key: str, where: str, read: Callable[[object, str, st
     return tuple(read({key: text}, key, where) for text in texts)
 
 
-def _value(content: str, where: str) -> object:
+def _value(content: str, where: str) -> Any:
     try:
         return json.loads(content)
     except json.JSONDecodeError:

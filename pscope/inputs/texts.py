@@ -44,14 +44,14 @@ def read_dataset(spec: str, most: int) -> list[str]:
 
     if not re.fullmatch(r"[^:]+(:[^:]*){0,2}", spec):
         raise DataError(f"{spec!r} is not of the form ID[:CONFIG][:SPLIT]")
-    name, config, split = (part or None for part in f"{spec}::".split(":")[:3])
+    name, config, split = f"{spec}::".split(":")[:3]
     if not (constants.HF_HUB_OFFLINE or Path(name).exists() or hub_answers(name, kind="dataset")):
         raise DataError(
             f"{name} is no folder here, and the hub cannot be reached to look for it there; check the name and network"
         )
     texts: list[str] = []
     try:
-        for row in load_dataset(name, config, split=split or "test", streaming=True):
+        for row in load_dataset(name, config or None, split=split or "test", streaming=True):
             if "text" not in row:
                 raise DataError(f"{spec} has no column 'text'; its columns are {', '.join(row)}")
             texts += [row["text"].strip()] if row["text"].strip() else []

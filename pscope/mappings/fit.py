@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from pscope.engine.lens import logit_lens
 from pscope.engine.patchscope import Patchscope
 from pscope.errors import PscopeError
-from pscope.inputs.positions import Paired
+from pscope.inputs.positions import Paired, Sampled
 from pscope.mappings.mapping import IDENTITY, Affine, Mapping
 from pscope.mappings.mapping_set import FOLDS, End, MappingSet, Origin, fold_of
 from pscope.mappings.moments import Fitted, Moments, check_enough, sums_bytes
@@ -121,36 +122,39 @@ class Fit:
     ) -> Iterator[tuple[Tensor, Tensor, list[int]]]:
         """States x and y, (positions, layers, width), and the text of each, chunk by chunk."""
         bytes_each = 4 * (len(sources) * self.source.hidden_size + len(targets) * self.target.hidden_size)
-        lens = None if self.into is None else logit_lens(self.source)
         random = None if self.shuffled is None else torch.Generator().manual_seed(self.shuffled)
         for part in _chunks(paired, max(1, CHUNK // bytes_each)):
             own = [each.source for each in part]
-            x, y = self._read(own, [each.target for each in part], sources, targets, lens)
+            x, y = self._read(own, [each.target for each in part], sources, targets)
             if random is not None:
                 y = y[torch.randperm(len(y), generator=random).to(y.device)]
             yield x, y, [each.text for each in own for _ in each.positions]
 
     def _read(
-        self, own: list, theirs: list, sources: list[int], targets: list[int], lens: Patchscope | None
+        self, own: list[Sampled], theirs: list[Sampled], sources: list[int], targets: list[int]
     ) -> tuple[Tensor, Tensor]:
-        def states(model: LanguageModel, items: list, layers: list[int]) -> Tensor:
+        def states(model: LanguageModel, items: list[Sampled], layers: list[int]) -> Tensor:
             return capture(model, [item.prompt for item in items], [item.positions for item in items], layers)
 
         if self.into is not None:
             last = self.source.n_layers
             both = states(self.source, own, [*sources, last])
-            return both[:, :-1], _written_into(self.target, self.into, _next_tokens(lens, both[:, -1]), targets)
+            return both[:, :-1], _written_into(self.target, self.into, self._next_tokens(both[:, -1]), targets)
         if self.source is self.target:
             union = sorted({*sources, *targets})
             both = states(self.source, own, union)
-            return tuple(both[:, [union.index(layer) for layer in layers]] for layers in (sources, targets))
+            x, y = (both[:, [union.index(layer) for layer in layers]] for layers in (sources, targets))
+            return x, y
         return states(self.source, own, sources), states(self.target, theirs, targets)
 
+    @cached_property
+    def _lens(self) -> Patchscope:
+        return logit_lens(self.source)
 
-def _next_tokens(lens: Patchscope, last_states: Tensor) -> list[int]:
-    """What the model itself goes on with, from the states of its last layer."""
-    logits = lens.logits(last_states, lens.model.n_layers)
-    return torch.cat([part.patched.argmax(dim=-1) for part in logits]).tolist()
+    def _next_tokens(self, last_states: Tensor) -> list[int]:
+        """What the source itself goes on with, from the states of its last layer."""
+        logits = self._lens.logits(last_states, self.source.n_layers)
+        return torch.cat([part.patched.argmax(dim=-1) for part in logits]).tolist()
 
 
 def _written_into(model: LanguageModel, target: Prompt, tokens: list[int], layers: list[int]) -> Tensor:
@@ -179,6 +183,7 @@ def _single(fitted: Fitted) -> Fitted:
     """The same maps in single precision, on the CPU."""
 
     def single(mapping: Affine) -> Affine:
-        return Affine(mapping.weight.float().cpu(), mapping.bias.float().cpu())
+        bias = None if mapping.bias is None else mapping.bias.float().cpu()
+        return Affine(mapping.weight.float().cpu(), bias)
 
     return replace(fitted, whole=single(fitted.whole), folds=tuple(map(single, fitted.folds)))

@@ -18,11 +18,11 @@ from torch import Tensor
 from pscope.errors import PscopeError
 from pscope.inputs.positions import draw_positions
 from pscope.mappings.checkpoint import Checkpoint
-from pscope.mappings.mapping import Affine
+from pscope.mappings.mapping import Affine, Mapping
 from pscope.mappings.mapping_set import End, MappingSet, Origin
 from pscope.models.fingerprint import digest
 from pscope.models.model import LanguageModel, not_finite
-from pscope.models.residual import Edit, check_layers, editing
+from pscope.models.residual import Edit, Pair, check_layers, editing
 
 SINKS = 16
 """So many tokens at the start of a text are left out, as published: attention sinks, whose states are unlike others."""
@@ -99,7 +99,9 @@ def fit_jacobian(
             "positions": "summed over later ones",
         },
     )
-    maps = {(layer, model.n_layers): Affine(mean) for layer, mean in zip(layers, total / len(used), strict=True)}
+    maps: dict[Pair, Mapping] = {
+        (layer, model.n_layers): Affine(mean) for layer, mean in zip(layers, total / len(used), strict=True)
+    }
     return MappingSet(maps, origin), _table(changes, layers)
 
 
@@ -141,7 +143,7 @@ def _jacobians(model: LanguageModel, ids: Sequence[int], layers: Sequence[int], 
 
 def _settled_at(changes: Tensor) -> int | None:
     """After how many texts no further one moved any layer's mean by more than `SETTLED`; None if the last one did."""
-    last = (changes > SETTLED).any(dim=1).nonzero()[-1].item() + 1
+    last = int((changes > SETTLED).any(dim=1).nonzero()[-1]) + 1
     return last if last < len(changes) else None
 
 

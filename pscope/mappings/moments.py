@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -52,13 +53,13 @@ class Moments:
         self.targets = sorted({target for _, target in pairs})
         # float64 is not to be had on every accelerator.
         device = torch.device("cpu") if torch.device(device).type == "mps" else torch.device(device)
-        options = {"dtype": torch.float64, "device": device}
+        zeros = partial(torch.zeros, dtype=torch.float64, device=device)
         self._width, self._device = width, device
-        self._counts = torch.zeros(FOLDS, **options)
+        self._counts = zeros(FOLDS)
         # A 1 beside the states makes sums of products into plain sums too.
-        self._xx = {source: torch.zeros(FOLDS, width + 1, width + 1, **options) for source in self.sources}
-        self._xy = {pair: torch.zeros(FOLDS, width + 1, target_width, **options) for pair in self.pairs}
-        self._yy = {target: torch.zeros(FOLDS, **options) for target in self.targets}
+        self._xx = {source: zeros(FOLDS, width + 1, width + 1) for source in self.sources}
+        self._xy = {pair: zeros(FOLDS, width + 1, target_width) for pair in self.pairs}
+        self._yy = {target: zeros(FOLDS) for target in self.targets}
 
     @property
     def positions(self) -> int:
@@ -103,7 +104,8 @@ class Moments:
         whole = _Solver(xx.sum(0), xy.sum(0), source)
         apart = {fold: _Solver(xx.sum(0) - xx[fold], xy.sum(0) - xy[fold], source) for fold in used}
         ridges = RIDGES if ridge is None else (ridge,)
-        lost = sum(solver.lost(xx[fold], xy[fold], yy[fold], ridges) for fold, solver in apart.items())
+        each = [solver.lost(xx[fold], xy[fold], yy[fold], ridges) for fold, solver in apart.items()]
+        lost = sum(each, torch.zeros_like(each[0]))
         best = int(lost.argmin())
         around_mean = yy.sum() - xy.sum(0)[-1].square().sum() / self._counts.sum()
         folds = tuple(apart.get(fold, whole).solve(ridges[best]) for fold in range(FOLDS))

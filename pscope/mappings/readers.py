@@ -180,7 +180,7 @@ def _reader(file: Path) -> Callable[[Path, LanguageModel], MappingSet] | None:
     return read_selfie_adapter if {"projection_state", "projection_type", "config_json"} & keys else None
 
 
-def _open_adapter(file: Path) -> tuple[dict, dict, int]:
+def _open_adapter(file: Path) -> tuple[dict[Any, Any], dict[Any, Any], int]:
     """The tensors of a SelfIE adapter, its settings, and its width."""
     if file.suffix == ".safetensors":
         header, state = _header(file), load_file(file)
@@ -244,7 +244,7 @@ def _header(file: Path) -> dict[str, str]:
         raise DataError(f"cannot read {file}: {error}") from error
 
 
-def _json(file: Path) -> dict:
+def _json(file: Path) -> dict[Any, Any]:
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -252,24 +252,24 @@ def _json(file: Path) -> dict:
     return _keyed(content, file)
 
 
-def _keyed(value: object, file: Path, what: str = "keys") -> dict:
+def _keyed(value: object, file: Path, what: str = "keys") -> dict[Any, Any]:
     if not isinstance(value, dict):
         raise DataError(f"{file} has no {what} with values")
     return value
 
 
-def _count(values: dict, key: str, file: Path) -> int:
+def _count(values: dict[Any, Any], key: str, file: Path) -> int:
     value = values.get(key)
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise DataError(f"{file} says {key} = {value}; it must be a positive integer")
     return value
 
 
-def _numbers(values: dict, key: object, shape: tuple[int, ...], file: Path) -> Tensor:
+def _numbers(values: dict[Any, Any], key: object, shape: tuple[int, ...], file: Path) -> Tensor:
     """A finite tensor, as float32: files are mostly half as precise, too coarse to add the identity."""
     value = values.get(key)
     found = tuple(value.shape) if isinstance(value, Tensor) else None
-    if found != shape:
+    if not isinstance(value, Tensor) or found != shape:
         raise DataError(f"{file} has {found or 'nothing'} for {key}, which must be a tensor of shape {shape}")
     if not value.isfinite().all():
         raise DataError(f"{file} has numbers for {key} that are not finite")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, fields
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import torch
 from huggingface_hub import constants, snapshot_download
@@ -30,7 +31,7 @@ WEIGHTS, FOLD_WEIGHTS, CARD = "mappings.safetensors", "folds.safetensors", "READ
 FORMAT = 1
 """Of the metadata; a folder of another is refused."""
 
-_KINDS = {
+_KINDS: dict[str, type[Mapping]] = {
     kind.__name__: kind
     for kind in (
         kinds.Identity,
@@ -81,11 +82,11 @@ def read_mappings(name: str | Path, source: LanguageModel, target: LanguageModel
     if (path / WEIGHTS).exists():
         origin, (maps,), means = _read(path / WEIGHTS)
         folds = _read(path / FOLD_WEIGHTS)[1] if (path / FOLD_WEIGHTS).exists() else ()
-        mappings = MappingSet(maps, origin, tuple(folds), means)
+        mappings: MappingSet | None = MappingSet(maps, origin, tuple(folds), means)
     else:
         mappings = read_foreign(path, source)
-        if mappings is None:
-            raise DataError(f"{path} holds neither {WEIGHTS} nor a lens of a known kind (tuned, Jacobian, SelfIE)")
+    if mappings is None:
+        raise DataError(f"{path} holds neither {WEIGHTS} nor a lens of a known kind (tuned, Jacobian, SelfIE)")
     mappings.check(source, source if target is None else target)
     return mappings
 
@@ -98,7 +99,7 @@ def digest_of(mappings: MappingSet) -> str:
         told = [[_arrow(pair), _taken(group[pair], _arrow(pair), tensors)] for pair in sorted(group)]
         digest.update(json.dumps(told).encode())
         for _, tensor in sorted(tensors.items()):
-            digest.update(tensor.cpu().view(torch.uint8).numpy())
+            digest.update(tensor.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
@@ -161,8 +162,8 @@ def _taken(mapping: Mapping, name: str, tensors: dict[str, Tensor]) -> dict[str,
     return told
 
 
-def _made(told: dict, file: safe_open) -> Mapping:
-    values: dict[str, object] = {}
+def _made(told: dict[str, Any], file: safe_open) -> Mapping:
+    values: dict[str, Any] = {}
     for field, value in told.items():
         if isinstance(value, dict):
             values[field] = file.get_tensor(value["tensor"]) if "tensor" in value else _made(value, file)

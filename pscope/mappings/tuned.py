@@ -129,7 +129,7 @@ def fit_tuned(
             kept.write(_state(step + 1, lens, optimiser))
         progress(step + 1)
 
-    after = {(layer, last): lens.mapping(number) for number, layer in enumerate(layers)}
+    after: dict[Pair, Mapping] = {(layer, last): lens.mapping(number) for number, layer in enumerate(layers)}
     table = _compared(model, held_out, layers, {"kl_before": before, "kl_after": after})
     origin = Origin(
         kind="tuned lens",
@@ -265,6 +265,6 @@ def _restore(kept: dict[str, Tensor], lens: _Lens, optimiser: torch.optim.Optimi
             state.setdefault(int(number), {})[own] = tensor
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
     with torch.no_grad():
-        for number, parameter in enumerate(lens.parameters):
-            parameter.copy_(kept[f"parameter.{number}"])
+        for place, parameter in enumerate(lens.parameters):
+            parameter.copy_(kept[f"parameter.{place}"])
     return int(kept["done"])
