@@ -8,8 +8,9 @@ continuation.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pandas as pd
@@ -18,8 +19,8 @@ from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.scores import Measure
 from pscope.errors import PromptError, PscopeError
-from pscope.experiments.experiment import Experiment, U, Unit, Work, permuted, tidy
-from pscope.experiments.grid import Pair, source_layers, source_prompt
+from pscope.experiments.experiment import Experiment, U, Unit, Work, of_kind, permuted, tidy
+from pscope.experiments.grid import source_layers, source_prompt
 from pscope.experiments.held_out import FOLDS, draw_folds
 from pscope.experiments.known import Wanted
 from pscope.experiments.probe import probe_elsewhere
@@ -29,7 +30,7 @@ from pscope.inputs.relations import Relation, Sample
 from pscope.metrics import answer_found, distinct_answers, same_answer
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, continuing_tokens, spoken_after, written_out
-from pscope.models.residual import capture
+from pscope.models.residual import Pair, capture
 
 ANOTHER, PROBE, MAJORITY = "another subject", "probe", "majority class"
 
@@ -75,8 +76,8 @@ class Question:
             place for place, sample in enumerate(self.samples) if answer_found(said[self.plain(sample)], sample.answers)
         ]
         drawn = sorted(answered[index] for index in permuted(seed, len(answered))[:samples])
-        chosen = (tuple(part[place] for place in drawn) for part in (self.samples, self.sources))
-        return Question(self.relation, self.target, *chosen, self.unread), len(answered)
+        own, sources = tuple(self.samples[place] for place in drawn), tuple(self.sources[place] for place in drawn)
+        return replace(self, samples=own, sources=sources), len(answered)
 
 
 def question_of(model: LanguageModel, relation: Relation, contexts: int) -> Question:
@@ -145,7 +146,11 @@ class _Attributes(Experiment[U]):
         self._seed = seed
         self._lenders: list[dict[str, object]] = []
         self.units = [unit for question in questions for unit in self._units(question)]
-        super().__init__(model, self.units[0].target, memory)
+        super().__init__(model, questions[0].target, memory)
+
+    @abstractmethod
+    def _units(self, question: Question) -> Iterable[U]:
+        """The units of a question, those that are patched first."""
 
     def _sources(self, question: Question, pairs: Sequence[Pair]) -> Iterator[Source]:
         samples, name = question.samples, question.relation.name
@@ -154,8 +159,8 @@ class _Attributes(Experiment[U]):
             lent_to = tuple(other.answers for other, of in zip(samples, lenders, strict=True) if of == number)
             for context, source in enumerate(sources):
                 about = _about(question, number, folds, context)
-                if lenders[number] is not None:
-                    self._lenders.append({**about, "lender": samples[lenders[number]].subject})
+                if (lender := lenders[number]) is not None:
+                    self._lenders.append({**about, "lender": samples[lender].subject})
                 yield Source(
                     f"{name}/{sample.subject}" if context == 0 else f"{name}/{sample.subject}/{context}",
                     patched_rows(pairs, random=context == 0),
@@ -174,9 +179,7 @@ class _Attributes(Experiment[U]):
         if not self._lenders:
             return table
         answers = {
-            (unit.about["relation"], unit.about["subject"]): unit.answers
-            for unit in self.units
-            if isinstance(unit, Source)
+            (unit.about["relation"], unit.about["subject"]): unit.answers for unit in of_kind(self.units, Source)
         }
         theirs = borrowed(table, pd.DataFrame(self._lenders), "subject", ("relation", "context"))
         # Thousands of rows have one answer.
@@ -230,9 +233,9 @@ class AttributeScores(_Attributes[Source | Probing]):
         yield Probing(name, 0, name, question, tuple(_folds(question, self._seed)))
 
     def read(self, units: Sequence[Source | Probing]) -> pd.DataFrame:
-        if isinstance(units[0], Probing):
-            return pd.concat([self._probed(unit) for unit in units], ignore_index=True)
-        return self._tidied(scored_sweep(self.scope, units, self._seed, self._by))
+        if probes := of_kind(units, Probing):
+            return pd.concat([self._probed(unit) for unit in probes], ignore_index=True)
+        return self._tidied(scored_sweep(self.scope, of_kind(units, Source), self._seed, self._by))
 
     def work(self, unit: Source | Probing) -> Work:
         if isinstance(unit, Probing):
@@ -288,9 +291,9 @@ class AttributeExtraction(_Attributes[Source]):
         super().__init__(model, questions, seed, memory)
 
     def _units(self, question: Question) -> Iterator[Source]:
-        best = isinstance(self._pairs, Mapping)
-        pairs = dict.fromkeys(self._pairs[question.relation.name].values() if best else self._pairs)
-        yield from self._sources(question, tuple(pairs))
+        pairs = self._pairs
+        own = pairs[question.relation.name].values() if isinstance(pairs, Mapping) else pairs
+        yield from self._sources(question, tuple(dict.fromkeys(own)))
 
     def read(self, units: Sequence[Source]) -> pd.DataFrame:
         return self._tidied(sweep(self.scope, units, self._decoding, self._seed))

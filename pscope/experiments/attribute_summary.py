@@ -118,7 +118,9 @@ def over_layers(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         patched = found_at(rows, PATCHED, _UNIT)
         folds = rows.drop_duplicates(_UNIT).set_index(_UNIT)["fold"].loc[patched.index]
         probe = rows[rows["condition"] == PROBE].astype({"layer": int})
-        lines = {(PATCHED, taken): cells for taken, cells in _taken(patched, folds).items()}
+        lines: dict[tuple[str, str | None], pd.DataFrame] = {
+            (PATCHED, taken): cells for taken, cells in _taken(patched, folds).items()
+        }
         for control in (RANDOM, ANOTHER):
             cells = found_at(rows, control, _UNIT)
             if len(cells):

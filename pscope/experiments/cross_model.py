@@ -23,7 +23,7 @@ from pscope.experiments.next_token import SampledText
 from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt
+from pscope.models.prompts import Prompt, decode
 from pscope.models.residual import Pair, capture, check_layers
 
 MAPPED, SHUFFLED, MEAN, ANOTHER = "mapped", "shuffled pairs", "mean state", "another text"
@@ -104,10 +104,10 @@ class CrossModel(Experiment[SampledText]):
         # What is the same for all samples is read once.
         read, times = (states[:1], len(places)) if mappings.constant else (states, 1)
         tokens = self._tokens(mappings.apply(read, pairs, texts[: len(read)])) * times
-        spelled = {token: self.model.tokenizer.decode([token]) for token in set(tokens)}
+        spelled = {token: decode(self.model.tokenizer, [token]) for token in set(tokens)}
         first = {token: self._in_source(token, text) for token, text in spelled.items()}
         said = np.repeat(own.argmax(dim=-1).tolist(), len(pairs)).tolist()
-        known = {token: self._source.tokenizer.decode([token]) for token in set(said)}
+        known = {token: decode(self._source.tokenizer, [token]) for token in set(said)}
         # A model says the same as itself where it is the same token, whatever that is as text.
         itself = self._source is self.model
         column = torch.tensor([-1 if first[token] is None else first[token] for token in tokens], device=own.device)
@@ -186,7 +186,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         by_text = rows.groupby(["text", *keys[2:]])
         sums = by_text[["correct", "surprisal"]].sum().unstack(keys[2:]).astype(float)
         counts = (rows.groupby("text").size() / rows.groupby(keys[2:]).ngroups).loc[sums.index].to_numpy()
-        found = {}
+        found: dict[str, object] = {}
         for measure, column, bands in (
             ("precision_at_1", "correct", share_bands),
             ("surprisal", "surprisal", mean_bands),

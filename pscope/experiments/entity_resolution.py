@@ -16,8 +16,8 @@ from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.errors import PromptError, PscopeError
 from pscope.experiments.bands import RESAMPLES, mean_bands
-from pscope.experiments.experiment import Experiment, Work, permuted, tidy
-from pscope.experiments.grid import Pair, line_break, source_prompt
+from pscope.experiments.experiment import Experiment, Work, of_kind, permuted, tidy
+from pscope.experiments.grid import line_break, source_prompt
 from pscope.experiments.held_out import best_on_half
 from pscope.experiments.known import Plain, answer_plainly, by_length
 from pscope.experiments.sweep import PATCHED, Source, Through, borrowed, patched_rows, sweep
@@ -26,6 +26,7 @@ from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import At, Prompt, written_out
+from pscope.models.residual import Pair
 
 ANOTHER, WRITTEN_OUT = "another entity", "name written out"
 
@@ -89,8 +90,8 @@ class EntityLayers(Experiment[Source]):
 
     def read(self, units: Sequence[Source]) -> pd.DataFrame:
         rows = pd.DataFrame(sweep(self.scope, units, self._decoding, 0, self._through))
-        texts, references = rows["continuation"].tolist(), [self._reference] * len(rows)
-        scores = np.nan if self._reference is None else rouge_l(texts, references)
+        texts, reference = rows["continuation"].tolist(), self._reference
+        scores = np.nan if reference is None else rouge_l(texts, [reference] * len(rows))
         columns = ("condition", "layer", "target_layer", "continuation", "rouge_l")
         return tidy(rows.assign(rouge_l=scores), {column: _TYPES[column] for column in columns})
 
@@ -163,17 +164,16 @@ class EntityDescriptions(Experiment[Source | Plain]):
     @property
     def names_at_sink(self) -> int:
         """How many names are read at the very first token."""
-        return sum(unit.source.at_sink for unit in self.units if isinstance(unit, Source))
+        return sum(unit.source.at_sink for unit in of_kind(self.units, Source))
 
     def work(self, unit: Source | Plain) -> Work:
         return unit.work(self._decoding.new_tokens)
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
-        scope = self.scope(self.target)
-        if isinstance(units[0], Source):
-            return scored(pd.DataFrame(sweep(self.scope, units, self._decoding, self._seed, self._through)))
-        options = {"memory": self.memory, "path": scope.path}
-        return scored(pd.DataFrame(answer_plainly(self.model, units, self._decoding, **options)))
+        if sources := of_kind(units, Source):
+            return scored(pd.DataFrame(sweep(self.scope, sources, self._decoding, self._seed, self._through)))
+        plain, path = of_kind(units, Plain), self.scope(self.target).path
+        return scored(pd.DataFrame(answer_plainly(self.model, plain, self._decoding, memory=self.memory, path=path)))
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """With another entity's description for each: each lends its own to the next one, and the last to the first."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import pandas as pd
 
@@ -47,19 +48,15 @@ class DescriptionsAcross(Together):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        options = {"before": before, "seed": seed, "memory": memory}
+        described = partial(EntityDescriptions, decoding=decoding, before=before, seed=seed, memory=memory)
 
         def across(condition: str, of: Sequence[Entity], *, controls: bool = False) -> EntityDescriptions:
             through = Through(source, mappings[condition]) if mappings is not None else None
-            return EntityDescriptions(
-                model, targets[1], of, pairs, decoding, through=through, controls=controls, **options
-            )
+            return described(model, targets[1], of, pairs, through=through, controls=controls)
 
         def itself(end: int) -> EntityDescriptions:
             diagonal = [(layer, layer) for layer in sorted({pair[end] for pair in pairs})]
-            return EntityDescriptions(
-                (source, model)[end], targets[end], entities, diagonal, decoding, controls=False, **options
-            )
+            return described((source, model)[end], targets[end], entities, diagonal, controls=False)
 
         self._entities, self._across = entities, across(MAPPED, entities, controls=True)
         # The mean state says the same of everybody, so that one is asked.

@@ -65,6 +65,11 @@ class Work:
 U = TypeVar("U", bound=Unit)
 
 
+def of_kind(units: Iterable[Unit], kind: type[U]) -> list[U]:
+    """The units of one kind: of those that share passes all are, or none."""
+    return [unit for unit in units if isinstance(unit, kind)]
+
+
 class Experiment(ABC, Generic[U]):
     """Units in, tidy rows out.
 

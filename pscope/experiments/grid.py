@@ -7,7 +7,7 @@ from typing import Literal
 
 from pscope.errors import PscopeError
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import At, Ending, Prompt
+from pscope.models.prompts import At, Ending, Prompt, places_of
 from pscope.models.residual import Pair, check_layers
 
 
@@ -45,8 +45,7 @@ def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | No
     if before is not None:
         return model.prompt(before + text, at)
     prompt = model.prompt(text, at)
-    marks = at if isinstance(at, Sequence) and not isinstance(at, str) else [at]
-    counted = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in marks)
+    counted = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in places_of(at))
     return prompt if counted or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)
 
 

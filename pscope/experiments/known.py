@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -25,8 +26,9 @@ Wanted = tuple[str, Sequence[str]]
 class Plain(Unit):
     """A prompt that is asked as it stands; `target` is the way of asking, `about` the columns that say what it is."""
 
+    target: str
     prompt: Prompt
-    about: Mapping[str, object]
+    about: Mapping[str, Any]
     answers: tuple[str, ...] = ()
 
     def work(self, new_tokens: int) -> Work:

@@ -16,7 +16,7 @@ from pscope.errors import PscopeError
 from pscope.experiments.experiment import Experiment, Unit, Work
 from pscope.experiments.sweep import CLEAN
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt
+from pscope.models.prompts import Prompt, decode
 from pscope.models.residual import capture, check_layers
 
 PATCHSCOPE, LOGIT_LENS = "patchscope", "logit lens"
@@ -63,8 +63,8 @@ class LayerReadout(Experiment[Unit]):
         patched = list(scope.logits(states, layers))
         lens = logit_lens(model, self.memory).logits(states, model.n_layers)
         spoken = scope.generate(states, layers, self._decoding)
-        continuations = [model.tokenizer.decode(ids) for ids in spoken.patched]
-        clean = model.tokenizer.decode(spoken.clean)
+        continuations = [decode(model.tokenizer, ids) for ids in spoken.patched]
+        clean = decode(model.tokenizer, spoken.clean)
         patched_logits, lens_logits = (torch.cat([part.patched for part in parts]) for parts in (patched, lens))
         return pd.concat(
             [
@@ -91,7 +91,7 @@ def _ranked(
             "layer": pd.array([layer for layer in layers for _ in range(top_k)], dtype="Int64"),
             "rank": list(range(1, top_k + 1)) * len(layers),
             "token_id": top.indices.flatten().tolist(),
-            "token": [model.tokenizer.decode([token]) for token in top.indices.flatten().tolist()],
+            "token": [decode(model.tokenizer, [token]) for token in top.indices.flatten().tolist()],
             "probability": top.values.flatten().tolist(),
             "continuation": pd.array([text for text in continuations for _ in range(top_k)], dtype="string"),
         }

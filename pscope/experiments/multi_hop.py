@@ -15,8 +15,8 @@ from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.scores import Measure
 from pscope.errors import PscopeError
-from pscope.experiments.experiment import Experiment, Work, tidy
-from pscope.experiments.grid import Pair, source_prompt
+from pscope.experiments.experiment import Experiment, Work, of_kind, tidy
+from pscope.experiments.grid import source_prompt
 from pscope.experiments.held_out import draw_folds
 from pscope.experiments.known import Plain, Wanted, answer_plainly, by_length
 from pscope.experiments.scored_sweep import SCORED_TYPES, scored_plainly, scored_sweep
@@ -27,6 +27,7 @@ from pscope.metrics import answer_found, distinct_answers
 from pscope.models.chats import chat_text
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
+from pscope.models.residual import Pair
 
 VANILLA, STEP_BY_STEP = "vanilla", "step by step"
 COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
@@ -133,11 +134,9 @@ class MultiHopScores(Experiment[Source | Plain]):
         self._seconds = [query.second for query in queries]
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
-        if isinstance(units[0], Source):
-            rows = scored_sweep(self.scope, units, self._seed, self._by)
-        else:
-            rows = [self._plainly(unit) for unit in units]
-        return tidy(rows, SCORE_TYPES)
+        if sources := of_kind(units, Source):
+            return tidy(scored_sweep(self.scope, sources, self._seed, self._by), SCORE_TYPES)
+        return tidy([self._plainly(unit) for unit in of_kind(units, Plain)], SCORE_TYPES)
 
     def work(self, unit: Source | Plain) -> Work:
         return unit.work(new_tokens=0)
@@ -186,21 +185,26 @@ class MultiHop(Experiment[Source | Plain]):
             asked = zip(queries, about, map(model.prompt, texts), strict=True)
             units += by_length(_plain(method, *each) for each in asked)
         grids = {
-            wiring: pairs_of(wiring, pairs) if self._best is None else [*dict.fromkeys(pairs.get(wiring, {}).values())]
+            wiring: [*dict.fromkeys(pairs.get(wiring, {}).values())]
+            if isinstance(pairs, Mapping)
+            else pairs_of(wiring, pairs)
             for wiring in wirings
         }
         self.units = [*units, *_all_wired(model, queries, about, grids)]
         super().__init__(model, self._longest[VANILLA], memory)
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
-        if isinstance(units[0], Source):
-            return tidy(sweep(self.scope, units, self._decoding, self._seed), SAID_TYPES)
-        method = units[0].target
-        options = {"memory": self.memory, "path": self.scope(self._longest[method]).path}
-        return tidy(answer_plainly(self.model, units, self._decodings[method], **options), SAID_TYPES)
+        if sources := of_kind(units, Source):
+            return tidy(sweep(self.scope, sources, self._decoding, self._seed), SAID_TYPES)
+        plain = of_kind(units, Plain)
+        method = plain[0].target
+        path = self.scope(self._longest[method]).path
+        said = answer_plainly(self.model, plain, self._decodings[method], memory=self.memory, path=path)
+        return tidy(said, SAID_TYPES)
 
     def work(self, unit: Source | Plain) -> Work:
-        return unit.work(self._decodings.get(unit.target, self._decoding).new_tokens)
+        decoding = self._decodings[unit.target] if isinstance(unit, Plain) else self._decoding
+        return unit.work(decoding.new_tokens)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """With the pairs that were chosen."""

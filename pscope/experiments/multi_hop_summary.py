@@ -96,7 +96,7 @@ def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
 
 
-def _pairs_told(chosen: pd.DataFrame) -> dict:
+def _pairs_told(chosen: pd.DataFrame) -> dict[str, object]:
     """What the summary says of the pairs that `chosen_elsewhere` chose; those that tie share a query among them."""
     weights = chosen.div(chosen.sum(axis=1), axis=0).sum()
     most = weights[np.isclose(weights, weights.max())]
@@ -104,7 +104,7 @@ def _pairs_told(chosen: pd.DataFrame) -> dict:
     return {"pairs": (weights > 0).sum(), "layer": layer, "target_layer": target}
 
 
-def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict]:
+def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict[str, object]]:
     """Every text of every query: what was asked, what is right, and what each method said, by pair."""
     told = []
     for number, rows in table.groupby("query"):
@@ -126,7 +126,7 @@ def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict]:
     return told
 
 
-def _measured(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict:
+def _measured(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict[str, object]:
     """`found` and `bridges` are (queries,), by the query's number."""
     groups = found.groupby(bridges)
     (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)

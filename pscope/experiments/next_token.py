@@ -24,7 +24,7 @@ from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import surprisal
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt
+from pscope.models.prompts import Prompt, decode
 from pscope.models.residual import Pair, capture, check_layers
 
 LOGIT_LENS, TUNED_LENS, TOKEN_IDENTITY = "logit lens", "tuned lens (affine)", "token identity"
@@ -50,6 +50,11 @@ class Lens:
             return natural
         mapped = [pair for pair in sorted(self.mappings.maps) if pair[0] == layer]
         return natural if natural in mapped else next(iter(mapped), None)
+
+    def pairs(self, layers: Sequence[int], last: int) -> dict[int, Pair]:
+        """The pairs of several layers, each by its layer's place among them; those that are not decoded have none."""
+        found = ((place, self.pair(layer, last)) for place, layer in enumerate(layers))
+        return {place: pair for place, pair in found if pair is not None}
 
 
 def lens_of(name: str, mappings: MappingSet, target: Prompt, last: int) -> Lens:
@@ -94,12 +99,12 @@ class NextToken(Experiment[SampledText]):
         super().__init__(model, self._prompts[0] if self._prompts else ANY_TOKEN, memory)
         check_layers(model, layers)
         for lens in lenses:
-            if not any(lens.pair(layer, model.n_layers) for layer in layers):
+            if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
                 raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
         self._lenses, self._texts, self._layers = list(lenses), texts, list(layers)
         self._batch_tokens = batch_tokens
         patched = [lens for lens in lenses if lens.target is not None]
-        rows = sum(lens.pair(layer, model.n_layers) is not None for lens in patched for layer in layers)
+        rows = sum(len(lens.pairs(layers, model.n_layers)) for lens in patched)
         # Of one length side by side: those share a pass without padding.
         self.units = [
             SampledText(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
@@ -108,7 +113,7 @@ class NextToken(Experiment[SampledText]):
 
     def work(self, unit: SampledText) -> Work:
         positions, last = len(unit.sampled.positions), self.model.n_layers
-        pairs = [(lens, pair) for lens in self._lenses for layer in self._layers if (pair := lens.pair(layer, last))]
+        pairs = [(lens, pair) for lens in self._lenses for pair in lens.pairs(self._layers, last).values()]
         patched = [pair[1] for lens, pair in pairs if lens.target is not None and pair[1] < last]
         suffix = max((len(prompt) - min(prompt.positions) for prompt in self._prompts), default=1)
         # What the tail alone reads is an unembedding, and so is the model's own prediction.
@@ -146,10 +151,8 @@ class NextToken(Experiment[SampledText]):
         own = own_logits.argmax(dim=-1)
         frames = []
         for lens in self._lenses:
-            pairs = [lens.pair(layer, model.n_layers) for layer in self._layers]
-            columns = [column for column, pair in enumerate(pairs) if pair is not None]
-            pairs = [pairs[column] for column in columns]
-            mapped = states[:, columns]
+            by_column = lens.pairs(self._layers, model.n_layers)
+            pairs, mapped = [*by_column.values()], states[:, [*by_column]]
             if lens.mappings is not None:
                 mapped = lens.mappings.apply(mapped, pairs, texts)
             decoded = self._read_by(lens, mapped, [target for _, target in pairs])  # (samples, pairs)
@@ -171,7 +174,7 @@ class NextToken(Experiment[SampledText]):
             )
         table = pd.concat(frames, ignore_index=True)
         for column in ("next_token", "decoded"):
-            spelled = {token: model.tokenizer.decode([token]) for token in table[f"{column}_id"].unique().tolist()}
+            spelled = {token: decode(model.tokenizer, [token]) for token in table[f"{column}_id"].unique().tolist()}
             table.insert(table.columns.get_loc(f"{column}_id") + 1, column, table[f"{column}_id"].map(spelled))
         return table
 
@@ -201,7 +204,7 @@ def _drawn(model: LanguageModel, random: np.random.Generator, special: set[int])
     """A token that can be written on a line: one that is a piece of Unicode, and not only blanks."""
     while True:
         token = int(random.integers(len(model.tokenizer)))
-        text = model.tokenizer.decode([token]).strip()
+        text = decode(model.tokenizer, [token]).strip()
         if token not in special and text.isprintable() and text and "\ufffd" not in text:
             return text
 

@@ -18,12 +18,12 @@ from pscope.engine.patchscope import MEMORY
 from pscope.engine.unpatched import continue_prompts
 from pscope.engine.writes import Writes
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.experiment import Experiment, Unit, Work, seed_of, tidy
+from pscope.experiments.experiment import Experiment, Unit, Work, of_kind, seed_of, tidy
 from pscope.experiments.known import Plain, by_length
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt, written_out
+from pscope.models.prompts import Prompt, decode, written_out
 from pscope.models.residual import Pair, check_layers
 from pscope.models.states import Label, States
 
@@ -72,6 +72,12 @@ class Vector(Unit):
     number: int
     label: Label
     target_layers: tuple[int, ...]
+
+    def pair(self, target_layer: int) -> Pair:
+        """The layers from which and to which it is mapped. Raises PscopeError if it is of none."""
+        if self.label.layer is None:
+            raise PscopeError(f"{self.name} is of no layer, and mappings lead from one; name it with --layers")
+        return self.label.layer, target_layer
 
 
 @dataclass(frozen=True)
@@ -164,13 +170,13 @@ class Reading(Experiment[Vector | Plain]):
 
     def _check_states(self) -> None:
         """Raise PscopeError unless all vectors can be written, once mapped."""
-        for unit in self.units:
+        vectors = of_kind(self.units, Vector)
+        for unit in vectors:
             check_layers(self.model, unit.target_layers)
-            if self._mappings is not None and unit.label.layer is None:
-                raise PscopeError(f"{unit.name} is of no layer, and mappings lead from one; name it with --layers")
-            for target_layer in unit.target_layers if self._mappings is not None else ():
-                self._mappings.at((unit.label.layer, target_layer))
-        width, model = self._mapped(self.units[:1])[0].shape[-1], self.model
+            if self._mappings is not None:
+                for target_layer in unit.target_layers:
+                    self._mappings.at(unit.pair(target_layer))
+        width, model = self._mapped(vectors[:1])[0].shape[-1], self.model
         # In a dry run, of a model without weights, there are no mappings.
         if width != model.hidden_size and model.device.type != "meta":
             raise PscopeError(
@@ -187,8 +193,8 @@ class Reading(Experiment[Vector | Plain]):
         return Work(0, suffix, layers, new_tokens=self._decoding.new_tokens)
 
     def read(self, units: Sequence[Vector | Plain]) -> pd.DataFrame:
-        vectors = isinstance(units[0], Vector)
-        return tidy(pd.DataFrame((self._patched if vectors else self._unpatched)(units)), TYPES)
+        vectors, plain = of_kind(units, Vector), of_kind(units, Plain)
+        return tidy(pd.DataFrame(self._patched(vectors) if vectors else self._unpatched(plain)), TYPES)
 
     def _patched(self, units: Sequence[Vector]) -> Iterator[dict[str, object]]:
         scope, how, rows = self.scope(self.target), self._writing, list(self._rows(units))
@@ -207,8 +213,9 @@ class Reading(Experiment[Vector | Plain]):
         relevance = self._owed(rows, writes, said) if self._relevance else [None] * len(said)
         for number, row in enumerate(rows):
             label = row.unit.label
-            about = {"source": label.text, "token": label.token, "position": label.position, "layer": label.layer}
-            about |= {"target_layer": row.target_layer, "scale": row.scale, "condition": row.condition}
+            about: dict[str, object] = {"source": label.text, "token": label.token, "position": label.position}
+            about |= {"layer": label.layer, "target_layer": row.target_layer}
+            about |= {"scale": row.scale, "condition": row.condition}
             for time in range(self._times):
                 place = number * self._times + time
                 said_here = {"continuation": self._text(said[place]), "relevance": relevance[place]}
@@ -220,9 +227,9 @@ class Reading(Experiment[Vector | Plain]):
         for unit in units:
             ids = torch.tensor([unit.prompt.ids], device=self.model.device)
             (next_tokens,) = self._top(self.model.next_token_logits(ids))
-            options = {"memory": self.memory, "path": path}
+            prompts = [unit.prompt] * self._times
             try:
-                said = sorted(continue_prompts(self.model, [unit.prompt] * self._times, self._drawn(unit), **options))
+                said = sorted(continue_prompts(self.model, prompts, self._drawn(unit), memory=self.memory, path=path))
             except RowError as error:
                 raise PscopeError(f"{unit.name} failed: {error.reason}") from error
             for time, tokens in said:
@@ -251,7 +258,7 @@ class Reading(Experiment[Vector | Plain]):
         by_map: dict[tuple[Pair, str | None], list[int]] = {}
         for place, (unit, target) in enumerate(places):
             text = None if unit.label.position is None else unit.label.text
-            by_map.setdefault(((unit.label.layer, target), text), []).append(place)
+            by_map.setdefault((unit.pair(target), text), []).append(place)
         # One map at a time: all of a large model's take more than a GPU has beside it.
         parts = [self._mappings.at(*of).to(vectors.device)(vectors[own]) for of, own in by_map.items()]
         order = torch.tensor([place for own in by_map.values() for place in own]).argsort()
@@ -284,7 +291,7 @@ class Reading(Experiment[Vector | Plain]):
             relevance = self.scope(self.target).relevance(own, None, [said[place] for place in patched])
         owed: list[str | None] = [None] * len(said)
         for place, shares in zip(patched, relevance.tolist(), strict=True):
-            pieces = [self.model.tokenizer.decode([token]) for token in said[place]]
+            pieces = [decode(self.model.tokenizer, [token]) for token in said[place]]
             told = [[piece, round(share, 4)] for piece, share in zip(pieces, shares, strict=False)]
             owed[place] = json.dumps(told, ensure_ascii=False)
         return owed

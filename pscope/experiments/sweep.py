@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -20,12 +20,12 @@ from pscope.engine.patchscope import Patchscope
 from pscope.engine.together import Asked, generate_together
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.experiment import Unit, Work, seed_of
-from pscope.experiments.grid import Pair, source_layers
+from pscope.experiments.grid import source_layers
 from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import answer_found, answer_settled
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
-from pscope.models.residual import capture
+from pscope.models.residual import Pair, capture
 
 PATCHED, RANDOM, CLEAN = "patched", "random vector", "clean target"
 
@@ -52,9 +52,10 @@ class Source(Unit):
     where rows are scored. `random` asks for the control of the same norm.
     """
 
+    target: Prompt
     source: Prompt
     pairs: tuple[Pair, ...]
-    about: Mapping[str, object]
+    about: Mapping[str, Any]
     answers: tuple[str, ...] = ()
     lent_to: tuple[tuple[str, ...], ...] = ()
     candidates: tuple[str, ...] = ()
@@ -108,7 +109,7 @@ def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, thro
     read_in = model if through is None else through.model
     states = capture(read_in, [source.source for source in sources], layers=layers)  # (sources, layers, hidden)
     if through is not None:
-        states, columns = through.mappings.apply(states[:, columns], pairs, [None] * len(sources)), range(len(pairs))
+        states, columns = through.mappings.apply(states[:, columns], pairs, [None] * len(sources)), [*range(len(pairs))]
     drawn = [place for place, source in enumerate(sources) if source.random]
     read = [(source, PATCHED) for source in sources] + [(sources[place], RANDOM) for place in drawn]
     if drawn:
@@ -116,7 +117,7 @@ def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, thro
         at = layers if through is None else pairs
         random = same_norm(states[drawn], [sources[place].name for place in drawn], at, seed)
         states = torch.cat([states, random])
-    return Read(read, states[:, list(columns)])
+    return Read(read, states[:, columns])
 
 
 def sweep(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ class Together(Experiment[Part]):
     Passes are planned by the first. Each may have a model of its own.
     """
 
-    def __init__(self, experiments: Mapping[str, Experiment]) -> None:
+    def __init__(self, experiments: Mapping[str, Experiment[Any]]) -> None:
         self._experiments = dict(experiments)
         self._first = first = next(iter(self._experiments.values()))
         super().__init__(first.model, first.target, first.memory)

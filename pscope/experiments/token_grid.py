@@ -15,7 +15,7 @@ from pscope.engine.generate import Decoding
 from pscope.engine.lens import ANY_TOKEN, logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
-from pscope.experiments.experiment import Experiment, Unit, Work, tidy
+from pscope.experiments.experiment import Experiment, Unit, Work, of_kind, tidy
 from pscope.experiments.grid import line_break
 from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens, lens_of
 from pscope.experiments.sweep import CLEAN
@@ -23,7 +23,7 @@ from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_PROMPT
 from pscope.models.prompts import TOKEN_IDENTITY as IDENTITY_PROMPT
-from pscope.models.prompts import Prompt
+from pscope.models.prompts import Prompt, decode
 from pscope.models.residual import capture, check_layers
 
 ENTITY_DESCRIPTION = "entity description"
@@ -67,6 +67,7 @@ class Unpatched(Unit):
     """The prompt that a lens patches, as it is."""
 
     lens: GridLens
+    prompt: Prompt
 
 
 class TokenGrid(Experiment[Column | Unpatched]):
@@ -103,19 +104,18 @@ class TokenGrid(Experiment[Column | Unpatched]):
         if len(set(names)) < len(names) or len(set(layers)) < len(layers):
             raise PscopeError(f"one of the lenses {names}, or of the layers {list(layers)}, is given twice")
         for each in lenses:
-            if not any(each.lens.pair(layer, model.n_layers) for layer in layers):
-                raise PscopeError(
-                    f"{each.lens.name} reads none of the layers {list(layers)}: {each.lens.mappings.covered}"
-                )
-            if each.decoding is not None:
-                model.check_window(len(each.lens.target) + each.decoding.new_tokens)
+            lens = each.lens
+            if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
+                raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
+            if lens.target is not None and each.decoding is not None:
+                model.check_window(len(lens.target) + each.decoding.new_tokens)
         self.prompt, self._text = prompt, prompt.text if text is None else text
         self._lenses, self._layers, self._top_k = list(lenses), list(layers), top_k
         rows = len(self._layers) * len(self._lenses)
         self.units = [Column(f"token {position}", rows, self.target, position) for position in range(len(prompt))]
         # Each beside none: the prompts are of different lengths.
         self.units += [
-            Unpatched(f"{each.lens.name}, {CLEAN}", 1, each.lens.name, each)
+            Unpatched(f"{each.lens.name}, {CLEAN}", 1, each.lens.name, each, each.lens.target)
             for each in lenses
             if each.lens.target is not None
         ]
@@ -124,7 +124,7 @@ class TokenGrid(Experiment[Column | Unpatched]):
         decodings = [each.decoding for each in self._lenses if each.decoding is not None]
         new_tokens = max((decoding.new_tokens for decoding in decodings), default=0)
         if isinstance(unit, Unpatched):
-            return Work(len(unit.lens.lens.target), spoken=1, new_tokens=new_tokens)
+            return Work(len(unit.prompt), spoken=1, new_tokens=new_tokens)
         suffix = max((len(target) - min(target.positions) for target in self._targets), default=1)
         # Those that go on are nearly all there is to do.
         patched = tuple(self._layers) * (len(decodings) or len(self._targets))
@@ -132,9 +132,9 @@ class TokenGrid(Experiment[Column | Unpatched]):
 
     def read(self, units: Sequence[Column | Unpatched]) -> pd.DataFrame:
         self._tail.memory = self.memory
-        if isinstance(units[0], Unpatched):
-            return tidy([row for unit in units for row in self._clean(unit.lens)], TYPES)
-        positions = [unit.position for unit in units]
+        if unpatched := of_kind(units, Unpatched):
+            return tidy([row for unit in unpatched for row in self._clean(unit)], TYPES)
+        positions = [unit.position for unit in of_kind(units, Column)]
         states = capture(self.model, [self.prompt], [positions], [*self._layers, self.model.n_layers])
         own = torch.cat([part.patched.argmax(dim=-1) for part in self._tail.logits(states[:, -1], self.model.n_layers)])
         cells = [
@@ -165,9 +165,8 @@ class TokenGrid(Experiment[Column | Unpatched]):
     ) -> Iterator[dict[str, object]]:
         """The rows of one lens, from the states (positions, layers, hidden) and what the model itself says."""
         lens, model = each.lens, self.model
-        pairs = [lens.pair(layer, model.n_layers) for layer in self._layers]
-        columns = [column for column, pair in enumerate(pairs) if pair is not None]
-        pairs, states = [pairs[column] for column in columns], states[:, columns]
+        by_column = lens.pairs(self._layers, model.n_layers)
+        pairs, states = [*by_column.values()], states[:, [*by_column]]
         if lens.mappings is not None:
             states = lens.mappings.apply(states, pairs, [self._text] * len(positions))
         rows, targets = states.flatten(0, 1), [target for _, target in pairs] * len(positions)
@@ -178,12 +177,12 @@ class TokenGrid(Experiment[Column | Unpatched]):
         places = [(position, layer) for position in positions for layer, _ in pairs]
         for (position, layer), answer, cell, text in zip(places, answers.tolist(), read, texts, strict=True):
             about = {"lens": lens.name, "position": position, "token": self.prompt.tokens[position], "layer": layer}
-            about |= {"answer": model.tokenizer.decode([answer]), "continuation": text}
+            about |= {"answer": decode(model.tokenizer, [answer]), "continuation": text}
             yield from ({**about, **one} for one in cell)
 
-    def _clean(self, each: GridLens) -> Iterator[dict[str, object]]:
+    def _clean(self, unit: Unpatched) -> Iterator[dict[str, object]]:
         """What the prompt of a lens says unpatched."""
-        target = each.lens.target
+        target, each = unit.prompt, unit.lens
         logits = self.model.next_token_logits(torch.tensor([target.ids], device=self.model.device))
         text = None
         if each.decoding is not None:
@@ -203,7 +202,7 @@ class TokenGrid(Experiment[Column | Unpatched]):
             own = log_probabilities.gather(1, answers.to(logits.device)[:, None])
             # Of equals, the model's own is the first.
             ranks = (1 + (log_probabilities > own).sum(dim=-1)).tolist()
-        decode = self.model.tokenizer.decode
+        tokenizer = self.model.tokenizer
         for tokens, values, entropy, rank in zip(
             top.indices.tolist(), top.values.tolist(), entropies.tolist(), ranks, strict=True
         ):
@@ -212,7 +211,7 @@ class TokenGrid(Experiment[Column | Unpatched]):
                     "entropy": entropy,
                     "answer_rank": rank,
                     "rank": number,
-                    "next_token": decode([token]),
+                    "next_token": decode(tokenizer, [token]),
                     "probability": math.exp(value),
                 }
                 for number, (token, value) in enumerate(zip(tokens, values, strict=True), 1)
