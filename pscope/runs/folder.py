@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from filelock import FileLock, Timeout
@@ -44,7 +45,7 @@ class Run:
         self._made: list[Path] = []
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """What `settings.json` holds. Raises RunError if it is none of ours."""
         path = self.folder / SETTINGS
         try:
@@ -186,7 +187,7 @@ class Run:
         for path in self._left_over():
             path.unlink(missing_ok=True)
 
-    def note(self, name: str, what: pd.DataFrame | list) -> Path:
+    def note(self, name: str, what: pd.DataFrame | list[Any]) -> Path:
         """Save something made from the table: a frame as `NAME.csv`, anything else as `NAME.json`; returns its path."""
         suffix = ".csv" if isinstance(what, pd.DataFrame) else ".json"
         with self._whole(f"{name}{suffix}") as path:

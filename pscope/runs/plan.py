@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from dataclasses import dataclass
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import nn
@@ -46,7 +47,7 @@ class Plan:
         return self.reading + self.patching + self.speaking
 
 
-def plan(experiment: Experiment) -> Plan:
+def plan(experiment: Experiment[Any]) -> Plan:
     """What an experiment takes, on the staircase; the model may be on the meta device."""
     model = experiment.model
     # What a token costs in the layers from k on, for k = 0 … L.
@@ -90,17 +91,17 @@ def layer_flops(layer: nn.Module, model: LanguageModel) -> float:
 @torch.no_grad()
 def measured_rate(model: LanguageModel, device: str | None = None, vectors: int = 512) -> float:
     """How many FLOPs a second bare products with the largest matrix of a decoder layer reach, in the model's dtype."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    on = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     rows, columns = max(
         (weight.shape[-2:] for weight in model.layers[0].parameters() if weight.ndim > 1),
         key=lambda shape: shape.numel(),
     )
-    weight = torch.randn(rows, columns, dtype=model.dtype, device=device)
-    inputs = torch.randn(vectors, columns, dtype=model.dtype, device=device)
+    weight = torch.randn(rows, columns, dtype=model.dtype, device=on)
+    inputs = torch.randn(vectors, columns, dtype=model.dtype, device=on)
     done, began = 0, time.perf_counter()
     while (passed := time.perf_counter() - began) < SECONDS:
         nn.functional.linear(inputs, weight)
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
+        if on.type == "cuda":
+            torch.cuda.synchronize(on)
         done += 1
     return done * 2 * vectors * rows * columns / passed

@@ -6,12 +6,15 @@ import os
 from collections.abc import Callable
 from datetime import timedelta
 from threading import Thread
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from accelerate import PartialState
 
 from pscope.errors import RunError
+
+T = TypeVar("T")
 
 PATIENCE = timedelta(days=30)
 """How long processes wait for the slowest one. One that dies is noticed at once: its connection ends."""
@@ -42,7 +45,7 @@ class Processes:
         """Which of these parts this process does."""
         return numbers if self.tensor_parallel else numbers[self.index :: self.count]
 
-    def from_main(self, value: object) -> object:
+    def from_main(self, value: T) -> T:
         """What the first process has, in all of them."""
         if self.count == 1:
             return value

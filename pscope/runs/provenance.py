@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 from collections.abc import Mapping
 from importlib.metadata import version
+from typing import Any
 
 import torch
 
@@ -31,7 +32,7 @@ _NOT_THE_NUMBERS = {
 DATA = "the data have changed"
 
 
-def describe(model: LanguageModel) -> dict:
+def describe(model: LanguageModel) -> dict[str, Any]:
     """What a reader of a run must know of the model, the fingerprint of its weights included."""
     return {
         "name": model.name,
@@ -49,7 +50,7 @@ def versions() -> dict[str, str]:
     return {"python": platform.python_version(), **packages, "threads": str(torch.get_num_threads())}
 
 
-def differences(then: Mapping[str, object], now: Mapping[str, object]) -> list[str]:
+def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what that decides over numbers a run would differ from what its settings say, each told in a few words."""
     found = []
     for name, told in (("model", "fingerprint"), ("versions", None), ("options", None)):

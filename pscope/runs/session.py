@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -16,6 +17,7 @@ from pscope.experiments.experiment import Experiment, Unit
 from pscope.memory import out_of_memory
 from pscope.runs.folder import STAGES, TABLE, Run
 from pscope.runs.memory import read_in_memory
+from pscope.runs.parts import Parts
 from pscope.runs.processes import Processes
 from pscope.runs.provenance import DATA, differences
 
@@ -52,7 +54,8 @@ class Session:
         self._progress = progress if processes.main else _unseen
         self._held = ExitStack()
         self._began = time.monotonic()
-        self._stage, self._parts = "", None
+        self._stage = ""
+        self._parts: Parts | None = None
         self._lock = "share-{}-of-{}".format(*share) if share else "run"
 
     def open(self, settings: Mapping[str, object], identity: Mapping[str, object]) -> None:
@@ -84,7 +87,7 @@ class Session:
             raise RunError(f"{self.run.folder} is being done whole by another process; its shares come too late")
 
     def stage(
-        self, stage: str, experiment: Experiment, settings: Mapping[str, object], *, last: bool = True
+        self, stage: str, experiment: Experiment[Any], settings: Mapping[str, object], *, last: bool = True
     ) -> pd.DataFrame | None:
         """The table of a stage, once all processes have done their parts of it.
 
@@ -108,7 +111,8 @@ class Session:
         """Say that all is there, and delete what was needed on the way."""
         if self._processes.main and not self._share:
             took = {"seconds": self._seconds()} if self._stage else {}
-            self.run.tell(status="complete", rows=len(self.run.table()), **took)
+            table = self.run.table()
+            self.run.tell(status="complete", rows=0 if table is None else len(table), **took)
             self.run.clear()
         self._held.close()
         self._processes.close()
@@ -151,9 +155,9 @@ class Session:
         launched = f"torchrun --nproc-per-node {self._processes.count} -m " if self._processes.tensor_parallel else ""
         return f"{launched}pscope resume {shlex.quote(str(self.run.folder))}"
 
-    def _read(self, stage: str, experiment: Experiment, settings: Mapping[str, object]) -> None:
+    def _read(self, stage: str, experiment: Experiment[Any], settings: Mapping[str, object]) -> None:
         """Do the missing parts of a stage, and join them."""
-        run, processes, rows = self.run, self._processes, None
+        run, processes, rows = self.run, self._processes, 0
         self._stage, check = stage, experiment.check
         if processes.main:
             self._told(str(check))
@@ -169,9 +173,9 @@ class Session:
             missing = [part for part in missing if part % of == number - 1]
         with self._progress(parts.rows, parts.rows_finished()) as meter:
             for part in processes.mine(missing):
-                rows = self._rows(experiment, parts.plan[part])
+                read = self._rows(experiment, parts.plan[part])
                 if processes.main or not processes.tensor_parallel:
-                    parts.write(part, rows)
+                    parts.write(part, read)
                 meter(parts.rows_finished())
             processes.wait(lambda: meter(parts.rows_finished()))
         if self._share and stage == TABLE:
@@ -184,7 +188,7 @@ class Session:
             run.keep(experiment.join(parts.table()), stage)
         processes.wait()
 
-    def _rows(self, experiment: Experiment, units: Sequence[Unit]) -> pd.DataFrame:
+    def _rows(self, experiment: Experiment[Any], units: Sequence[Unit]) -> pd.DataFrame:
         if not self._processes.tensor_parallel:
             return read_in_memory(experiment, units, self._told)
         # Those who hold one model together must not go different ways.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import pandas as pd
 
@@ -21,7 +22,7 @@ def lens_page(table: pd.DataFrame, title: str, made: Mapping[str, str], vocabula
     first = cells[cells["rank"] == 1]
     tokens = first.drop_duplicates("position").sort_values("position")
     words: dict[str, int] = {}
-    data = {
+    data: dict[str, Any] = {
         "tokens": [shown(token) for token in tokens["token"]],
         "answers": [shown(answer) for answer in tokens["answer"]],
         "layers": sorted(first["layer"].unique().tolist()),
@@ -62,7 +63,7 @@ def lens(
     return Page(lens_page(table, text, made, model.config.vocab_size), table, text)
 
 
-def _lens(name: str, rows: pd.DataFrame, table: pd.DataFrame, words: dict[str, int]) -> dict:
+def _lens(name: str, rows: pd.DataFrame, table: pd.DataFrame, words: dict[str, int]) -> dict[str, Any]:
     """One lens: for every token and layer its cell, None where it reads none, and what its prompt says unpatched."""
     positions, layers = sorted(table["position"].dropna().unique()), sorted(table["layer"].dropna().unique())
     found = {key: _cell(cell, words) for key, cell in rows.groupby(["position", "layer"], sort=False)}
@@ -74,7 +75,7 @@ def _lens(name: str, rows: pd.DataFrame, table: pd.DataFrame, words: dict[str, i
     }
 
 
-def _cell(rows: pd.DataFrame, words: dict[str, int]) -> dict:
+def _cell(rows: pd.DataFrame, words: dict[str, int]) -> dict[str, Any]:
     """The rows of one cell, one for each rank."""
     top = rows.iloc[0]
     return {
@@ -86,6 +87,6 @@ def _cell(rows: pd.DataFrame, words: dict[str, int]) -> dict:
     }
 
 
-def _first(cell: dict | None, words: list[str]) -> dict | None:
+def _first(cell: dict[str, Any] | None, words: list[str]) -> dict[str, Any] | None:
     """What is written in a cell, and how sure of it the lens is."""
     return cell and {"text": words[cell["tokens"][0]], "probability": cell["probabilities"][0]}

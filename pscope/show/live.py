@@ -12,7 +12,7 @@ from functools import lru_cache, partial
 from html import escape
 from importlib.resources import files
 from types import ModuleType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 import torch
@@ -171,7 +171,7 @@ def live(model: LanguageModel) -> gr.Blocks:
     """
     gr, demo, targets = gradio(), Demo(model), shipped_targets()
 
-    def draw(text: str | None) -> tuple:
+    def draw(text: str | None) -> tuple[Any, ...]:
         try:
             grid = demo.grid(text or "")
         except Exception:
@@ -181,7 +181,16 @@ def live(model: LanguageModel) -> gr.Blocks:
         choices = [(f"{position}: {_line(token)}", position) for position, token in enumerate(tokens)]
         return text, grid_html(grid), gr.Dropdown(choices=choices, value=len(choices) - 1)
 
-    def read(text, position, layer, target, at, same, target_layer, new_tokens) -> tuple:
+    def read(
+        text: str | None,
+        position: int,
+        layer: int,
+        target: str | None,
+        at: str | None,
+        same: bool,
+        target_layer: int,
+        new_tokens: int,
+    ) -> tuple[str, Any]:
         into = layer if same else target_layer
         chosen = gr.HTML(position=position, layer=layer)
         try:
@@ -192,17 +201,17 @@ def live(model: LanguageModel) -> gr.Blocks:
             return refused_html(reason), chosen
         return said_html(spoken, position, layer, into), chosen
 
-    def choose(event: gr.EventData) -> tuple:
+    def choose(event: Any) -> tuple[int, int, Any]:
         return event.position, event.layer, gr.HTML(position=event.position, layer=event.layer)
 
     # By its annotation Gradio knows what is to be given the event, and as text it would mean nothing there.
     choose.__annotations__["event"] = gr.EventData
 
-    def take(name: str, target: str, at: str) -> tuple:
+    def take(name: str, target: str, at: str) -> tuple[str, str]:
         named = targets.get(name)
         return (named.text, named.at) if named else (target, at)
 
-    def at_layer(same: bool, layer: int) -> gr.Slider:
+    def at_layer(same: bool, layer: int) -> Any:
         return gr.Slider(value=layer, visible=not same)
 
     start = round(model.n_layers * 0.13)
@@ -311,7 +320,7 @@ class _WithoutFiles:
     def __init__(self, app: Callable[..., Awaitable[None]]) -> None:
         self._app = app
 
-    async def __call__(self, scope: dict, receive: Callable, send: Callable) -> None:
+    async def __call__(self, scope: dict[str, Any], receive: Callable[..., Any], send: Callable[..., Any]) -> None:
         if not _FILES.search(scope.get("path", "")):
             await self._app(scope, receive, send)
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 from matplotlib.figure import Figure
@@ -123,7 +123,7 @@ def gains_table(gains: pd.DataFrame) -> Table:
     return shown
 
 
-def _layers(row: object) -> str:
+def _layers(row: Any) -> str:
     """The pair of layers that was chosen, or how many were."""
     if row.layer is not pd.NA:
         return f"{row.layer} → {row.target_layer}"

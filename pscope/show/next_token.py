@@ -72,8 +72,8 @@ def next_token_tables(summary: pd.DataFrame) -> list[Table]:
         for layer, row in summary.pivot(index="layer", columns="lens", values=columns).iterrows():
             cells = []
             for lens in lenses:
-                mean, *band = (row[column, lens] for column in columns)
-                cell = with_band(mean, *(band if banded else (float("nan"),) * 2), digits)
+                mean, low, high = (row[column, lens] for column in columns)
+                cell = with_band(mean, low if banded else float("nan"), high, digits)
                 # A lens need not read all layers.
                 cells.append(cell if mean == mean else "")
             shown.add_row(str(layer), *cells)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.resources import files
 from pathlib import Path
@@ -42,7 +43,7 @@ class Page:
         return framed(self.html, self.title, "46rem", scripts=True)
 
 
-def rendered(name: str, page: dict[str, object], data: dict[str, object]) -> str:
+def rendered(name: str, page: Mapping[str, object], data: Mapping[str, object]) -> str:
     """The page of a template, with its style and its script; `data` is for the script alone."""
     template = Environment(loader=FunctionLoader(_read), autoescape=True).get_template(f"{name}.html")
     style = _read("page.css") + _read(f"{name}.css")
@@ -58,7 +59,7 @@ def _read(name: str) -> str:
     return _TEMPLATES.joinpath(name).read_text("utf-8")
 
 
-def _embedded(data: dict[str, object]) -> str:
+def _embedded(data: Mapping[str, object]) -> str:
     """JSON that cannot end the tag that it stands in."""
     text = json.dumps(data, ensure_ascii=False, separators=(",", ":"))
     return text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e")

@@ -18,6 +18,7 @@ HEAVY = 2**21
 _UNITS = ("entity", "subject", "text", "query", "source")
 _ALSO = ("relation", "context", "token", "position", "scale", "time")
 _WAYS = ("reader", "lens", "reading", "method", "condition")
+_MADE = ("command_line", "status", "started", "seconds", "path", "rows")
 _NAMES = dict(zip(STAGES, ("what the model knows unpatched", "rows of the run", "what is said"), strict=True))
 
 
@@ -34,24 +35,19 @@ def run_page(folder: str | Path, *, beside: bool = False) -> Page:
     # What is looked at first stands first: texts, then numbers.
     order = ["what is said", "rows of the run", *made, "what the model knows unpatched"]
     tables = {name: rows for name in order if (rows := {**told, **made}.get(name)) is not None}
-    model = settings.get("model") if isinstance(settings.get("model"), dict) else {}
-    page = {
-        "title": visible(f"{settings['command']}: {model.get('name', run.folder.name)}"),
-        "made": {
-            "run": visible(str(run.folder)),
-            **{
-                name: _told(settings[name])
-                for name in ("command_line", "status", "started", "seconds", "path", "rows")
-                if name in settings
-            },
-        },
+    model = settings.get("model", {})
+    name = model.get("name", run.folder.name) if isinstance(model, dict) else run.folder.name
+    title = visible(f"{settings['command']}: {name}")
+    page: dict[str, object] = {
+        "title": title,
+        "made": {"run": visible(str(run.folder))} | {name: _told(settings[name]) for name in _MADE if name in settings},
         "settings": {visible(name): _told(value) for name, value in settings.items() if name != "command_line"},
         "figures": [_figure(path) for path in sorted(run.folder.glob("*.png"))],
         "lens": beside and (run.folder / "page.html").exists(),
         "unread": ", ".join(sorted({path.stem for path in run.folder.glob("*.csv")} - {*made})),
     }
     data = {"tables": [_packed(name, rows) for name, rows in tables.items()]}
-    return Page(rendered("run", page, data), stages.get(TABLE, pd.DataFrame()), page["title"])
+    return Page(rendered("run", page, data), stages.get(TABLE, pd.DataFrame()), title)
 
 
 def _told(value: object) -> str:

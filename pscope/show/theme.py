@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from io import BytesIO
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pandas as pd
 import seaborn as sns
@@ -59,7 +59,7 @@ class Look(NamedTuple):
 class Drawing(Figure):
     """A figure in the sizes of the theme, which a notebook shows by itself, whether or not pyplot is imported there."""
 
-    def __init__(self, style: str, **options: object) -> None:
+    def __init__(self, style: str, **options: Any) -> None:
         super().__init__(**options)
         self._style = style
 
