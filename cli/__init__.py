@@ -12,6 +12,7 @@ def main() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         # A character that the terminal's encoding lacks is shown as its escape.
         stream.reconfigure(errors="backslashreplace")
+    ended: str | int | None
     try:
         from pscope.cli.app import app
 
@@ -24,11 +25,11 @@ def main() -> None:
     ended = _flushed(ended)
     if ended == 130:
         # Everything is on disk; what is left is a second or two of the interpreter taking its modules down.
-        os._exit(ended)
+        os._exit(130)
     sys.exit(ended)
 
 
-def _flushed(ended: int | None) -> int | None:
+def _flushed(ended: str | int | None) -> str | int | None:
     """The exit code, once all that was printed has left: the device may be full, or the reader of a pipe gone."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:

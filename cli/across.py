@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pscope.cli.console import out, tell
@@ -62,10 +62,11 @@ def fit_across(
 
     frame.read([fingerprint(model), fingerprint(other)])
     mapped = None if named is None else frame.lens(named, model, other)
-    for pair in () if mapped is None else pairs:
-        mapped.at(pair)
+    if mapped is not None:
+        for pair in pairs:
+            mapped.at(pair)
     if named is not None and not controls:
-        return mapped and {MAPPED: mapped}
+        return None if mapped is None else {MAPPED: mapped}
     texts = shipped_texts()
     paired, share = draw_paired(model, other, texts, None, seed=0)
     tell(f"{share:.0%} of positions of the texts to fit on are cut at the same character by both tokenizers")
@@ -73,9 +74,11 @@ def fit_across(
     if named is None:
         mapped = frame.fitted(fit, texts, paired, what)
     if not controls:
-        return mapped and {MAPPED: mapped}
+        return None if mapped is None else {MAPPED: mapped}
     shuffled = frame.fitted(replace(fit, shuffled=0), texts, paired, f"{what} of shuffled pairs, the control,")
-    return mapped and {MAPPED: mapped, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
+    if mapped is None or shuffled is None:
+        return None
+    return {MAPPED: mapped, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
 
 
 def target_prompts(target: TargetOptions, default: str, *models: LanguageModel) -> list[Prompt]:
@@ -96,7 +99,7 @@ def across(
     texts: str,
     target: TargetOptions,
     layers: list[int] | None,
-    target_layers: list[int] | str | None,
+    target_layers: list[int] | Literal["same", "all"] | None,
     lens: list[str],
     samples: int,
     seed: int,

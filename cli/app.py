@@ -7,7 +7,7 @@ import sys
 import time
 from contextlib import suppress
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, Any, NoReturn, cast
 
 import typer
 from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, live, read, resume, show, table2, table3, targets
@@ -25,21 +25,21 @@ PATIENCE = 5
 class OneLineErrors(TyperGroup):
     """Tells wrong usage, our own errors, a full disk or memory, and Ctrl-C in one line on standard error."""
 
-    def main(self, *args, **kwargs):
+    def main(self, *args: Any, **kwargs: Any) -> NoReturn:
         try:
             exit_code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except typer.TyperException as error:
             exit_code = _tell(error.format_message(), 2)
         sys.exit(exit_code)
 
-    def make_context(self, *args, **kwargs) -> typer.Context:
+    def make_context(self, *args: Any, **kwargs: Any) -> Any:
         try:
             return super().make_context(*args, **kwargs)
         except OSError as error:
             # The help of all commands is printed already here, perhaps to a full device.
-            raise typer.TyperException(_told(error)) from error
+            raise typer.TyperException(_told(error) or str(error)) from error
 
-    def invoke(self, ctx: typer.Context) -> int | None:
+    def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
@@ -50,7 +50,8 @@ class OneLineErrors(TyperGroup):
             # The first two are RuntimeErrors too; of the third, Typer makes a quiet end.
             raise
         except (PscopeError, OSError, RuntimeError, MemoryError) as error:
-            told = None if ctx.params["traceback"] else _told(error, self.commands.get(ctx.invoked_subcommand))
+            command = cast(TyperCommand | None, self.commands.get(ctx.invoked_subcommand))
+            told = None if ctx.params["traceback"] else _told(error, command)
             if rank() and not kept_by(error):
                 # What all processes find wrong is told by the first, whose end ends the others.
                 time.sleep(PATIENCE)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 from contextlib import AbstractContextManager, nullcontext, suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
@@ -26,7 +26,7 @@ def rank() -> int:
     return int(os.environ.get("RANK", "0")) if together and os.environ.get("RANK", "").isdigit() else 0
 
 
-def working(what: str) -> AbstractContextManager:
+def working(what: str) -> AbstractContextManager[object]:
     """A block in which the first of several processes says that something is under way."""
     return err.status(f"{escape(visible(what))} …") if rank() == 0 else nullcontext()
 
@@ -39,7 +39,7 @@ def tell(text: str) -> None:
             err.print(visible(text), soft_wrap=True, markup=False)
 
 
-def print_json(what: pd.DataFrame | dict) -> None:
+def print_json(what: pd.DataFrame | dict[str, Any]) -> None:
     """A table, as a list of its rows, or a record as JSON on standard output; what is missing is null."""
     record = what if isinstance(what, dict) else json.loads(what.to_json(orient="records"))
     # Where the stream cannot hold a character, JSON has an escape of its own for it.

@@ -73,8 +73,19 @@ def fig2(
         if random_prompts or fit_to_prompt or not fit:
             raise PscopeError("--target-model reads through its own maps; leave out the options of other lines")
         other = frame.load_target(target_model, model)
-        options = {"layers": chosen, "target_layers": reached, "lens": lens or [], "samples": samples, "seed": seed}
-        across(frame, model, other, passages=passages, texts=texts.named, target=target, **options)
+        across(
+            frame,
+            model,
+            other,
+            passages=passages,
+            texts=texts.named,
+            target=target,
+            layers=chosen,
+            target_layers=reached,
+            lens=lens or [],
+            samples=samples,
+            seed=seed,
+        )
         return
     if reached is not None:
         raise PscopeError("--target-layers is for --target-model; each line has target layers of its own")
@@ -92,10 +103,8 @@ def fig2(
     frame.read([*passages, patched.text])
     lenses = _lenses(frame, model, patched, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
     lenses += [Lens(RANDOM_TOKENS, prompt) for prompt in random_token_prompts(model, random_prompts, seed)]
-    options = {"batch_tokens": batch_tokens, "memory": frame.memory}
-    experiment = NextToken(model, lenses, passages, sampled, chosen, **options)
     table = frame.carry_out(
-        experiment,
+        NextToken(model, lenses, passages, sampled, chosen, batch_tokens=batch_tokens, memory=frame.memory),
         texts=texts.named,
         samples=samples,
         seed=seed,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pscope.cli.across import LensOption, fit_across, refuse_lens_alone, target_prompts
@@ -60,7 +60,8 @@ def fig3(
         raise PscopeError("no entity is left: the target prompt speaks of all of them")
     decoding = names.decoding(stop_at_comma=stop_at_comma)
     frame.read([patched.text, *(repr(asdict(entity)) for entity in kept)])
-    options = {"before": names.before, "seed": seed, "memory": frame.memory}
+    options: dict[str, Any] = {"before": names.before, "seed": seed, "memory": frame.memory}
+    experiment: EntityDescriptions | DescriptionsAcross
     if model is source_model:
         experiment = EntityDescriptions(model, patched, kept, pairs, decoding, **options)
     else:

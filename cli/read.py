@@ -199,11 +199,14 @@ def _mappings(
         raise PscopeError(
             "--minus and --difference leave directions, and the maps between models have a constant part; read states"
         )
-    if any(label.layer is None for label in states.labels):
+    layers = [label.layer for label in states.labels if label.layer is not None]
+    if len(layers) < len(states.labels):
         raise PscopeError(f"maps to {other.name} lead from layers; say by --layers of which the vectors are")
-    pairs = sorted({(label.layer, to) for label in states.labels for to in label_layers(label, chosen)})
+    pairs = sorted(
+        {(of, to) for label, of in zip(states.labels, layers, strict=True) for to in label_layers(label, chosen)}
+    )
     fitted = fit_across(frame, model, other, pairs, controls=False)
-    return fitted and fitted[MAPPED], chosen
+    return None if fitted is None else fitted[MAPPED], chosen
 
 
 def _covered(states: States, mappings: MappingSet) -> States:

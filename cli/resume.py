@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from pscope.cli.frame import Resuming
+from typer.core import TyperGroup
 
 from pscope.errors import RunError
 
@@ -30,7 +31,7 @@ def resume(
     from pscope.runs.folder import Run
 
     settings = Run(run).settings
-    command = ctx.parent.command.commands.get(settings["command"])
+    command = cast(TyperGroup, ctx.find_root().command).commands.get(settings["command"])
     if command is None or command.name in ("check", "fit", "resume"):
         raise RunError(f"{run} is a run of {settings['command']!r}, which is no command that leaves one")
     options = settings.get("options")
@@ -42,7 +43,7 @@ def resume(
         command.invoke(again)
 
 
-def _arguments(params: list, options: dict[str, object]) -> list[str]:
+def _arguments(params: list[Any], options: dict[str, object]) -> list[str]:
     """Options as they would be typed: so that settings edited to nonsense are refused as a typing error is."""
     named, bare = [], []
     known = {param.name for param in params}

@@ -31,7 +31,7 @@ def raise_if_stopped() -> None:
 
 
 @contextmanager
-def closed_unbroken(opened: AbstractContextManager) -> Iterator[None]:
+def closed_unbroken(opened: AbstractContextManager[object]) -> Iterator[None]:
     """The context that is given, whose end nothing interrupts; what is sent meanwhile is raised after it."""
     global _held
     try:

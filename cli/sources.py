@@ -92,11 +92,12 @@ class Sources:
     def __init__(self, frame: Frame, model: LanguageModel, options: SourceOptions) -> None:
         self._frame, self._model, self._options = frame, model, options
         self._layers = parse_layers(options.layers)
-        self._finetune = self._load_finetune() if options.difference else None
+        self._finetune = self._load_finetune(options.difference) if options.difference else None
 
     def read(self) -> tuple[States, dict[str, str]]:
         """The states, and for each text what of it they have seen, in words."""
-        options, words = self._options, {}
+        options = self._options
+        words: dict[str, str] = {}
         if options.vectors is not None:
             states = self._of_layers(self._from_file(options.vectors))
         else:
@@ -188,8 +189,8 @@ class Sources:
             if len(given) > 1:
                 raise PscopeError("--minus: vectors are subtracted by themselves; give one file of them")
             return self._from_file(given[0]).mean()
-        layers = list(dict.fromkeys(label.layer for label in states.labels))
-        if None in layers:
+        layers = list(dict.fromkeys(label.layer for label in states.labels if label.layer is not None))
+        if any(label.layer is None for label in states.labels):
             raise PscopeError("--minus: texts have states in layers; say by --layers of which the vectors are")
         texts = []
         for name in given:
@@ -201,11 +202,11 @@ class Sources:
         self._frame.read(texts)
         return self._formed([(text, source_prompt(self._model, text)) for text in texts], layers).mean()
 
-    def _load_finetune(self) -> LanguageModel:
+    def _load_finetune(self, name: str) -> LanguageModel:
         """The model of `--difference`. Raises PscopeError if its states cannot be held against the model's."""
         from pscope.models.fingerprint import fingerprint
 
-        model, other = self._model, self._frame.load_other(self._options.difference)
+        model, other = self._model, self._frame.load_other(name)
         if (other.n_layers, other.hidden_size) != (model.n_layers, model.hidden_size):
             raise PscopeError(
                 f"--difference: {other.name} has {other.n_layers} layers of width {other.hidden_size}, and "
@@ -226,9 +227,10 @@ def _dealt(marks: Sequence[str], prompts: int) -> list[list[str]]:
 
 def _places(text: str, marks: Sequence[str]) -> At:
     """What `--at` marks in a text: one token, or those of all that were given."""
-    places = [parse_position(mark, None, text) for mark in marks] or [-1]
-    several = [place for each in places for place in (each if isinstance(each, list) else [each])]
-    return several if len(several) > 1 else several[0]
+    from pscope.models.prompts import places_of
+
+    places = [place for mark in marks for place in places_of(parse_position(mark, None, text))] or [-1]
+    return places if len(places) > 1 else places[0]
 
 
 def _every_token(prompt: Prompt) -> Prompt:

@@ -63,11 +63,9 @@ def table3(
     through = None
     if model is not source_model:
         mappings = fit_across(frame, source_model, model, pairs, lens, controls=False)
-        through = mappings and Through(source_model, mappings[MAPPED])
-    options = {"through": through, "memory": frame.memory}
-    experiment = EntityLayers(model, patched, source, pairs, decoding, reference, **options)
+        through = None if mappings is None else Through(source_model, mappings[MAPPED])
     table = frame.carry_out(
-        experiment,
+        EntityLayers(model, patched, source, pairs, decoding, reference, through=through, memory=frame.memory),
         source=source.text,
         source_position=source.position,
         target=patched.text,
