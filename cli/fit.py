@@ -218,5 +218,6 @@ def _kept(checkpoint: Path) -> Iterator[None]:
     except BaseException as error:
         if checkpoint.exists():
             out_option = shlex.quote(str(checkpoint).removesuffix(CHECKPOINT))
-            error.__notes__ = [f"how far it has come is kept; the same command goes on, with --out {out_option}"]
+            told = f"how far it has come is kept; the same command goes on, with --out {out_option}"
+            error.__notes__ = [told]  # type: ignore[attr-defined]  # As in `Frame`.
         raise

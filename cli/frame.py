@@ -321,7 +321,8 @@ class Frame(Loader):
         kept = self._session.stop(error)
         if kept is None:
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
-        error.__notes__ = [kept] if kept else []
+        # As `add_note` does, which Python 3.10 has not.
+        error.__notes__ = [kept] if kept else []  # type: ignore[attr-defined]
 
     def _stage(
         self, stage: str, experiment: Experiment[Any], settings: dict[str, object], *, last: bool = True

@@ -170,7 +170,10 @@ def across_table(summary: pd.DataFrame) -> Table:
     """Layers down; one model that describes from states of another, beside each by itself, and its own controls."""
     everything = summary[(summary["group"] == ALL) & summary["layer"].notna()]
     conditions = [PATCHED, SOURCE_ITSELF, TARGET_ITSELF, MEAN, SHUFFLED]
-    rows = everything.set_index(["layer", "target_layer", "condition"])["rouge_l"].to_dict()
+    means = {
+        condition: rows.set_index(["layer", "target_layer"])["rouge_l"].to_dict()
+        for condition, rows in everything.groupby("condition")
+    }
     shown = narrow_table("mean ROUGE-L of all entities")
     shown.add_column("layer", justify="right", no_wrap=True)
     for condition in conditions:
@@ -178,8 +181,8 @@ def across_table(summary: pd.DataFrame) -> Table:
     patched = everything[everything["condition"] == PATCHED]
     for layer, target in sorted(set(zip(patched["layer"], patched["target_layer"], strict=True))):
         at = {SOURCE_ITSELF: (layer, layer), TARGET_ITSELF: (target, target)}
-        means = [rows[(*at.get(condition, (layer, target)), condition)] for condition in conditions]
-        shown.add_row(_pair(layer, target), *(f"{mean:.3f}" for mean in means))
+        told = [means[condition][at.get(condition, (layer, target))] for condition in conditions]
+        shown.add_row(_pair(layer, target), *(f"{mean:.3f}" for mean in told))
     return shown
 
 
