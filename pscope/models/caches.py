@@ -67,7 +67,7 @@ class GrowingLayer(DynamicLayer):
     values: Tensor
 
     def __init__(self, prefix: DynamicLayer, rows: int, room: int) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]  # transformers gives it no types.
         self._prefix, self._rows, self._room = prefix, rows, room
         self._length = prefix.get_seq_length()
         self._started = False
