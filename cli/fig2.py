@@ -93,12 +93,12 @@ def fig2(
     import pscope
     from pscope.experiments.next_token import RANDOM_TOKENS, Lens, NextToken, random_token_prompts, summarise
     from pscope.inputs.positions import draw_positions
-    from pscope.models.residual import check_layers
+    from pscope.models.residual import as_layers
     from pscope.show.next_token import next_token_figure, next_token_tables
 
     patched = target.prompt(model, pscope.TOKEN_IDENTITY)
     chosen = list(range(model.n_layers + 1)) if chosen is None else chosen
-    check_layers(model, chosen)
+    as_layers(model, chosen)
     sampled = draw_positions(model, passages, samples, seed)
     frame.read([*passages, patched.text])
     lenses = _lenses(frame, model, patched, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)

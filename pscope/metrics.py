@@ -19,6 +19,9 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from torch import Tensor
 
+from pscope.arguments import as_list, told
+from pscope.errors import PscopeError
+
 _CITATION = "Ghandeharioun et al., Patchscopes, ICML 2024, arXiv 2401.06102, section {}"
 
 
@@ -82,9 +85,12 @@ def rouge_l(predictions: Sequence[str], references: Sequence[str]) -> list[float
     """ROUGE-L of each prediction against its reference, from 0 to 1: the F-measure over their longest common
     subsequence of words, without stemming.
     """
+    pairs = [as_list(str, texts, "texts", "give strings") for texts in (predictions, references)]
+    if len(pairs[0]) != len(pairs[1]):
+        raise PscopeError(f"{len(pairs[0])} predictions came with {len(pairs[1])} references; each has one")
     return [
         float(_ROUGE_L.score(reference, prediction)["rougeL"].fmeasure)
-        for prediction, reference in zip(predictions, references, strict=True)
+        for prediction, reference in zip(*pairs, strict=True)
     ]
 
 
@@ -141,6 +147,9 @@ def gives_away(text: str, answers: Sequence[str]) -> bool:
 
 
 def _stands(text: str, answers: Sequence[str], after: str) -> bool:
+    answers = [answers] if isinstance(answers, str) else answers
+    if not isinstance(answers, Iterable) or not all(isinstance(each, str) for each in (text, *answers)):
+        raise PscopeError(f"answers are texts that may stand in one, not {told(answers)} in {told(text)}")
     text = _plain(text)
     return any(_pattern(answer, after).search(text) for answer in answers)
 

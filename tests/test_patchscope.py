@@ -335,9 +335,9 @@ def test_sampling_takes_memory_of_its_own(tiny, monkeypatch):
 
 
 def test_what_cannot_be_meant(tiny):
-    with pytest.raises(PromptError, match="a Patchscope has a prompt as its target, not 'hi'"):
+    with pytest.raises(PromptError, match="a prompt is needed, not 'hi'; make one with model.prompt"):
         Patchscope(tiny, "hi")
-    with pytest.raises(PromptError, match="a list of prompts is read, and 5 holds none"):
+    with pytest.raises(PscopeError, match="a list of prompts is needed, and 5 is none of them"):
         capture(tiny, 5)
     with pytest.raises(PscopeError, match="there is no path 'stairs'; one of auto, staircase, plain, uncached"):
         Patchscope(tiny, tiny.prompt(TARGET), path="stairs")

@@ -83,9 +83,11 @@ def test_positions_count_from_the_end_as_a_prompts_do(tiny):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"prompts": "PROMPT"}, r"a list of prompts is read, and this is one: Prompt\('A short one'"),
-        ({"prompts": "A short one"}, r"a list of prompts is read, and 'A short one' holds none"),
-        ({"prompts": ["A short one"]}, "a list of prompts is read, and .* holds none"),
+        ({"prompts": "A short one"}, r"a list of prompts is needed, and 'A short one' is none of them"),
+        (
+            {"prompts": ["A short one"]},
+            "a list of prompts is needed, and 'A short one' is none of them; make them with model.prompt",
+        ),
         ({"prompts": ["PROMPT"], "positions": [-1]}, r"positions are a list for each of the 1 prompts, as \[\[-1\]\]"),
         ({"prompts": ["PROMPT"], "positions": [[0], [1]]}, "positions are a list for each of the 1 prompts"),
         ({"prompts": ["PROMPT"], "layers": "0-3"}, "layers are given as a list of numbers"),
@@ -95,7 +97,7 @@ def test_positions_count_from_the_end_as_a_prompts_do(tiny):
 def test_what_is_no_list_is_told(tiny, arguments, message):
     prompt = tiny.prompt(TEXTS[1])
     prompts = arguments.pop("prompts")
-    prompts = prompt if prompts == "PROMPT" else [prompt] if prompts == ["PROMPT"] else prompts
+    prompts = [prompt] if prompts == ["PROMPT"] else prompts
     with pytest.raises(PscopeError, match=message):
         capture(tiny, prompts, **arguments)
 

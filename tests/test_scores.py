@@ -206,7 +206,7 @@ def test_one_candidate_and_what_is_no_candidate(tiny):
     scope = Patchscope(tiny, tiny.prompt(TARGET, "x"))
     assert scope.choose(states, layers, [" Tokyo Bay"]).patched.chosen.tolist() == [0] * 5
     for wrong, fault in (
-        ([], r"candidates are a list of texts, not \[\]"),
+        ([], r"there are no candidates"),
         (" Tokyo", "a list of texts, not ' Tokyo'"),
         ([" Tokyo", " Tokyo"], "have the same tokens"),
         ([" Tokyo", ""], "a continuation is a text with something in it, not ''"),
@@ -214,7 +214,7 @@ def test_one_candidate_and_what_is_no_candidate(tiny):
     ):
         with pytest.raises((PscopeError, PromptError), match=fault):
             scope.choose(states, layers, wrong)
-    with pytest.raises(PscopeError, match="not measured by 'ends'; one of start, whole, mean"):
+    with pytest.raises(PscopeError, match="there is no measure 'ends'; one of start, whole, mean"):
         scope.choose(states, layers, [" Tokyo"], by="ends")
     with pytest.raises(PscopeError, match="5 states came with 2 continuations"):
         scope.score(states, layers, [" Tokyo", " Paris"])

@@ -132,7 +132,7 @@ def test_what_cannot_be_written_is_told(tiny, vectors, scope):
     for rows, told in (
         ([[Write(1, first, vector), Write(1, first, vector)]], f"row 0 writes twice at layer 1, position {first}"),
         ([[Write(5, first, vector)]], "layer 5 is out of range: the model has layers 0 to 4"),
-        ([[Write(-1, first, vector)]], "layer -1 is out of range"),
+        ([[Write(-1, first, vector)]], "the layer of a write is -1; a whole number from 0 on"),
         ([[Write(1, 0, vector)]], "position 0 is not marked in the target"),
         ([[Write(1, first, vector[:7])]], "vectors of width 7 do not fit a model of width 32"),
         ([[Write(1, first, vector.long())]], "int64"),

@@ -7,16 +7,18 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
+from numbers import Real
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
+from pscope.arguments import as_seed, plain, told, whole
 from pscope.errors import PscopeError, RowError
 from pscope.models.caches import joined, keep
 from pscope.models.model import LanguageModel, not_finite
-from pscope.models.prompts import decode
+from pscope.models.prompts import Prompt, decode
 from pscope.notebook import table_in_frame
 
 if TYPE_CHECKING:
@@ -50,12 +52,15 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise PscopeError(f"stop is {self.stop!r}; it is a tuple of strings, none of them empty")
-        if self.new_tokens < 1:
-            raise PscopeError(f"new_tokens is {self.new_tokens}; at least 1 is needed")
-        if not 0 <= self.temperature < math.inf:
-            raise PscopeError(f"temperature is {self.temperature}; 0 is greedy, a number above 0 samples")
+        stop, temperature = plain(self.stop), plain(self.temperature)
+        if not isinstance(stop, (list, tuple)) or not all(isinstance(each, str) and each for each in stop):
+            raise PscopeError(f"stop is {told(stop)}; it is a tuple of strings, none of them empty")
+        if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+            raise PscopeError(f"temperature is {told(temperature)}; 0 is greedy, a number above 0 samples")
+        new_tokens, seed = whole(self.new_tokens, "new_tokens"), as_seed(self.seed)
+        meant = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop)}
+        for name, value in meant.items():
+            object.__setattr__(self, name, value)
 
     def choosing_bytes(self, vocabulary: int) -> int:
         """How much memory the choice of a row's next token takes: sampling has copies in double precision."""
@@ -105,6 +110,15 @@ class Decoding:
         """What a row said, without end tokens, and up to where the first string of `stop` begins."""
         text = decode(tokenizer, tokens, skip_special_tokens=True)
         return text[: min((text.find(string) for string in self.stop if string in text), default=None)]
+
+
+def check_decoding(decoding: Decoding, model: LanguageModel, prompt: Prompt, settled: Settled | None = None) -> None:
+    """Raise PscopeError for what is no Decoding, PromptError where the window has no room for a prompt that goes on."""
+    if settled is not None and not callable(settled):
+        raise PscopeError(f"settled is a function of a row and what it said, not {told(settled)}")
+    if not isinstance(decoding, Decoding):
+        raise PscopeError(f"how rows go on is a Decoding, as Decoding(20), not {told(decoding)}")
+    model.check_window(len(prompt) + decoding.new_tokens)
 
 
 @lru_cache(maxsize=8)

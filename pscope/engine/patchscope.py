@@ -6,7 +6,7 @@ marked position i*. Each row brings its state, f(h), and its target layer ℓ*.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
 from typing import Literal, NamedTuple
@@ -14,12 +14,14 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from pscope.arguments import as_list, as_vectors, check_numbers, is_whole, one_of, plain, told, whole
 from pscope.engine.generate import (
     GREEDY,
     Continuations,
     Decoding,
     Rows,
     Settled,
+    check_decoding,
     check_finite,
     continue_rows,
     renumbered,
@@ -31,9 +33,9 @@ from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
 from pscope.engine.staircase import Staircase
 from pscope.engine.writes import NOWHERE, Writes, over_clean, spread_over
 from pscope.errors import PromptError, PscopeError, RowError
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt, continuing_tokens
-from pscope.models.residual import capture, check_layer, check_layers, others_intervene
+from pscope.models.residual import as_layers, capture, others_intervene
 from pscope.models.states import States
 
 MEMORY = 2**30
@@ -81,13 +83,8 @@ class Patchscope:
         memory: int = MEMORY,
         path: PathName | Literal["auto"] = "auto",
     ) -> None:
-        if memory <= 0:
-            raise PscopeError(f"the memory budget is {memory} bytes; it must be positive")
-        if not isinstance(target, Prompt):
-            raise PromptError(f"a Patchscope has a prompt as its target, not {target!r}; make one with model.prompt")
-        if path not in ("auto", *PATHS):
-            raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
-        self.model, self.target, self.memory = model, target, memory
+        self.model, self.target = model, as_prompt(model, target)
+        self.memory, path = whole(memory, "the memory in bytes"), one_of(("auto", *PATHS), path, "path")
         self._asked = None if path == "auto" else SelfCheck(path, "asked for, not checked")
         self._checks: dict[int, SelfCheck] = {}
         self._paths: dict[tuple[PathName, Tokens], Staircase | PlainPath] = {}
@@ -114,10 +111,13 @@ class Patchscope:
         with a `scale` of 0 makes the clean row.
         """
         states, layers = self._checked(states, target_layers)
-        check_layers(self.model, hold)
+        hold = as_layers(self.model, () if hold is None else hold, least=0)
         held = [[layer, *(NOWHERE if other == layer else other for other in hold)] for layer in layers.tolist()]
         writes = spread_over(states, torch.tensor(held), self.target.positions)
-        scales = torch.as_tensor(scale, dtype=states.dtype, device=states.device).reshape(-1, 1, 1)
+        try:
+            scales = torch.as_tensor(scale, dtype=states.dtype, device=states.device).reshape(-1, 1, 1)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise PscopeError(f"scale is {told(scale)}; give a number, or a list of one for each state") from error
         if len(scales) not in (1, len(states)):
             raise PscopeError(f"{len(states)} states came with {len(scales)} scales; give one for all, or for each")
         if not (norm or add):
@@ -156,7 +156,7 @@ class Patchscope:
         clean row is never asked). Sampled tokens depend on the seed and the row's index, not on which rows
         share its pass. Raises RowError if the logits of a row are not finite.
         """
-        self.model.check_window(len(self.target) + decoding.new_tokens)
+        check_decoding(decoding, self.model, self.target, settled)
         writes = self._written(states, target_layers)
         draws = decoding.draws(len(writes) + 1)
         spoken = [
@@ -166,13 +166,13 @@ class Patchscope:
         patched = [row for part in spoken for row in part.patched]
         return Continuations(patched, spoken[0].clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
-    def start(self, states: Patch, target_layers: TargetLayers, decoding: Decoding) -> Rows:
+    def start(self, states: Tensor, target_layers: Sequence[int], decoding: Decoding) -> Rows:
         """The patched rows, after the clean one, ready to go on: what `generate` continues, in one pass.
 
         As many are given as fit in the memory budget (`rows_per_pass`).
         """
-        self.model.check_window(len(self.target) + decoding.new_tokens)
-        return self._now()[0].start(self._written(states, target_layers), decoding.new_tokens)
+        check_decoding(decoding, self.model, self.target)
+        return self._now()[0].start(self.writes(states, target_layers), decoding.new_tokens)
 
     def score(
         self,
@@ -191,12 +191,13 @@ class Patchscope:
         target, RowError if the logits of a row are not finite.
         """
         writes = self._written(states, target_layers)
-        given = [continuation] * len(writes) if isinstance(continuation, str) else list(continuation)
+        listed = plain(continuation)
+        given = list(listed) if isinstance(listed, (list, tuple)) else [continuation] * len(writes)
         if len(given) != len(writes):
             raise PscopeError(
                 f"{len(writes)} states came with {len(given)} continuations; give one for all, or for each"
             )
-        texts = [each if isinstance(each, str) else tuple(each) for each in given]
+        texts = [_as_key(each) for each in given]
         tokens = {each: self._following(each) for each in dict.fromkeys(texts)}
         return score_rows(partial(self._read, writes), [tokens[each] for each in texts], ranks)
 
@@ -221,10 +222,10 @@ class Patchscope:
         one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
         """
         writes = self._written(states, target_layers)
-        if by not in MEASURES:
-            raise PscopeError(f"candidates are not measured by {by!r}; one of {', '.join(MEASURES)}")
-        if isinstance(candidates, str) or not candidates:
-            raise PscopeError(f"candidates are a list of texts, not {candidates!r}")
+        one_of(MEASURES, by, "measure")
+        if isinstance(candidates, (str, Set)):
+            raise PscopeError(f"candidates are a list of texts, not {told(candidates)}")
+        candidates = as_list(str, candidates, "candidates", "give texts")
         tokens = [self._following(text) for text in candidates]
         if len(set(tokens)) < len(tokens):
             raise PscopeError(f"some of the candidates {list(candidates)} have the same tokens")
@@ -236,15 +237,14 @@ class Patchscope:
         `spoken` are the tokens of each row, as `generate` gives them. Whole prompts are run, whatever the path.
         """
         writes = self._written(states, target_layers)
-        if len(spoken) != len(writes):
-            raise PscopeError(f"{len(writes)} states came with what {len(spoken)} rows have said")
-        for said in spoken:
-            self._following(tuple(said))
+        if not isinstance(spoken, Sequence) or len(spoken) != len(writes):
+            raise PscopeError(f"{len(writes)} states came with {told(spoken)}; give the tokens that each row has said")
+        spoken = [self._following(_as_key(said)) for said in spoken]
         return relevance_of(self.model, self.target, writes, spoken, self.memory)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
-        return max(1, self.memory // self._now()[0].row_bytes(new_tokens))
+        return max(1, self.memory // self._now()[0].row_bytes(whole(new_tokens, "new_tokens", 0)))
 
     @property
     def check(self) -> SelfCheck:
@@ -279,8 +279,9 @@ class Patchscope:
     def _following(self, text: str | Tokens) -> Tokens:
         """The tokens of a text that follows the target, or those given. Raises PromptError."""
         tokens = continuing_tokens(self.model.tokenizer, self.target, text) if isinstance(text, str) else text
-        if not tokens or not all(isinstance(token, int) and 0 <= token < self.model.embeddings for token in tokens):
-            raise PromptError(f"{tokens!r} are no tokens of {self.model.name}")
+        most = self.model.embeddings
+        if not isinstance(tokens, tuple) or not tokens or not all(is_whole(id) and 0 <= id < most for id in tokens):
+            raise PromptError(f"{told(tokens)} is neither a text nor tokens of {self.model.name}: numbers below {most}")
         # What comes after its last token is not asked.
         self.model.check_window(len(self.target) + len(tokens) - 1)
         return tokens
@@ -288,10 +289,12 @@ class Patchscope:
     def _written(self, states: Patch, target_layers: TargetLayers) -> Writes:
         """What rows write, once it is known to fit the target and the model."""
         if not isinstance(states, Writes):
-            return self.writes(states, target_layers)  # type: ignore[arg-type]  # None is refused there.
-        if target_layers is not None:
+            states = self.writes(states, target_layers)  # type: ignore[arg-type]  # None is refused there.
+        elif target_layers is not None:
             raise PscopeError("writes have layers of their own; leave the target layers out")
-        states.check(self.target.positions, self.model.n_layers, self.model.hidden_size)
+        else:
+            states.check(self.target.positions, self.model.n_layers, self.model.hidden_size)
+        check_numbers(states.vectors)
         return states
 
     def _clean(self, writes: Writes) -> Tensor:
@@ -306,8 +309,7 @@ class Patchscope:
 
     def _checked(self, states: States | Tensor, target_layers: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
         """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
-        if isinstance(states, States):
-            states = states.vectors
+        states = as_vectors(states.vectors if isinstance(states, States) else states)
         if target_layers is None:
             raise PscopeError("each state has a target layer; give one for all, or a list of one for each")
         positions, hidden = len(self.target.positions), self.model.hidden_size
@@ -317,15 +319,12 @@ class Patchscope:
                 f"take (rows, {hidden}) or (rows, {positions}, {hidden}); those of another width need a mapping, as "
                 "`pscope fit --target-model` makes"
             )
-        if not states.is_floating_point():
-            raise PscopeError(f"states of {states.dtype} are no hidden states; give real floating-point numbers")
         if len(states) == 0:
             raise PscopeError("there is no state to patch")
-        layers = [target_layers] * len(states) if isinstance(target_layers, int) else list(target_layers)
+        one = plain(target_layers)
+        layers = as_layers(self.model, [one] * len(states) if is_whole(one) else one, least=0)
         if len(layers) != len(states):
             raise PscopeError(f"{len(states)} states came with {len(layers)} target layers; each state has one")
-        for layer in set(layers):
-            check_layer(self.model, layer)
         if states.ndim == 2:
             states = states[:, None].expand(-1, positions, -1)
         return states.detach(), torch.tensor(layers)
@@ -372,3 +371,9 @@ class Patchscope:
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error
         return Continuations(spoken, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
+
+
+def _as_key(said: object) -> object:
+    """A continuation that can be looked up: tokens as a tuple of Python's own numbers, a text as it is."""
+    said = plain(said)
+    return tuple(plain(token) for token in said) if isinstance(said, (list, tuple)) else said

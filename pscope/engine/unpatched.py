@@ -10,12 +10,23 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pscope.engine.generate import GREEDY, CachedRows, Decoding, Rows, Settled, UncachedRows, continue_rows, renumbered
+from pscope.arguments import one_of, whole
+from pscope.engine.generate import (
+    GREEDY,
+    CachedRows,
+    Decoding,
+    Rows,
+    Settled,
+    UncachedRows,
+    check_decoding,
+    continue_rows,
+    renumbered,
+)
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.selfcheck import PATHS, PathName, choose_path
-from pscope.errors import PscopeError, RowError
-from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt, check_prompts
+from pscope.errors import RowError
+from pscope.models.model import LanguageModel, as_prompts
+from pscope.models.prompts import Prompt
 from pscope.models.residual import others_intervene
 
 
@@ -35,16 +46,13 @@ def continue_prompts(
     kind of cache can be relied on, if any; by default the longest prompt is checked. While others have hooks on the
     model that may have to see whole prompts, these are run for every token, whatever path is named.
 
-    Raises PromptError for what is no list of prompts and for a prompt that leaves no room in the window, RowError if
-    the logits of a row are not finite, PscopeError for a `path` that there is none of.
+    Raises PscopeError for what is no list of prompts, for an empty one, and for a `path` that there is none of,
+    PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite.
     """
-    check_prompts(prompts)
+    prompts, memory = as_prompts(model, prompts), whole(memory, "the memory in bytes")
     for prompt in prompts:
-        model.check_window(len(prompt) + decoding.new_tokens)
-    if path not in ("auto", *PATHS):
-        raise PscopeError(f"there is no path {path!r}; one of auto, {', '.join(PATHS)}")
-    if not prompts:
-        return
+        check_decoding(decoding, model, prompt, settled)
+    path = one_of(("auto", *PATHS), path, "path")
     if others_intervene(model):
         path = "uncached"
     elif path == "auto":

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pscope.arguments import as_vectors, told, whole
 from pscope.errors import PscopeError
 
 NOWHERE = -1
@@ -26,6 +27,11 @@ class Write(NamedTuple):
     layer: int
     position: int
     vector: Tensor
+
+    def checked(self) -> Write:
+        """The same, of Python's own numbers and a tensor. Raises PscopeError for others."""
+        layer, position = whole(self.layer, "the layer of a write", 0), whole(self.position, "its position", 0)
+        return Write(layer, position, as_vectors(self.vector, "vectors"))
 
 
 class Here(NamedTuple):
@@ -42,22 +48,30 @@ class Writes:
     `positions`, (rows, writes).
 
     Below its lowest layer a row is the clean row. Where it has fewer writes than others, the layer of the rest is -1.
+    Raises PscopeError for tensors that do not belong together.
     """
 
     vectors: Tensor
     layers: Tensor
     positions: Tensor
 
+    def __post_init__(self) -> None:
+        places = [each.shape for each in (self.layers, self.positions) if isinstance(each, Tensor) and each.ndim == 2]
+        if not isinstance(self.vectors, Tensor) or places != [self.vectors.shape[:-1]] * 2:
+            raise PscopeError("writes are vectors (rows, writes, hidden), at layers and positions (rows, writes) each")
+
     @classmethod
     def of(cls, rows: Sequence[Sequence[Write]]) -> Writes:
-        """The writes of each row, in any layers and positions. Raises PscopeError for a row without any."""
-        if not all(len(row) for row in rows) or not len(rows):
+        """The writes of each row, in any layers and positions. Raises PscopeError for a row without any, or others."""
+        listed = isinstance(rows, (list, tuple)) and all(type(row) in (list, tuple) for row in rows)
+        if not listed or not all(isinstance(write, Write) for row in rows for write in row):
+            raise PscopeError(f"rows are lists of Write(layer, position, vector), as [[Write(…)], …], not {told(rows)}")
+        if not all(rows) or not rows:
             raise PscopeError("a row has one write at least")
+        rows = [[write.checked() for write in row] for row in rows]
         shapes = {tuple(write.vector.shape) for row in rows for write in row}
         if len(shapes) > 1 or len(next(iter(shapes))) != 1:
             raise PscopeError(f"a write has a vector (hidden,), all of one width; these are of shapes {sorted(shapes)}")
-        if astray := [write.layer for row in rows for write in row if write.layer < 0]:
-            raise PscopeError(f"layer {astray[0]} is out of range: layers are counted from 0")
         most = max(map(len, rows))
         layers = torch.full((len(rows), most), NOWHERE)
         positions = torch.zeros(len(rows), most, dtype=torch.long)
@@ -98,8 +112,9 @@ class Writes:
 
     def check(self, positions: Sequence[int], n_layers: int, hidden: int) -> None:
         """Raise PscopeError unless all go to `positions` of a target, and fit a model of that size."""
-        if not self.vectors.is_floating_point():
-            raise PscopeError(f"vectors of {self.vectors.dtype} are no hidden states; give real floating-point numbers")
+        if not len(self):
+            raise PscopeError("there is no row to patch")
+        as_vectors(self.vectors, "vectors")
         if self.vectors.shape[-1] != hidden:
             raise PscopeError(f"vectors of width {self.vectors.shape[-1]} do not fit a model of width {hidden}")
         written = self.layers != NOWHERE

@@ -15,9 +15,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
+from pscope.arguments import as_list, as_seed, one_of
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
-from pscope.engine.scores import Measure
+from pscope.engine.scores import MEASURES, Measure
 from pscope.errors import PromptError, PscopeError
 from pscope.experiments.experiment import Experiment, U, Unit, Work, of_kind, permuted, tidy
 from pscope.experiments.grid import source_layers, source_prompt
@@ -30,7 +31,7 @@ from pscope.inputs.relations import Relation, Sample
 from pscope.metrics import answer_found, distinct_answers, same_answer
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, continuing_tokens, spoken_after, written_out
-from pscope.models.residual import Pair, capture
+from pscope.models.residual import Pair, as_pairs, capture
 
 ANOTHER, PROBE, MAJORITY = "another subject", "probe", "majority class"
 
@@ -135,6 +136,7 @@ class _Attributes(Experiment[U]):
     told: str
 
     def __init__(self, model: LanguageModel, questions: Sequence[Question], seed: int, memory: int) -> None:
+        questions = as_list(Question, questions, "questions", "make them of relations with question_of")
         for question in questions:
             if not question.enough:
                 name, subjects = question.relation.name, len(question.samples)
@@ -143,7 +145,7 @@ class _Attributes(Experiment[U]):
                     f"{name}: {subjects} subjects of {objects} objects; {FOLDS} and 2 are needed, for the folds and to "
                     "choose among"
                 )
-        self._seed = seed
+        self._seed = as_seed(seed)
         self._lenders: list[dict[str, object]] = []
         self.units = [unit for question in questions for unit in self._units(question)]
         super().__init__(model, questions[0].target, memory)
@@ -224,7 +226,8 @@ class AttributeScores(_Attributes[Source | Probing]):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        self._pairs, self._by = tuple(pairs), by
+        one_of(MEASURES, by, "measure")
+        self._pairs, self._by = tuple(as_pairs(model, model, pairs)), by
         super().__init__(model, questions, seed, memory)
 
     def _units(self, question: Question) -> Iterator[Source | Probing]:
@@ -287,7 +290,8 @@ class AttributeExtraction(_Attributes[Source]):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        self._pairs, self._decoding = pairs, decoding
+        self._pairs = pairs if isinstance(pairs, Mapping) else as_pairs(model, model, pairs)
+        self._decoding = decoding
         super().__init__(model, questions, seed, memory)
 
     def _units(self, question: Question) -> Iterator[Source]:

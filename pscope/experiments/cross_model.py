@@ -24,7 +24,7 @@ from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, decode
-from pscope.models.residual import Pair, capture, check_layers
+from pscope.models.residual import Pair, as_pairs, capture
 
 MAPPED, SHUFFLED, MEAN, ANOTHER = "mapped", "shuffled pairs", "mean state", "another text"
 """The states of the text, and the controls: maps fitted on pairs that do not belong together, the mean state whatever
@@ -67,9 +67,8 @@ class CrossModel(Experiment[SampledText]):
         memory: int = MEMORY,
     ) -> None:
         super().__init__(model, target, memory)
-        for layers, of in zip(zip(*pairs, strict=True), (source, model), strict=True):
-            check_layers(of, layers)
-        self._source, self._mappings, self._texts, self._pairs = source, dict(mappings), texts, list(pairs)
+        pairs = as_pairs(source, model, pairs)
+        self._source, self._mappings, self._texts, self._pairs = source, dict(mappings), texts, pairs
         rows = len(pairs) * len(mappings)
         self.units = [SampledText(f"text {each.text}", len(each.positions) * rows, target, each) for each in sampled]
 

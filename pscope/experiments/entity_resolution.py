@@ -12,7 +12,8 @@ from dataclasses import replace
 import numpy as np
 import pandas as pd
 
-from pscope.engine.generate import GREEDY, Decoding
+from pscope.arguments import as_list, as_seed
+from pscope.engine.generate import GREEDY, Decoding, check_decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.errors import PromptError, PscopeError
 from pscope.experiments.bands import RESAMPLES, mean_bands
@@ -24,9 +25,9 @@ from pscope.experiments.sweep import PATCHED, Source, Through, borrowed, patched
 from pscope.inputs.entities import ALL, Entity
 from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import At, Prompt, written_out
-from pscope.models.residual import Pair
+from pscope.models.residual import Pair, as_pairs
 
 ANOTHER, WRITTEN_OUT = "another entity", "name written out"
 
@@ -80,9 +81,10 @@ class EntityLayers(Experiment[Source]):
             text_of({"reference": reference}, "reference", "the description to score against")
             if not any(character.isalnum() for character in reference):
                 raise PscopeError(f"the reference {reference!r} holds no word")
-        model.check_window(len(target) + decoding.new_tokens)
+        check_decoding(decoding, model, target)
         self._decoding, self._reference, self._through = decoding, reference, through
-        read = replace(source, positions=(source.position,))
+        read_in = model if through is None else through.model
+        read, pairs = replace(as_prompt(read_in, source), positions=(source.position,)), as_pairs(read_in, model, pairs)
         self.units = [Source(source.text, len(pairs), target, read, tuple(pairs), {}, random=False)]
 
     def work(self, unit: Source) -> Work:
@@ -128,9 +130,9 @@ class EntityDescriptions(Experiment[Source | Plain]):
         memory: int = MEMORY,
     ) -> None:
         super().__init__(model, target, memory)
-        if not entities:
-            raise PscopeError("there is no entity to describe")
-        model.check_window(len(target) + decoding.new_tokens)
+        entities = as_list(Entity, entities, "entities", "give Entity(name, reference)")
+        seed, pairs = as_seed(seed), as_pairs(model if through is None else through.model, model, pairs)
+        check_decoding(decoding, model, target)
         self._decoding, self._seed, self._through, self._controls = decoding, seed, through, controls
         self._entities = {entities[index].name: entities[index] for index in permuted(seed, len(entities))}
         units = [self._units(entity, tuple(pairs), before) for entity in self._entities.values()]
@@ -144,7 +146,7 @@ class EntityDescriptions(Experiment[Source | Plain]):
             read_in = self.model if self._through is None else self._through.model
             source = name_prompt(read_in, entity.name, before)
             spelled = self.model.prompt(written_out(self.target, entity.name))
-            self.model.check_window(len(spelled) + self._decoding.new_tokens)
+            check_decoding(self._decoding, self.model, spelled)
         except PromptError as error:
             raise PromptError(f"{entity.name!r} cannot be read: {error}") from error
         told = about(entity)

@@ -16,9 +16,10 @@ from typing import Generic, TypeVar
 import numpy as np
 import pandas as pd
 
+from pscope.arguments import whole
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.engine.selfcheck import PathName, SelfCheck
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt
 from pscope.notebook import progress
 
@@ -81,7 +82,7 @@ class Experiment(ABC, Generic[U]):
     units: Sequence[U]
 
     def __init__(self, model: LanguageModel, target: Prompt, memory: int = MEMORY) -> None:
-        self.model, self.target, self.memory = model, target, memory
+        self.model, self.target, self.memory = model, as_prompt(model, target), whole(memory, "the memory in bytes")
         self._scopes: dict[Prompt, Patchscope] = {}
         self._paths: dict[tuple[int, tuple[int, ...]], PathName] = {}
 

@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
-from pscope.errors import PscopeError
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, check_model
 from pscope.models.prompts import At, Ending, Prompt, places_of
-from pscope.models.residual import Pair, check_layers
+from pscope.models.residual import Pair, as_layers
 
 
 def layer_pairs(
@@ -22,16 +21,12 @@ def layer_pairs(
     `layers` defaults to the lower half, 0..L/2. Source layers are those of `source`, by default the same model. Raises
     PscopeError for a layer out of range.
     """
+    check_model(model)
     source = model if source is None else source
-    layers = range(min(source.n_layers // 2, model.n_layers) + 1) if layers is None else layers
-    if not layers or not targets:
-        raise PscopeError("no layer is asked for")
-    check_layers(source, layers)
-    if targets == "same":
-        check_layers(model, layers)
-        return [(layer, layer) for layer in layers]
-    targets = range(model.n_layers + 1) if targets == "all" else targets
-    check_layers(model, targets)
+    layers = as_layers(source, range(min(source.n_layers // 2, model.n_layers) + 1) if layers is None else layers)
+    if isinstance(targets, str) and targets == "same":
+        return [(layer, layer) for layer in as_layers(model, layers)]
+    targets = as_layers(model, None if isinstance(targets, str) and targets == "all" else targets)
     return [(layer, target) for layer in layers for target in targets]
 
 
@@ -44,6 +39,7 @@ def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | No
     """
     if before is not None:
         return model.prompt(before + text, at)
+    check_model(model)
     prompt = model.prompt(text, at)
     counted = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in places_of(at))
     return prompt if counted or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)

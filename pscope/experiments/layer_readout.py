@@ -9,15 +9,15 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import Decoding
+from pscope.arguments import whole
+from pscope.engine.generate import Decoding, check_decoding
 from pscope.engine.lens import logit_lens
 from pscope.engine.patchscope import MEMORY
-from pscope.errors import PscopeError
 from pscope.experiments.experiment import Experiment, Unit, Work
 from pscope.experiments.sweep import CLEAN
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt, decode
-from pscope.models.residual import capture, check_layers
+from pscope.models.residual import as_layers, capture
 
 PATCHSCOPE, LOGIT_LENS = "patchscope", "logit lens"
 
@@ -43,15 +43,11 @@ class LayerReadout(Experiment[Unit]):
         memory: int = MEMORY,
     ) -> None:
         super().__init__(model, target, memory)
-        check_layers(model, layers)
-        if not layers:
-            raise PscopeError("no layer is asked for")
-        if not 1 <= top_k <= model.config.vocab_size:
-            raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
-        model.check_window(len(target) + new_tokens)
-        self._source = replace(source, positions=(source.position,))
-        self._layers, self._top_k, self._decoding = list(layers), top_k, Decoding(new_tokens)
-        self.units = [Unit(source.text, len(layers), target)]
+        self._layers, self._decoding = as_layers(model, layers), Decoding(new_tokens)
+        self._top_k = whole(top_k, "top_k", 1, model.config.vocab_size)
+        check_decoding(self._decoding, model, target)
+        self._source = replace(as_prompt(model, source), positions=(source.position,))
+        self.units = [Unit(source.text, len(self._layers), target)]
 
     def work(self, unit: Unit) -> Work:
         suffix = len(self.target) - min(self.target.positions)

@@ -11,9 +11,10 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
+from pscope.arguments import as_list, as_seed, one_of
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
-from pscope.engine.scores import Measure
+from pscope.engine.scores import MEASURES, Measure
 from pscope.errors import PscopeError
 from pscope.experiments.experiment import Experiment, Work, of_kind, tidy
 from pscope.experiments.grid import source_prompt
@@ -27,7 +28,7 @@ from pscope.metrics import answer_found, distinct_answers
 from pscope.models.chats import chat_text
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
-from pscope.models.residual import Pair
+from pscope.models.residual import Pair, as_pairs
 
 VANILLA, STEP_BY_STEP = "vanilla", "step by step"
 COT, WITH_PLACEHOLDER, BACKPATCH = "cot", "placeholder", "backpatch"
@@ -42,6 +43,8 @@ _ABOUT = {
 }
 SAID_TYPES = {**_ABOUT, **TYPES, "chosen": "boolean"}
 SCORE_TYPES = {**_ABOUT, **SCORED_TYPES}
+
+_GIVE = "give Query(first, second, answers), or what read_queries has read"
 
 
 def plain_hops(queries: Sequence[Query]) -> list[Wanted]:
@@ -120,7 +123,9 @@ class MultiHopScores(Experiment[Source | Plain]):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        self._by, self._seed = by, seed
+        one_of(MEASURES, by, "measure")
+        queries, pairs = as_list(Query, queries, "queries", _GIVE), as_pairs(model, model, pairs)
+        self._by, self._seed = by, as_seed(seed)
         self._candidates = _candidates([*queries, *among])
         about = _about(queries, seed)
         prompts = [model.prompt(query.text) for query in queries]
@@ -169,9 +174,10 @@ class MultiHop(Experiment[Source | Plain]):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        if not queries:
-            raise PscopeError("there is no query to ask")
-        self._decodings, self._seed = {VANILLA: decoding, STEP_BY_STEP: reasoning}, seed
+        queries = as_list(Query, queries, "queries", _GIVE)
+        if not isinstance(pairs, Mapping):
+            pairs = as_pairs(model, model, pairs)
+        self._decodings, self._seed = {VANILLA: decoding, STEP_BY_STEP: reasoning}, as_seed(seed)
         self._decoding, self._best = decoding, pairs if isinstance(pairs, Mapping) else None
         about = _about(queries, seed)
         prompts = {

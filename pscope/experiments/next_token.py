@@ -15,17 +15,18 @@ import pandas as pd
 import torch
 from torch import Tensor
 
+from pscope.arguments import as_list, whole
 from pscope.engine.lens import ANY_TOKEN, logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
 from pscope.experiments.bands import mean_bands, share_bands
 from pscope.experiments.experiment import Experiment, Unit, Work
 from pscope.inputs.positions import Sampled
-from pscope.mappings.mapping_set import MappingSet
+from pscope.mappings.mapping_set import MappingSet, check_mappings
 from pscope.metrics import surprisal
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, decode
-from pscope.models.residual import Pair, capture, check_layers
+from pscope.models.residual import Pair, as_layers, capture
 
 LOGIT_LENS, TUNED_LENS, TOKEN_IDENTITY = "logit lens", "tuned lens (affine)", "token identity"
 FITTED, RANDOM_TOKENS = "fitted to the prompt", "random tokens"
@@ -62,6 +63,7 @@ def lens_of(name: str, mappings: MappingSet, target: Prompt, last: int) -> Lens:
 
     Raises PscopeError for maps that lead into another prompt.
     """
+    check_mappings(mappings)
     into = mappings.origin.settings.get("into")
     if into not in (None, target.text):
         raise PscopeError(f"the maps of {name} lead into the prompt {into!r}; give it with --target")
@@ -95,20 +97,23 @@ class NextToken(Experiment[SampledText]):
         batch_tokens: int = 1024,
         memory: int = MEMORY,
     ) -> None:
+        lenses, layers = as_list(Lens, lenses, "lenses", "give Lens(name, target)"), as_layers(model, layers)
         self._prompts = list(dict.fromkeys(lens.target for lens in lenses if lens.target is not None))
         super().__init__(model, self._prompts[0] if self._prompts else ANY_TOKEN, memory)
-        check_layers(model, layers)
         for lens in lenses:
             if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
                 raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
-        self._lenses, self._texts, self._layers = list(lenses), texts, list(layers)
-        self._batch_tokens = batch_tokens
+        self._lenses, self._texts, self._layers = lenses, texts, layers
+        self._batch_tokens = whole(batch_tokens, "batch_tokens")
         patched = [lens for lens in lenses if lens.target is not None]
         rows = sum(len(lens.pairs(layers, model.n_layers)) for lens in patched)
         # Of one length side by side: those share a pass without padding.
         self.units = [
             SampledText(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
-            for item in sorted(sampled, key=lambda item: len(item.prompt))
+            for item in sorted(
+                as_list(Sampled, sampled, "positions", "draw them with draw_positions"),
+                key=lambda item: len(item.prompt),
+            )
         ]
 
     def work(self, unit: SampledText) -> Work:

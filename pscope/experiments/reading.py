@@ -7,13 +7,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
+from numbers import Real
 from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import GREEDY, Decoding
+from pscope.arguments import as_seed, plain, told, whole
+from pscope.engine.generate import GREEDY, Decoding, check_decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.unpatched import continue_prompts
 from pscope.engine.writes import Writes
@@ -21,10 +23,10 @@ from pscope.errors import PscopeError, RowError
 from pscope.experiments.experiment import Experiment, Unit, Work, of_kind, seed_of, tidy
 from pscope.experiments.known import Plain, by_length
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
-from pscope.mappings.mapping_set import MappingSet
+from pscope.mappings.mapping_set import MappingSet, check_mappings
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, decode, written_out
-from pscope.models.residual import Pair, check_layers
+from pscope.models.residual import Pair, as_layers
 from pscope.models.states import Label, States
 
 TEXT_ONLY = "text only"
@@ -50,7 +52,8 @@ TYPES = {
 @dataclass(frozen=True)
 class Writing:
     """How a vector is written: times each of `scales`; with `norm`, at the length of the clean target's state in its
-    place before that; with `add`, added to that state; and in all layers of `hold` as well as in its own.
+    place before that; with `add`, added to that state; and in all layers of `hold` as well as in its own. Raises
+    PscopeError for scales that are no finite numbers, or not apart.
     """
 
     scales: tuple[float, ...] = (1.0,)
@@ -59,8 +62,12 @@ class Writing:
     hold: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.scales or not all(abs(scale) < float("inf") for scale in self.scales):
-            raise PscopeError(f"scales are finite numbers, one at least; not {list(self.scales)}")
+        scales, hold = plain(self.scales), plain(self.hold)
+        scales = tuple(map(plain, scales)) if isinstance(scales, (list, tuple)) else (scales,)
+        if not scales or not all(isinstance(scale, Real) and abs(scale) < float("inf") for scale in scales):
+            raise PscopeError(f"scales are finite numbers, one at least; not {told(self.scales)}")
+        object.__setattr__(self, "scales", scales)
+        object.__setattr__(self, "hold", tuple(hold) if isinstance(hold, list) else hold)
         if len(set(self.scales)) < len(self.scales):
             raise PscopeError(f"one of the scales {list(self.scales)} is given twice")
 
@@ -128,17 +135,23 @@ class Reading(Experiment[Vector | Plain]):
         memory: int = MEMORY,
     ) -> None:
         super().__init__(model, target, memory)
-        model.check_window(len(target) + decoding.new_tokens)
+        check_decoding(decoding, model, target)
+        if not isinstance(states, States):
+            raise PscopeError(f"States are read, not {told(states)}; vectors become some by States(vectors, names)")
         if not len(states):
             raise PscopeError("there is no state to read")
-        if times < 1 or (times > 1 and not decoding.temperature):
+        times, seed = whole(times, "times"), as_seed(seed)
+        if times > 1 and not decoding.temperature:
             raise PscopeError(f"{times} times are asked for; once is always the same without a temperature")
-        if not 1 <= top_k <= model.config.vocab_size:
-            raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
-        self._writing = writing or Writing()
-        check_layers(model, self._writing.hold)
-        if target_layers != "same" and not target_layers:
-            raise PscopeError("no target layer is asked for")
+        top_k = whole(top_k, "top_k", 1, model.config.vocab_size)
+        self._writing = Writing() if writing is None else writing
+        if not isinstance(self._writing, Writing):
+            raise PscopeError(f"how vectors are written is a Writing, as Writing(norm=True), not {told(writing)}")
+        as_layers(model, self._writing.hold, least=0)
+        if not isinstance(target_layers, str) or target_layers != "same":
+            target_layers = as_layers(model, () if target_layers is None else target_layers)
+        if mappings is not None:
+            check_mappings(mappings)
         self._vectors, self._mappings, self._decoding, self._seed = states.vectors, mappings, decoding, seed
         self._times, self._top_k, self._relevance = times, top_k, relevance
         self.units = [
@@ -163,8 +176,10 @@ class Reading(Experiment[Vector | Plain]):
         if words is None:
             return Plain(CLEAN, self._times, CLEAN, self.target, {"condition": CLEAN})
         source, text = words
+        if not isinstance(text, str) or not text.strip():
+            raise PscopeError(f"the words for {source!r} are {told(text)}; give a text")
         prompt = self.model.prompt(written_out(self.target, text))
-        self.model.check_window(len(prompt) + self._decoding.new_tokens)
+        check_decoding(self._decoding, self.model, prompt)
         about = {"source": source, "condition": TEXT_ONLY}
         return Plain(f"{source!r}, {TEXT_ONLY}", self._times, CLEAN, prompt, about)
 
@@ -172,7 +187,7 @@ class Reading(Experiment[Vector | Plain]):
         """Raise PscopeError unless all vectors can be written, once mapped."""
         vectors = of_kind(self.units, Vector)
         for unit in vectors:
-            check_layers(self.model, unit.target_layers)
+            as_layers(self.model, unit.target_layers)
             if self._mappings is not None:
                 for target_layer in unit.target_layers:
                     self._mappings.at(unit.pair(target_layer))

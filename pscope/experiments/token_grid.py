@@ -11,7 +11,8 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import Decoding
+from pscope.arguments import as_list, told, whole
+from pscope.engine.generate import Decoding, check_decoding
 from pscope.engine.lens import ANY_TOKEN, logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
@@ -20,11 +21,11 @@ from pscope.experiments.grid import line_break
 from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens, lens_of
 from pscope.experiments.sweep import CLEAN
 from pscope.mappings.mapping_set import MappingSet
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, as_prompt, check_model
 from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_PROMPT
 from pscope.models.prompts import TOKEN_IDENTITY as IDENTITY_PROMPT
 from pscope.models.prompts import Prompt, decode
-from pscope.models.residual import capture, check_layers
+from pscope.models.residual import as_layers, capture
 
 ENTITY_DESCRIPTION = "entity description"
 
@@ -92,14 +93,11 @@ class TokenGrid(Experiment[Column | Unpatched]):
         top_k: int = 5,
         memory: int = MEMORY,
     ) -> None:
+        lenses = as_list(GridLens, lenses, "lenses", "give GridLens(Lens(name))")
+        prompt, layers = as_prompt(model, prompt), as_layers(model, layers)
         self._targets = [each.lens.target for each in lenses if each.lens.target is not None]
         super().__init__(model, self._targets[0] if self._targets else ANY_TOKEN, memory)
-        layers = range(model.n_layers + 1) if layers is None else layers
-        check_layers(model, layers)
-        if not lenses or not layers:
-            raise PscopeError("no lens is asked for" if layers else "no layer is asked for")
-        if not 1 <= top_k <= model.config.vocab_size:
-            raise PscopeError(f"top_k is {top_k}; 1 to {model.config.vocab_size} tokens can be shown")
+        top_k = whole(top_k, "top_k", 1, model.config.vocab_size)
         names = [each.lens.name for each in lenses]
         if len(set(names)) < len(names) or len(set(layers)) < len(layers):
             raise PscopeError(f"one of the lenses {names}, or of the layers {list(layers)}, is given twice")
@@ -108,9 +106,9 @@ class TokenGrid(Experiment[Column | Unpatched]):
             if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
                 raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
             if lens.target is not None and each.decoding is not None:
-                model.check_window(len(lens.target) + each.decoding.new_tokens)
+                check_decoding(each.decoding, model, lens.target)
         self.prompt, self._text = prompt, prompt.text if text is None else text
-        self._lenses, self._layers, self._top_k = list(lenses), list(layers), top_k
+        self._lenses, self._layers, self._top_k = lenses, layers, top_k
         rows = len(self._layers) * len(self._lenses)
         self.units = [Column(f"token {position}", rows, self.target, position) for position in range(len(prompt))]
         # Each beside none: the prompts are of different lengths.
@@ -232,11 +230,16 @@ def grid_of(
     `describe`, also by the entity prompt, which goes on so. Maps to other layers than the last are read by the prompt
     of token identity.
     """
+    check_model(model)
+    if mappings is not None and not isinstance(mappings, Mapping):
+        raise PscopeError(f"mappings are given by name, as {{'tuned': read_mappings(…)}}, not {told(mappings)}")
     identity = model.prompt(IDENTITY_PROMPT)
     lenses = [GridLens(Lens(LOGIT_LENS))]
     lenses += [GridLens(lens_of(name, own, identity, model.n_layers)) for name, own in (mappings or {}).items()]
     lenses.append(GridLens(Lens(TOKEN_IDENTITY, identity)))
     if describe is not None:
-        lenses.append(GridLens(Lens(ENTITY_DESCRIPTION, model.prompt(ENTITY_PROMPT)), describe))
+        entity = model.prompt(ENTITY_PROMPT)
+        check_decoding(describe, model, entity)
+        lenses.append(GridLens(Lens(ENTITY_DESCRIPTION, entity), describe))
     prompt = model.prompt(line_break(model, text) + text)
     return TokenGrid(model, prompt, lenses, layers, text=text, top_k=top_k, memory=memory)

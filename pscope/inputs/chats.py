@@ -5,15 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 
 from pscope.errors import DataError
+from pscope.files import as_path
 from pscope.inputs.records import parse_json, prompt_of, read_text
 from pscope.models.chats import Message
 
 
-def read_chat(path: Path) -> list[Message]:
+def read_chat(path: str | Path) -> list[Message]:
     """The messages of a JSON file: a list of objects with "role" and "content", or an object with such "messages".
 
     Raises DataError, naming the message where there is one to name.
     """
+    path = as_path(path)
     content = parse_json(read_text(path), str(path))
     messages = content.get("messages") if isinstance(content, dict) else content
     if not isinstance(messages, list) or not messages:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pscope.errors import DataError
+from pscope.files import as_path
 from pscope.inputs.records import parse_csv, parse_json, parse_jsonl, read_text, text_of
 from pscope.models.prompts import Prompt
 
@@ -36,12 +37,13 @@ def shipped_entities() -> list[Entity]:
     return _entities(_json_records(files("pscope.data").joinpath("entities.json").read_text("utf-8"), source), source)
 
 
-def read_entities(path: Path) -> list[Entity]:
+def read_entities(path: str | Path) -> list[Entity]:
     """The entities in a UTF-8 file: a JSON list, JSON Lines or CSV, of "entity", "reference" and perhaps "group".
 
     Other keys are not looked at. Raises DataError, naming the line or entry where there is one to name, also for a name
     or group of more than 200 characters and a reference of more than 10,000.
     """
+    path = as_path(path)
     source = str(path)
     if path.suffix not in (".json", ".jsonl", ".csv"):
         raise DataError(f'{path} is none of .json, .jsonl and .csv, with "entity", "reference" and perhaps "group"')

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pscope.errors import DataError
+from pscope.files import as_path
 from pscope.inputs.records import parse_json, read_text, text_of, texts_of
 from pscope.inputs.relations import SLOT, Relation, bare, read_relations
 from pscope.metrics import gives_away
@@ -67,12 +68,13 @@ def compose(relations: Sequence[Relation]) -> list[Query]:
     return queries
 
 
-def read_queries(path: Path) -> tuple[list[Query], list[str]]:
+def read_queries(path: str | Path) -> tuple[list[Query], list[str]]:
     """Queries from a `.json` list of "first", "second", "answer", and perhaps "aliases" and "bridge".
 
     Aliases and bridge are a text or a list of texts. A folder, or any other file that `read_relations` takes, is
     composed; what that skipped is returned beside the queries. Raises DataError.
     """
+    path = as_path(path)
     if path.suffix == ".json" and path.is_file():
         records = parse_json(read_text(path), str(path))
         if isinstance(records, list):

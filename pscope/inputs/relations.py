@@ -11,6 +11,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
+from pscope.files import as_path
 from pscope.inputs.records import parse_csv, parse_json, prompt_of, read_text, text_of, texts_of
 from pscope.models.prompts import Ending, Nearest
 
@@ -66,7 +67,7 @@ def shipped_relations() -> list[Relation]:
     ]
 
 
-def read_relations(path: Path) -> tuple[list[Relation], list[str]]:
+def read_relations(path: str | Path) -> tuple[list[Relation], list[str]]:
     """The relations in a file or in all files of a folder, and what was skipped, a line for each file.
 
     A `.json` file holds one relation: "name", "kind", a "template" with one {} for the subject, perhaps a "phrase" for
@@ -83,6 +84,7 @@ def read_relations(path: Path) -> tuple[list[Relation], list[str]]:
     A file that cannot be read is skipped where another can. Raises DataError if none can, naming the line or sample
     where there is one to name.
     """
+    path = as_path(path)
     paths = sorted(path.iterdir()) if path.is_dir() else [path]
     paths = [file for file in paths if file.suffix in (".json", ".tsv") and file.name != "contexts.json"]
     if not paths:

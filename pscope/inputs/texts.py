@@ -7,6 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from pscope.errors import DataError
+from pscope.files import as_path
 from pscope.inputs.records import parse_jsonl, read_text, text_of
 
 
@@ -15,11 +16,12 @@ def shipped_texts() -> list[str]:
     return _texts(files("pscope.data").joinpath("texts.jsonl").read_text("utf-8"), "the shipped texts")
 
 
-def read_texts(path: Path) -> list[str]:
+def read_texts(path: str | Path) -> list[str]:
     """The texts in a UTF-8 file: `.jsonl` with a "text" in every line, or `.txt` with one text per line.
 
     Blank lines are passed over. Raises DataError, naming the line where there is one to name.
     """
+    path = as_path(path)
     if path.suffix not in (".jsonl", ".txt"):
         raise DataError(f'{path} is neither .jsonl (an object with a "text" per line) nor .txt (one text per line)')
     content = read_text(path)

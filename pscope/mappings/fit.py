@@ -22,7 +22,7 @@ from pscope.mappings.moments import Fitted, Moments, check_enough, sums_bytes
 from pscope.models.fingerprint import digest
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
-from pscope.models.residual import Pair, capture, check_layers
+from pscope.models.residual import Pair, as_layers, capture
 
 CHUNK = 2**28
 """About how many bytes of states are held while they are added up."""
@@ -49,7 +49,7 @@ class Fit:
 
     def __post_init__(self) -> None:
         for end, model in ((0, self.source), (1, self.target)):
-            check_layers(model, [pair[end] for pair in self.pairs])
+            as_layers(model, [pair[end] for pair in self.pairs])
         if self.ridge is not None and not 0 <= self.ridge < float("inf"):
             raise PscopeError(f"a ridge of {self.ridge} cannot be meant; give a number from 0 on")
 

@@ -22,7 +22,7 @@ from pscope.mappings.mapping import Affine, Mapping
 from pscope.mappings.mapping_set import End, MappingSet, Origin
 from pscope.models.fingerprint import digest
 from pscope.models.model import LanguageModel, not_finite
-from pscope.models.residual import Edit, Pair, check_layers, editing
+from pscope.models.residual import Edit, Pair, as_layers, editing
 
 SINKS = 16
 """So many tokens at the start of a text are left out, as published: attention sinks, whose states are unlike others."""
@@ -51,8 +51,7 @@ def fit_jacobian(
 
     Raises PscopeError if no text is long enough, if a J is not finite, or if the checkpoint is of another fit.
     """
-    check_layers(model, layers)
-    layers = sorted(set(layers))
+    layers = sorted(set(as_layers(model, layers, least=0)))
     if not layers or rows < 1 or sinks < 0:
         raise PscopeError(
             f"{len(layers)} layers, {rows} rows at once and {sinks} sinks cannot be meant; give at least 1, 1 and 0"

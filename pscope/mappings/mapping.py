@@ -6,21 +6,33 @@ A Patchscope knows nothing of it: states are mapped before they are patched.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from numbers import Real
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from pscope.arguments import as_vectors, told
 from pscope.errors import PscopeError
+
+_HOLDS = {"Tensor": Tensor, "float": Real, "None": type(None), "Mapping": Callable, "tuple[Mapping, ...]": tuple}
+"""By its annotation, what a field of a mapping may hold."""
 
 
 @dataclass(frozen=True, eq=False)
 class Mapping(ABC):
     """States (…, width) in, states (…, width of the target) out, computed as precisely as the mapping's own numbers.
 
-    Raises PscopeError for states of a width that it was not made for.
+    Raises PscopeError for states of a width that it was not made for, and where it is made of what it cannot be.
     """
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if not isinstance(value, tuple(_HOLDS[kind] for kind in field.type.split(" | "))):
+                raise PscopeError(f"the {field.name} of {type(self).__name__} is a {field.type}, not {told(value)}")
 
     @abstractmethod
     def __call__(self, states: Tensor) -> Tensor: ...
@@ -56,7 +68,7 @@ class Affine(Mapping):
     bias: Tensor | None = None
 
     def __call__(self, states: Tensor) -> Tensor:
-        _check_width(states, self.weight.shape[1])
+        states = _of_width(states, self.weight.shape[-1])
         return linear(states.to(self.weight), self.weight, self.bias)
 
 
@@ -73,8 +85,7 @@ class LowRank(Mapping):
     scale: float | Tensor = 0.0
 
     def __call__(self, states: Tensor) -> Tensor:
-        _check_width(states, self.down.shape[1])
-        states = states.to(self.up)
+        states = _of_width(states, self.down.shape[-1]).to(self.up)
         mapped = linear(linear(states, self.down), self.up, self.bias)
         return mapped if isinstance(self.scale, float) and self.scale == 0 else self.scale * states + mapped
 
@@ -91,7 +102,7 @@ class Scale(Mapping):
             if isinstance(numbers, Tensor):
                 states = states.to(numbers)
                 if numbers.ndim:
-                    _check_width(states, numbers.shape[0])
+                    states = _of_width(states, numbers.shape[0])
         return self.factor * states + self.bias
 
 
@@ -142,9 +153,11 @@ def _of_length(states: Tensor, length: float | Tensor) -> Tensor:
     return states * (length / torch.where(own == 0, 1, own))
 
 
-def _check_width(states: Tensor, width: int) -> None:
-    if states.shape[-1] != width:
-        raise PscopeError(f"states of width {states.shape[-1]} were given to a mapping from width {width}")
+def _of_width(states: Tensor, width: int) -> Tensor:
+    states = as_vectors(states)
+    if states.shape[-1:] != (width,):
+        raise PscopeError(f"states of shape {tuple(states.shape)} were given to a mapping from width {width}")
+    return states
 
 
 def _is_steps(value: object) -> bool:

@@ -9,11 +9,12 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
+from pscope.arguments import told
 from pscope.errors import PscopeError
 from pscope.mappings.mapping import IDENTITY, Constant, Mapping
 from pscope.models.fingerprint import fingerprint
-from pscope.models.model import LanguageModel
-from pscope.models.residual import Pair
+from pscope.models.model import LanguageModel, check_model
+from pscope.models.residual import Pair, as_pairs
 
 FOLDS = 5
 """Into so many groups of whole texts a fit is divided, so that each text can be read by a map that never saw it."""
@@ -31,6 +32,7 @@ class End:
     @classmethod
     def of(cls, model: LanguageModel) -> End:
         """That of a model in memory."""
+        check_model(model)
         return cls(model.name, model.n_layers, model.hidden_size, fingerprint(model))
 
 
@@ -57,13 +59,19 @@ class Origin:
 class MappingSet:
     """A mapping for each pair (ℓ, ℓ*) of layers. Those of `folds` have not seen the texts of that fold.
 
-    `means` are the mean states, (width out,), of target layers ℓ* over what was fitted on.
+    `means` are the mean states, (width out,), of target layers ℓ* over what was fitted on. Raises PscopeError for what
+    is no mapping for each pair.
     """
 
     maps: dict[Pair, Mapping]
     origin: Origin
     folds: tuple[dict[Pair, Mapping], ...] = ()
     means: dict[int, Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        maps = self.maps.items() if isinstance(self.maps, dict) else []
+        if not maps or not all(type(pair) is tuple and isinstance(mapping, Mapping) for pair, mapping in maps):
+            raise PscopeError(f"there is a mapping for each pair of layers, as {{(8, 8): f}}, not {told(self.maps)}")
 
     def at(self, pair: Pair, text: str | None = None) -> Mapping:
         """The mapping between two layers: for a state of `text`, one that was not fitted on that text.
@@ -72,7 +80,7 @@ class MappingSet:
         """
         maps = self.folds[fold_of(text)] if text is not None and self.folds else self.maps
         if pair not in maps:
-            raise PscopeError(f"there is no map from layer {pair[0]} to layer {pair[1]}; {self.covered}")
+            raise PscopeError(f"there is no map for the layers {told(pair)}; {self.covered}")
         return maps[pair]
 
     def apply(self, states: Tensor, pairs: Sequence[Pair], texts: Sequence[str | None]) -> Tensor:
@@ -94,7 +102,7 @@ class MappingSet:
     def identity(cls, model: LanguageModel, pairs: Sequence[Pair]) -> MappingSet:
         """No mapping at all, as mappings within a model."""
         end = End.of(model)
-        return cls(dict.fromkeys(pairs, IDENTITY), Origin("identity", end, end))
+        return cls(dict.fromkeys(as_pairs(model, model, pairs), IDENTITY), Origin("identity", end, end))
 
     @property
     def covered(self) -> str:
@@ -124,8 +132,18 @@ class MappingSet:
 
     def to_means(self) -> MappingSet:
         """Mappings between the same layers that say nothing of the state: all become the mean of the target layer."""
+        if missing := {target for _, target in self.maps} - self.means.keys():
+            raise PscopeError(
+                f"no mean state of {_layers(sorted(missing))} was kept with these mappings; fit them anew"
+            )
         maps: dict[Pair, Mapping] = {pair: Constant(self.means[pair[1]]) for pair in self.maps}
         return MappingSet(maps, replace(self.origin, kind="mean state", ridge={}, r2={}))
+
+
+def check_mappings(mappings: MappingSet) -> None:
+    """Raise PscopeError for what are no mappings that belong together, as a single one."""
+    if not isinstance(mappings, MappingSet):
+        raise PscopeError(f"a MappingSet, as read_mappings gives, is needed, not {told(mappings)}")
 
 
 def fold_of(text: str) -> int:

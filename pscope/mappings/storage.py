@@ -17,13 +17,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pscope.errors import DataError, PscopeError
-from pscope.files import written_whole
+from pscope.files import as_path, written_whole
 from pscope.mappings import mapping as kinds
 from pscope.mappings.mapping import Mapping
-from pscope.mappings.mapping_set import FOLDS, End, MappingSet, Origin
+from pscope.mappings.mapping_set import FOLDS, End, MappingSet, Origin, check_mappings
 from pscope.mappings.readers import read_foreign
 from pscope.models.hub import hub_answers
-from pscope.models.model import LanguageModel
+from pscope.models.model import LanguageModel, check_model
 from pscope.models.residual import Pair
 
 WEIGHTS, FOLD_WEIGHTS, CARD = "mappings.safetensors", "folds.safetensors", "README.md"
@@ -52,11 +52,13 @@ def check_new(folder: Path) -> None:
         raise DataError(f"{folder} is {'not empty' if folder.is_dir() else 'a file'}; name a new folder")
 
 
-def save_mappings(mappings: MappingSet, folder: Path) -> None:
+def save_mappings(mappings: MappingSet, folder: str | Path) -> None:
     """Write mappings into a folder, new or empty: their numbers, those of the folds, and a card for readers.
 
     Raises DataError where something is there already, or nothing can be written.
     """
+    check_mappings(mappings)
+    folder = as_path(folder)
     check_new(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -75,7 +77,8 @@ def read_mappings(name: str | Path, source: LanguageModel, target: LanguageModel
 
     Raises PscopeError if they do not lead from `source` to `target`, by default the same model, or are damaged.
     """
-    path = Path(name)
+    check_model(source)
+    path = as_path(name)
     if not path.exists():
         path = _fetch(str(name))
     path = path.parent if path.name == WEIGHTS else path

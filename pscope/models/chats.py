@@ -23,7 +23,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, name: str, messages: Sequence[
     goes on. Raises PromptError for what are no messages, for a model without a template, and for a template that
     refuses them, or comes to no end.
     """
-    if isinstance(messages, (str, Mapping)) or not messages or not all(map(_is_message, messages)):
+    if not isinstance(messages, Sequence) or not messages or not all(map(_is_message, messages)):
         raise PromptError(
             f"a chat is a list of messages, each with a role and a content, as "
             f'[{{"role": "user", "content": "…"}}]; not {messages!r}'

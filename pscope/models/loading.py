@@ -31,6 +31,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from pscope.arguments import told
 from pscope.errors import ModelError
 from pscope.memory import out_of_memory
 from pscope.models import packaged
@@ -80,11 +81,16 @@ def load(
             raise ModelError("a model in memory comes as it is; put the adapter on it with peft before")
         if model.training:
             raise ModelError(f"{type(model).__name__} is in training mode; call its eval() first")
+        if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(model, "get_input_embeddings"):
+            raise ModelError(
+                f"a model and a tokenizer of transformers are needed, not {type(model).__name__} and {told(tokenizer)}"
+            )
         return _checked(LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__))
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
-        dtype = DTYPES[dtype]
+    if isinstance(model, LanguageModel) or not isinstance(model, (str, Path)) or not str(model):
+        raise ModelError(f"a model is named by a text or a path, or is one of transformers; not {told(model)}")
+    if dtype not in [*DTYPES, *DTYPES.values()]:
+        raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
+    dtype = DTYPES.get(dtype, dtype)
 
     if adapter is not None and tensor_parallel:
         raise ModelError("adapter and tensor_parallel were both given; merge the adapter into the weights first")
@@ -208,7 +214,7 @@ def _checked(model: LanguageModel) -> LanguageModel:
 def _usable(device: str | torch.device) -> torch.device:
     try:
         return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError) as error:
+    except (RuntimeError, AssertionError, TypeError) as error:
         raise ModelError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 

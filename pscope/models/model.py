@@ -5,7 +5,7 @@ The model stays the HuggingFace model it is; `LanguageModel` only keeps it toget
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
@@ -17,7 +17,8 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pscope.errors import ModelError, PromptError
+from pscope.arguments import as_list, told, whole
+from pscope.errors import ModelError, PromptError, PscopeError
 from pscope.memory import out_of_memory
 from pscope.models.caches import layer_bytes
 from pscope.models.chats import Message, chat_text
@@ -212,15 +213,7 @@ class LanguageModel:
 
         Raises PromptError also when the prompt is longer than the model's window, or has a token without an embedding.
         """
-        prompt = tokenize(self.tokenizer, text, at)
-        self.check_window(len(prompt))
-        for token, piece in zip(prompt.ids, prompt.tokens, strict=True):
-            if token >= self.embeddings:
-                raise PromptError(
-                    f"{piece!r} is token {token}, and the embedding of {self.name} has {self.embeddings} rows; "
-                    "leave it out"
-                )
-        return prompt
+        return as_prompt(self, tokenize(self.tokenizer, text, at))
 
     def chat(self, messages: Sequence[Message], at: At = -1, *, begin: bool = True) -> Prompt:
         """The prompt of a chat, by the model's own template, marked as `prompt` marks it.
@@ -250,7 +243,7 @@ class LanguageModel:
 
     def most_probable(self, logits: Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The `count` most probable next tokens of each row of logits (rows, vocab), with their probabilities."""
-        top = logits.float().softmax(dim=-1).topk(min(count, logits.shape[-1]))
+        top = logits.float().softmax(dim=-1).topk(min(whole(count, "count"), logits.shape[-1]))
         return [
             [(decode(self.tokenizer, [token]), value) for token, value in zip(tokens, values, strict=True)]
             for tokens, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -265,8 +258,10 @@ class LanguageModel:
         """One forward pass; the logits after each of the `last` tokens, (batch, last, vocab).
 
         `ids` is (batch, tokens); with a `cache`, they follow what it holds, and it is extended by them. Raises
-        ModelError if a cache is given to a model that takes none.
+        ModelError if a cache is given to a model that takes none, PscopeError for ids that are no such tensor.
         """
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
+            raise PscopeError(f"ids are a tensor (batch, tokens) of whole numbers, not {told(ids)}")
         options: dict[str, object] = {"use_cache": cache is not None}
         if cache is not None:
             if self._cache_parameter is None:
@@ -281,3 +276,32 @@ class LanguageModel:
             options["position_ids"] = positions.expand(ids.shape[0], -1)
         with self.lock:
             return self.hf(input_ids=ids, **options).logits[:, -last:]
+
+
+def check_model(model: LanguageModel) -> None:
+    """Raise ModelError for what is no model of pscope's, as transformers' own."""
+    if not isinstance(model, LanguageModel):
+        raise ModelError(
+            f"a model is what pscope.load gives, not {told(model)}; load it, if in memory with its tokenizer"
+        )
+
+
+def as_prompt(model: LanguageModel, prompt: Prompt) -> Prompt:
+    """A prompt that the model can read. Raises ModelError and PromptError for what is none."""
+    check_model(model)
+    if not isinstance(prompt, Prompt):
+        raise PromptError(f"a prompt is needed, not {told(prompt)}; make one with model.prompt(text)")
+    model.check_window(len(prompt))
+    if not 0 <= min(prompt.ids) <= max(prompt.ids) < model.embeddings:
+        token = next(token for token in prompt.ids if not 0 <= token < model.embeddings)
+        piece = prompt.tokens[prompt.ids.index(token)]
+        raise PromptError(
+            f"{piece!r} is token {token}, and the embedding of {model.name} has {model.embeddings} rows; leave it out"
+        )
+    return prompt
+
+
+def as_prompts(model: LanguageModel, prompts: Iterable[Prompt] | Prompt) -> list[Prompt]:
+    """Prompts that the model can read; one alone is a list of one. Raises PscopeError for others, and for none."""
+    listed = as_list(Prompt, prompts, "prompts", "make them with model.prompt(text)")
+    return [as_prompt(model, prompt) for prompt in listed]

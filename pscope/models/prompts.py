@@ -14,6 +14,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from pscope.arguments import is_whole, plain, told
 from pscope.characters import has_surrogates
 from pscope.errors import PromptError
 
@@ -30,17 +31,22 @@ LAST = "last"
 
 
 @dataclass(frozen=True)
-class Every:
+class _Piece:
+    """A piece of text. Raises PromptError for what is none."""
+
+    piece: str
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.piece, str):
+            raise PromptError(f"{type(self).__name__} takes a piece of the prompt's text, not {told(self.piece)}")
+
+
+class Every(_Piece):
     """Each place where a piece of text stands in a prompt as whole tokens; the last token of each is meant."""
 
-    piece: str
 
-
-@dataclass(frozen=True)
-class First:
+class First(_Piece):
     """The first token of a piece of text that stands in a prompt once, as whole tokens."""
-
-    piece: str
 
 
 @dataclass(frozen=True)
@@ -87,7 +93,7 @@ class Prompt:
     `ids` and `tokens` have the same length; `tokens` are what a person sees, cut from the text itself where the
     tokenizer tells offsets. `positions` are distinct, in the order given, and never negative. `spans` are where tokens
     begin and end in the text, none for any where the tokenizer tells no offsets, and an empty one for a token that it
-    added.
+    added. Raises PromptError for what is no such thing.
     """
 
     text: str
@@ -95,6 +101,14 @@ class Prompt:
     tokens: tuple[str, ...]
     positions: tuple[int, ...]
     spans: tuple[tuple[int, int], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.text, str) or not self.ids or not all(map(is_whole, self.ids)):
+            raise PromptError(f"a prompt has a text and the ids of its tokens, not {self.text!r} and {told(self.ids)}")
+        if len(self.tokens) != len(self.ids):
+            raise PromptError(f"a prompt has one text for each token; {len(self.ids)} ids came with {len(self.tokens)}")
+        if not self.positions or not all(is_whole(each) and 0 <= each < len(self) for each in self.positions):
+            raise PromptError(f"positions {told(self.positions)} do not lie within a prompt of {len(self)} tokens")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -131,7 +145,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
     or cannot be resolved.
     """
     if not isinstance(text, str):
-        raise PromptError(f"a prompt is one text, and {text!r} is a {type(text).__name__}")
+        raise PromptError(f"a prompt is one text, and {told(text)} is a {type(text).__name__}")
     if not text.strip():
         raise PromptError("the prompt is empty; give some text")
     if has_surrogates(text):
@@ -147,8 +161,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
         )
     marks = places_of(at)
     for mark in marks:
-        if not isinstance(mark, (str, int, Every, First, Nearest, Ending)):
-            raise PromptError(f"{mark!r} is no position; give text of the prompt, an index, or a list of such")
+        if not (is_whole(mark) or isinstance(mark, (str, Every, First, Nearest, Ending))):
+            raise PromptError(f"{told(mark)} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
         raise PromptError(f"the positions {marks} of {text!r} are none, or one of them twice: {_listed(tokens)}")
@@ -163,15 +177,8 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_sp
 
 def places_of(at: At) -> list[Place]:
     """The positions that are given: several, or one alone."""
-    return list(at) if isinstance(at, Sequence) and not isinstance(at, str) else [at]
-
-
-def check_prompts(prompts: Sequence[Prompt]) -> None:
-    """Raise PromptError unless `prompts` are a list of prompts: one alone, or bare texts, are not."""
-    if isinstance(prompts, Prompt):
-        raise PromptError(f"a list of prompts is read, and this is one: {prompts!r}; put it in a list")
-    if not isinstance(prompts, Sequence) or not all(isinstance(prompt, Prompt) for prompt in prompts):
-        raise PromptError(f"a list of prompts is read, and {prompts!r} holds none; make them with model.prompt(text)")
+    at = plain(at)
+    return [*map(plain, at)] if isinstance(at, Sequence) and not isinstance(at, (str, bytes)) else [at]
 
 
 def written_out(prompt: Prompt, words: str) -> str:

@@ -12,16 +12,16 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from inspect import Parameter, signature
 from itertools import accumulate
-from numbers import Integral
 from typing import Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from pscope.arguments import as_vectors, check_numbers, is_whole, plain, told, whole
 from pscope.errors import ModelError, PscopeError
-from pscope.models.model import LanguageModel
-from pscope.models.prompts import Prompt, check_prompts
+from pscope.models.model import LanguageModel, as_prompts, check_model
+from pscope.models.prompts import Prompt
 
 Pair = tuple[int, int]
 """A source layer ℓ and a target layer ℓ*."""
@@ -62,10 +62,12 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     Blocks may be nested: the inner one sees what the outer one wrote. However the block is left, its hooks are gone
     and nobody else's are touched. An edit may return a stream with another batch size, which the layers above then
     work on. Other threads that use the model wait until the block is left, which the thread does that entered it.
-    Raises PscopeError for a layer outside 0..L, before anything is registered.
+    Raises PscopeError for a layer outside 0..L and for what is no function, before anything is registered, and in the
+    pass for what is no stream.
     """
-    for layer in edits:
-        check_layer(model, layer)
+    if not isinstance(edits, Mapping) or not all(map(callable, edits.values())):
+        raise PscopeError(f"edits are functions by layer, as {{8: double}}, not {told(edits)}")
+    edits = {as_layer(model, layer): edit for layer, edit in edits.items()}
     with ExitStack() as stack:
         stack.enter_context(model.lock)
         positioned = {layer: edit for layer, edit in edits.items() if _takes_positions(edit)}
@@ -124,7 +126,7 @@ def recording(model: LanguageModel, layers: Iterable[int]) -> Iterator[dict[int,
 
         return edit
 
-    with editing(model, {layer: record(layer) for layer in layers}):
+    with editing(model, {layer: record(layer) for layer in as_layers(model, layers)}):
         yield streams
 
 
@@ -133,15 +135,20 @@ def overwriting(model: LanguageModel, layer: int, position: int, vectors: Tensor
 
     They are moved to the layer's own device and dtype. The position is counted from the start of the text, in every
     pass of the block that runs its token; a negative one from the end of each pass, whatever that is the end of. Raises
-    PscopeError for vectors that are not of real numbers and, in the pass, for a batch of another size than theirs.
+    PscopeError for vectors that do not fit the model and, in the pass, for a batch of another size than theirs, and for
+    a negative position before its first token.
     """
-
-    if not vectors.is_floating_point():
-        raise PscopeError(f"vectors of {vectors.dtype} are no hidden states; give real floating-point numbers")
+    layer = as_layer(model, layer)
+    position, vectors = whole(position, "the position", -(2**63)), as_vectors(vectors, "vectors")
+    if vectors.ndim not in (1, 2) or vectors.shape[-1] != model.hidden_size:
+        raise PscopeError(f"vectors of shape {tuple(vectors.shape)} do not fit {model.name}: ({model.hidden_size},)")
+    check_numbers(vectors.reshape(-1, model.hidden_size), "numbers")
 
     def write(stream: Tensor, column: int) -> Tensor:
         if vectors.ndim == 2 and len(vectors) not in (1, len(stream)):
             raise PscopeError(f"vectors for {len(vectors)} rows do not fit a pass of {len(stream)}; give one for all")
+        if column < -stream.shape[1]:
+            raise PscopeError(f"position {column} does not lie within a pass of {stream.shape[1]} tokens")
         stream = stream.clone()
         stream[:, column] = vectors.to(stream)
         return stream
@@ -192,18 +199,9 @@ def capture(
     lengths share a pass of at most `batch_tokens` tokens, padding included (a longer prompt has its own): padding
     stands on the right, where no token that is read can see it.
     """
-    check_prompts(prompts)
-    if not prompts:
-        raise PscopeError("there is no prompt to read")
-    positions = [prompt.positions for prompt in prompts] if positions is None else positions
-    layers = range(model.n_layers + 1) if layers is None else layers
-    check_layers(model, layers)
-    if len(positions) != len(prompts) or any(isinstance(read, Integral) for read in positions):
-        raise PscopeError(f"positions are a list for each of the {len(prompts)} prompts, as [[-1]]; not {positions}")
-    for prompt, read in zip(prompts, positions, strict=True):
-        if not all(-len(prompt) <= position < len(prompt) for position in read):
-            raise PscopeError(f"positions {list(read)} do not lie within a prompt of {len(prompt)} tokens")
-    positions = [[position % len(prompt) for position in read] for prompt, read in zip(prompts, positions, strict=True)]
+    prompts, layers = as_prompts(model, prompts), as_layers(model, layers)
+    positions = as_positions(prompts, positions)
+    batch_tokens = whole(batch_tokens, "batch_tokens")
 
     picked: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     read_order: list[int] = []
@@ -250,18 +248,60 @@ def stream_of(args: Args, kwargs: Kwargs) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
 
 
-def check_layers(model: LanguageModel, layers: Sequence[int]) -> None:
-    """Raises PscopeError unless `layers` are a list of numbers of the model's residual streams."""
-    if isinstance(layers, (str, Integral)) or not all(isinstance(layer, Integral) for layer in layers):
-        raise PscopeError(f"layers are given as a list of numbers, as [0, 4, 8] or range(16), not as {layers!r}")
-    for layer in layers:
-        check_layer(model, layer)
+def as_layers(model: LanguageModel, layers: Iterable[int] | None, *, least: int = 1) -> list[int]:
+    """Numbers of the model's residual streams, from a list, an array, a range; None is all of 0..L.
+
+    Raises PscopeError for others, and for fewer than `least`.
+    """
+    check_model(model)
+    if layers is None:
+        return list(range(model.n_layers + 1))
+    numbers = plain(layers)
+    numbers = list(map(plain, numbers)) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else None
+    if numbers is None or not all(map(is_whole, numbers)):
+        raise PscopeError(f"layers are given as a list of numbers, as [0, 4, 8] or range(16), not as {told(layers)}")
+    if len(numbers) < least:
+        raise PscopeError("no layer is asked for")
+    last = model.n_layers
+    for layer in numbers:
+        if not 0 <= layer <= last:
+            raise PscopeError(f"layer {layer} is out of range: {model.name} has layers 0 to {last}")
+    return list(map(int, numbers))
 
 
-def check_layer(model: LanguageModel, layer: int) -> None:
-    """Raises PscopeError unless the model has a residual stream with this number."""
-    if not 0 <= layer <= model.n_layers:
-        raise PscopeError(f"layer {layer} is out of range: {model.name} has layers 0 to {model.n_layers}")
+def as_layer(model: LanguageModel, layer: int) -> int:
+    """The number of one residual stream. Raises PscopeError as `as_layers` does."""
+    return as_layers(model, [layer])[0]
+
+
+def as_pairs(source: LanguageModel, target: LanguageModel, pairs: Iterable[Pair]) -> list[Pair]:
+    """Source layers, each with a target layer. Raises PscopeError for others, and for none."""
+    listed = [tuple(plain(pair)) if isinstance(plain(pair), (list, tuple)) else () for pair in pairs or ()]
+    if not listed or any(len(pair) != 2 for pair in listed):
+        raise PscopeError(f"pairs are a source and a target layer each, as [(8, 8), (8, 4)], not {told(pairs)}")
+    sources, targets = zip(*listed, strict=True)
+    return list(zip(as_layers(source, sources), as_layers(target, targets), strict=True))
+
+
+def as_positions(prompts: Sequence[Prompt], positions: Iterable[Iterable[int]] | None) -> list[list[int]]:
+    """Where each of some prompts is read, counted from its start; by default where it is marked.
+
+    Raises PscopeError unless they are a list for each prompt, of positions in it.
+    """
+    if positions is None:
+        return [list(prompt.positions) for prompt in prompts]
+    listed = [plain(read) for read in positions] if isinstance(positions, Iterable) else []
+    if len(listed) != len(prompts) or any(isinstance(read, str) or not isinstance(read, Iterable) for read in listed):
+        raise PscopeError(
+            f"positions are a list for each of the {len(prompts)} prompts, as [[-1]]; not {told(positions)}"
+        )
+    found = []
+    for prompt, read in zip(prompts, listed, strict=True):
+        read = [plain(position) for position in read]
+        if not all(is_whole(position) and -len(prompt) <= position < len(prompt) for position in read):
+            raise PscopeError(f"positions {told(read)} do not lie within a prompt of {len(prompt)} tokens")
+        found.append([int(position) % len(prompt) for position in read])
+    return found
 
 
 def _pick(into: list[Tensor], rows: list[int], columns: list[int], device: torch.device) -> Edit:
@@ -324,7 +364,11 @@ def _register(model: LanguageModel, layer: int, edit: StreamEdit, *, knows_posit
                 f"layer {layer} of {type(model.hf).__name__} holds {tuple(stream.shape)} where a residual stream of "
                 f"(batch, tokens, {model.hidden_size}) was expected; this model cannot be patched"
             )
-        return edit(stream)
+        edited = edit(stream)
+        if edited is not None and not (isinstance(edited, Tensor) and edited.shape[1:] == stream.shape[1:]):
+            given = f"a tensor {tuple(edited.shape)}" if isinstance(edited, Tensor) else told(edited)
+            raise PscopeError(f"the edit of layer {layer} gave {given} for a stream {tuple(stream.shape)}")
+        return edited
 
     if layer == 0:
 

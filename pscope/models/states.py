@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -14,11 +14,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pscope.arguments import as_list, as_vectors, plain, told
 from pscope.errors import DataError, PscopeError
-from pscope.files import written_whole
-from pscope.models.model import LanguageModel
+from pscope.files import as_path, written_whole
+from pscope.models.model import LanguageModel, as_prompts
 from pscope.models.prompts import Prompt
-from pscope.models.residual import capture
+from pscope.models.residual import as_layers, as_positions, capture
 from pscope.notebook import table_in_frame
 
 if TYPE_CHECKING:
@@ -41,13 +42,20 @@ class States:
     """Hidden states, or other vectors of the residual stream: `vectors` (rows, hidden), and a label for each row.
 
     What is taken out of them, added to them and mapped keeps its labels. Others are matched row by row, or, where they
-    have one row of each layer, as `mean()` has, layer by layer. Raises PscopeError for labels that are not as many.
+    have one row of each layer, as `mean()` has, layer by layer. A label may be given as the text that it is. Raises
+    PscopeError for vectors that are not of real numbers, and for labels that are not as many.
     """
 
     vectors: Tensor
     labels: tuple[Label, ...]
 
+    # So that numpy's own numbers leave arithmetic to us.
+    __array_ufunc__ = None
+
     def __post_init__(self) -> None:
+        object.__setattr__(self, "vectors", as_vectors(self.vectors, "vectors"))
+        labels = as_list((str, Label), self.labels, "labels", "give texts") if len(self.vectors) else []
+        object.__setattr__(self, "labels", tuple(Label(each) if isinstance(each, str) else each for each in labels))
         if self.vectors.ndim != 2 or len(self.vectors) != len(self.labels):
             shape = tuple(self.vectors.shape)
             raise PscopeError(f"{len(self.labels)} labels do not fit vectors of shape {shape}: (rows, hidden)")
@@ -61,15 +69,15 @@ class States:
         layers: Sequence[int] | None = None,
     ) -> States:
         """The states that prompts form, read as `capture` reads them: a row for each layer of each position read."""
-        layers = range(model.n_layers + 1) if layers is None else layers
-        positions = [prompt.positions for prompt in prompts] if positions is None else positions
+        prompts, layers = as_prompts(model, prompts), as_layers(model, layers)
+        positions = as_positions(prompts, positions)
         if model.device.type == "meta":
             # Of a model without weights, there is no more than their number.
             vectors = torch.empty(sum(map(len, positions)), len(layers), model.hidden_size, device="meta")
         else:
             vectors = capture(model, prompts, positions, layers)  # (reads, layers, hidden)
         labels = tuple(
-            Label(prompt.text, prompt.tokens[position], int(position) % len(prompt), int(layer))
+            Label(prompt.text, prompt.tokens[position], position, layer)
             for prompt, read in zip(prompts, positions, strict=True)
             for position in read
             for layer in layers
@@ -84,7 +92,7 @@ class States:
         the file, the tensor and their number, and have no layer. No pickle is opened. Raises DataError for what is no
         such file, is empty, or holds numbers that are not finite.
         """
-        path = Path(path)
+        path = as_path(path)
         if path.suffix == ".npy":
             if name is not None:
                 raise DataError(f"{path} holds one array; leave the name {name!r} out")
@@ -108,7 +116,7 @@ class States:
 
     def to_file(self, path: str | Path) -> None:
         """Keep the vectors as safetensors, with their labels. Raises DataError where something is there already."""
-        path = Path(path)
+        path = as_path(path)
         if path.suffix != ".safetensors":
             raise DataError(f"{path}: name a file that ends with .safetensors")
         if path.exists():
@@ -125,11 +133,16 @@ class States:
         return len(self.labels)
 
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> States:
-        """Some of the rows: one, a slice, a list of them, or a mask."""
-        if isinstance(rows, Tensor):
-            rows = rows.cpu()
-        numbers = torch.arange(len(self))[rows].reshape(-1)
+        """Some of the rows: one, a slice, a list of them, or a mask. Raises PscopeError for rows that are not there."""
+        try:
+            numbers = torch.arange(len(self))[rows if isinstance(rows, slice) else torch.as_tensor(plain(rows))]
+        except (IndexError, TypeError, ValueError, RuntimeError) as error:
+            raise PscopeError(f"{told(rows)} are no rows of {self!r}; give numbers below {len(self)}") from error
+        numbers = numbers.reshape(-1)
         return States(self.vectors[numbers.to(self.vectors.device)], tuple(self.labels[n] for n in numbers.tolist()))
+
+    def __iter__(self) -> Iterator[States]:
+        return (self[row] for row in range(len(self)))
 
     def at(self, layer: int) -> States:
         """The rows of one layer. Raises PscopeError if there is none."""
@@ -159,10 +172,14 @@ class States:
 
     def map(self, mapping: Callable[[Tensor], Tensor]) -> States:
         """What a mapping of `pscope.mappings`, or any function of (rows, hidden), makes of the vectors."""
+        if not callable(mapping):
+            raise PscopeError(f"states are mapped by a function of (rows, hidden), not by {told(mapping)}")
         return replace(self, vectors=mapping(self.vectors))
 
     def mean(self) -> States:
         """The mean state of each layer, one row each; of vectors without a layer, one in all."""
+        if not len(self):
+            raise PscopeError("there is no state to take the mean of")
         layers = list(dict.fromkeys(label.layer for label in self.labels))
         texts = list(dict.fromkeys(label.text for label in self.labels))
         name = f"mean of {len(texts)}" if len(texts) > 1 else f"mean over {texts[0]}"
@@ -177,20 +194,34 @@ class States:
         return replace(self, vectors=_precise(self.vectors) - self._beside(other))
 
     def __mul__(self, factor: float | Tensor) -> States:
-        return replace(self, vectors=self.vectors * factor)
+        return replace(self, vectors=self.vectors * self._factor(factor))
 
     __rmul__ = __mul__
 
     def __truediv__(self, divisor: float | Tensor) -> States:
-        return replace(self, vectors=self.vectors / divisor)
+        return replace(self, vectors=self.vectors / self._factor(divisor))
 
     def __neg__(self) -> States:
         return replace(self, vectors=-self.vectors)
 
+    def _factor(self, other: float | Tensor) -> float | Tensor:
+        """A number, or numbers that fit the vectors. Raises PscopeError."""
+        try:
+            numbers = torch.as_tensor(other, device=self.vectors.device)
+            fits = numbers.broadcast_to(self.vectors.shape) is not None
+        except (TypeError, ValueError, RuntimeError):
+            fits = False
+        if not fits:
+            shape = tuple(self.vectors.shape)
+            raise PscopeError(
+                f"states {shape} are combined with states, numbers, or vectors that fit, not {told(other)}"
+            )
+        return other if isinstance(other, (int, float)) else numbers
+
     def _beside(self, other: States | Tensor) -> Tensor:
         """The vectors of others in the order of these rows, or one for all."""
         if not isinstance(other, States):
-            return other
+            return self._factor(other)
         if other.vectors.shape[1] != self.vectors.shape[1]:
             widths = self.vectors.shape[1], other.vectors.shape[1]
             raise PscopeError(

@@ -39,6 +39,8 @@ def check_structure(model: LanguageModel) -> LanguageModel:
             "or kept elsewhere cannot be told apart; give a model with one list of all its layers"
         )
     token = model.config.vocab_size // 2
+    if not hasattr(model.hf(input_ids=torch.tensor([[token]], device=model.device)), "logits"):
+        raise ModelError(f"{what} has no head that gives logits; give the causal LM that it is part of")
     last = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
     moved = ((last[0] - last[1]).abs().amax(dim=-1) / last[0].std(dim=-1))[:-1].max()
     if moved > CAUSAL.get(model.dtype, 0.05):

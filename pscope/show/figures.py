@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
+from pscope.arguments import told
 from pscope.errors import DataError
 from pscope.experiments import attribute_summary, cross_model, entity_resolution, multi_hop_summary, next_token
 from pscope.show.attribute_extraction import accuracy_figure
@@ -35,9 +36,14 @@ def figure(table: pd.DataFrame, on: str = "", *, seed: int = 0) -> Figure:
     `on` says in the title what it is of, as the model; `seed` is that of the bands. A run's table is
     `pandas.read_parquet("RUN/table.parquet")`. Raises DataError for a table that no figure belongs to.
     """
+    if not isinstance(table, pd.DataFrame):
+        raise DataError(f"a figure is drawn of a table, a pandas.DataFrame, not of {told(table)}")
     if table.empty:
         raise DataError("a table without rows has no figure")
     for columns, summarise, draw in _KINDS:
         if columns <= set(table.columns):
-            return draw(summarise(table, seed), on)
+            try:
+                return draw(summarise(table, seed), on)
+            except KeyError as error:
+                raise DataError(f"the table has no column {error}, which its figure needs; give all of it") from error
     raise DataError(f"no figure belongs to a table of the columns {', '.join(map(str, table.columns))}")

@@ -9,6 +9,7 @@ import numpy as np
 import pandas as pd
 
 from pscope.characters import visible
+from pscope.files import as_path
 from pscope.runs.folder import STAGES, TABLE, Run
 from pscope.show.page import Page, rendered, shown
 
@@ -28,7 +29,7 @@ def run_page(folder: str | Path, *, beside: bool = False) -> Page:
     What is in the run's tables is in the page, which grows with them, and with how many of their texts differ. A page
     that will stand `beside` what else is in the folder leads to it.
     """
-    run = Run(Path(folder))
+    run = Run(as_path(folder))
     settings = run.settings
     stages = {stage: rows for stage in _NAMES if (rows := run.rows(stage)) is not None}
     made, told = run.notes(), {_NAMES[stage]: rows for stage, rows in stages.items()}

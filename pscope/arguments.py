@@ -1,0 +1,102 @@
+"""Arguments as they are meant: what others hold as Python's own, and one sentence for what fits nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from numbers import Integral
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from pscope.errors import PscopeError, RowError
+from pscope.memory import out_of_memory
+
+T = TypeVar("T")
+
+
+def plain(value: object) -> object:
+    """What numpy, pandas and torch hold, as numbers and lists of Python's own; anything else as it is."""
+    return value.tolist() if hasattr(value, "tolist") else value
+
+
+def told(value: object) -> str:
+    """What a message shows of an argument: one line of it."""
+    if isinstance(value, nn.Module):
+        return type(value).__name__
+    if getattr(value, "ndim", 0) and hasattr(value, "shape"):
+        return f"a {type(value).__name__} of shape {tuple(value.shape)}"
+    text = " ".join(repr(value).split())
+    return text if len(text) <= 80 else f"{text[:60]} …"
+
+
+def is_whole(value: object) -> bool:
+    """Whether a value, made `plain`, is a whole number. True and False are none."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
+def whole(value: object, name: str, least: int = 1, most: int | None = None) -> int:
+    """A whole number, numpy's and torch's too. Raises PscopeError for others, and outside the range."""
+    number = plain(value)
+    if not is_whole(number) or number < least or (most is not None and number > most):
+        fits = f"from {least} on" if most is None else f"from {least} to {most}"
+        raise PscopeError(f"{name} is {told(value)}; a whole number {fits} is needed")
+    return int(number)
+
+
+def as_seed(value: object) -> int:
+    """A seed: equal numbers of any kind draw the same. Raises PscopeError."""
+    return whole(value, "the seed", 0, 2**64 - 1)
+
+
+def one_of(names: Collection[str], value: object, what: str) -> str:
+    """A name that there is. Raises PscopeError."""
+    if value not in names:
+        raise PscopeError(f"there is no {what} {value!r}; one of {', '.join(names)}")
+    return value
+
+
+def as_list(kind: type[T] | tuple[type[T], ...], values: Iterable[T] | T, what: str, how: str) -> list[T]:
+    """Some values of a kind as a list; one alone is a list of one. Raises PscopeError for none, and for others.
+
+    The message calls them `what`, "prompts", and tells `how` they come about.
+    """
+    if isinstance(values, kind):
+        return [values]
+    listed = plain(values)
+    listed = [values] if isinstance(listed, str) or not isinstance(listed, Iterable) else list(listed)
+    for each in listed:
+        if not isinstance(each, kind):
+            raise PscopeError(f"a list of {what} is needed, and {told(each)} is none of them; {how}")
+    if not listed:
+        raise PscopeError(f"there are no {what}; {how}")
+    return listed
+
+
+def as_vectors(value: object, what: str = "states") -> Tensor:
+    """Hidden states as the tensor that they are, or that arrays and lists of them make.
+
+    Raises PscopeError for what holds no real floating-point numbers, or holds them sparsely.
+    """
+    if not isinstance(value, Tensor):
+        try:
+            stacks = isinstance(value, (list, tuple)) and all(isinstance(each, Tensor) for each in value)
+            value = torch.stack(list(value)) if stacks else torch.as_tensor(value)
+        except (TypeError, ValueError, RuntimeError) as error:
+            if out_of_memory(error):
+                raise
+            raise PscopeError(f"{what} are a tensor (rows, hidden), not {told(value)}") from error
+    if not value.is_floating_point():
+        raise PscopeError(f"{what} of {value.dtype} are no hidden states; give real floating-point numbers")
+    if value.layout != torch.strided:
+        raise PscopeError(f"{what} are held as {value.layout}; give them as to_dense() has them")
+    return value
+
+
+def check_numbers(vectors: Tensor, what: str = "states") -> None:
+    """Raise PscopeError for vectors (rows, …) without numbers, RowError for a row of which some are not finite."""
+    if vectors.is_meta:
+        raise PscopeError(f"{what} on the meta device have no numbers; take them from a model with weights")
+    finite = vectors.isfinite().flatten(1).all(dim=1)
+    if not finite.all():
+        raise RowError(int(finite.logical_not().nonzero()[0]), f"its {what} are not finite; leave it out, or mend it")
