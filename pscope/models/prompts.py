@@ -152,6 +152,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
         raise PromptError(f"the prompt {text!r} holds bytes that are not UTF-8; convert it and try again")
     encoding = _encode(tokenizer, text)
     ids = tuple(encoding["input_ids"])
+    if not ids:
+        raise PromptError(f"the tokenizer has no token for anything in {text!r}; give some text")
     offsets = encoding.get("offset_mapping")
     tokens = tuple(tokenizer.convert_ids_to_tokens(list(ids)))
     if offsets is not None:
