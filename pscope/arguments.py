@@ -99,4 +99,6 @@ def check_numbers(vectors: Tensor, what: str = "states") -> None:
         raise PscopeError(f"{what} on the meta device have no numbers; take them from a model with weights")
     finite = vectors.isfinite().flatten(1).all(dim=1)
     if not finite.all():
-        raise RowError(int(finite.logical_not().nonzero()[0]), f"its {what} are not finite; leave it out, or mend it")
+        name = str(vectors.dtype).removeprefix("torch.")
+        way_out = "leave it out, or mend it" if vectors.dtype in (torch.float32, torch.float64) else "try float32"
+        raise RowError(int(finite.logical_not().nonzero()[0]), f"its {what} are not finite in {name}; {way_out}")

@@ -43,7 +43,7 @@ def test_positions_are_spread_drawn_once_and_repeatable(tiny):
     assert len({tuple(drawn) for drawn in many}) > 3
     with pytest.raises(DataError, match="7 samples were asked for, but the 3 texts have only 6 positions"):
         draw_positions(tiny, texts, 7, seed=0)
-    with pytest.raises(PscopeError, match="0 samples"):
+    with pytest.raises(PscopeError, match="the number of samples is 0"):
         draw_positions(tiny, texts, 0, seed=0)
     longer_than_the_window = draw_positions(tiny, ["a " * 300], 255, seed=0)
     assert longer_than_the_window[0].positions == tuple(range(1, 256))

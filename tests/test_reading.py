@@ -109,7 +109,7 @@ def test_relevance_is_what_a_token_owes_to_the_patch(tiny, target, states):
 
 def test_states_go_through_the_map_of_their_layers(tiny, target, states):
     twice = Affine(2 * torch.eye(32), torch.ones(32))
-    mappings = MappingSet.identity(tiny, [])
+    mappings = MappingSet.identity(tiny, [(1, 4)])
     mappings.maps.update({(1, 4): twice, (3, 4): twice})
     table = Reading(tiny, target, states, [4], mappings=mappings).table()
     doubled = Reading(tiny, target, states.map(lambda vectors: 2 * vectors + 1), [4]).table()

@@ -63,7 +63,7 @@ def test_every_cell_against_one_row_passes(tiny, lenses):
 
 
 def test_maps_to_other_layers_are_read_by_the_prompt_of_token_identity(tiny):
-    maps = MappingSet.identity(tiny, [])
+    maps = MappingSet.identity(tiny, [(1, 3)])
     twice = Affine(2 * torch.eye(32))
     maps.maps.update({(1, 3): twice, (2, 3): twice})
     grid = grid_of(tiny, "one two", [1, 2, 4], mappings={"maps": maps})
@@ -82,7 +82,7 @@ def test_maps_to_other_layers_are_read_by_the_prompt_of_token_identity(tiny):
 
 
 def test_a_lens_of_maps_reads_the_layers_that_they_lead_from(tiny):
-    maps = MappingSet.identity(tiny, [])
+    maps = MappingSet.identity(tiny, [(2, 4)])
     maps.maps[2, 4] = Affine(2 * torch.eye(32))
     table = TokenGrid(tiny, tiny.prompt(TEXT), [GridLens(Lens("maps", mappings=maps))], top_k=1).table()
     assert set(table["layer"]) == {2}
@@ -98,7 +98,7 @@ def test_memory_changes_nothing(tiny, lenses):
 def test_what_cannot_be_looked_at_is_told(tiny, lenses):
     prompt = tiny.prompt(TEXT)
     for options, told in (
-        ({"lenses": []}, "no lens is asked for"),
+        ({"lenses": []}, "there are no lenses"),
         ({"layers": []}, "no layer is asked for"),
         ({"layers": [9]}, "layer 9 is out of range"),
         ({"top_k": 0}, "top_k is 0"),
