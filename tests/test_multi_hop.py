@@ -316,7 +316,7 @@ def test_a_recurrent_model_is_asked_by_a_path_that_was_checked(tokenizer, ask):
 def test_what_fails_is_named(tiny):
     with without_a_number(tiny, tiny.prompt(" tacos").ids[-1]), pytest.raises(PscopeError, match="tacos.* failed"):
         table_of(tiny, QUERIES)
-    with pytest.raises(PscopeError, match="no query"):
+    with pytest.raises(PscopeError, match="there are no queries"):
         table_of(tiny, [])
 
 

@@ -48,10 +48,10 @@ class Fit:
     shuffled: int | None = None
 
     def __post_init__(self) -> None:
-        for end, model in ((0, self.source), (1, self.target)):
-            as_layers(model, [pair[end] for pair in self.pairs])
         if self.ridge is not None and not 0 <= self.ridge < float("inf"):
             raise PscopeError(f"a ridge of {self.ridge} cannot be meant; give a number from 0 on")
+        for end, model in ((0, self.source), (1, self.target)):
+            as_layers(model, [pair[end] for pair in self.pairs])
 
     @property
     def same(self) -> bool:
