@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from numbers import Integral
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from pscope.memory import out_of_memory
 T = TypeVar("T")
 
 
-def plain(value: object) -> object:
+def plain(value: Any) -> Any:
     """What numpy, pandas and torch hold, as numbers and lists of Python's own; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
@@ -49,11 +49,10 @@ def as_seed(value: object) -> int:
     return whole(value, "the seed", 0, 2**64 - 1)
 
 
-def one_of(names: Collection[str], value: object, what: str) -> str:
-    """A name that there is. Raises PscopeError."""
-    if value not in names:
-        raise PscopeError(f"there is no {what} {value!r}; one of {', '.join(names)}")
-    return value
+def check_name(name: object, names: Iterable[str], what: str) -> None:
+    """Raise PscopeError for a name that there is none of."""
+    if name not in (listed := list(names)):
+        raise PscopeError(f"there is no {what} {name!r}; one of {', '.join(listed)}")
 
 
 def as_list(kind: type[T] | tuple[type[T], ...], values: Iterable[T] | T, what: str, how: str) -> list[T]:
@@ -73,7 +72,7 @@ def as_list(kind: type[T] | tuple[type[T], ...], values: Iterable[T] | T, what: 
     return listed
 
 
-def as_vectors(value: object, what: str = "states") -> Tensor:
+def as_vectors(value: Any, what: str = "states") -> Tensor:
     """Hidden states as the tensor that they are, or that arrays and lists of them make.
 
     Raises PscopeError for what holds no real floating-point numbers, or holds them sparsely.

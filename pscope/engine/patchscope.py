@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_list, as_vectors, check_numbers, is_whole, one_of, plain, told, whole
+from pscope.arguments import as_list, as_vectors, check_name, check_numbers, is_whole, plain, told, whole
 from pscope.engine.generate import (
     GREEDY,
     Continuations,
@@ -84,7 +84,8 @@ class Patchscope:
         path: PathName | Literal["auto"] = "auto",
     ) -> None:
         self.model, self.target = model, as_prompt(model, target)
-        self.memory, path = whole(memory, "the memory in bytes"), one_of(("auto", *PATHS), path, "path")
+        self.memory = whole(memory, "the memory in bytes")
+        check_name(path, ("auto", *PATHS), "path")
         self._asked = None if path == "auto" else SelfCheck(path, "asked for, not checked")
         self._checks: dict[int, SelfCheck] = {}
         self._paths: dict[tuple[PathName, Tokens], Staircase | PlainPath] = {}
@@ -222,7 +223,7 @@ class Patchscope:
         one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
         """
         writes = self._written(states, target_layers)
-        one_of(MEASURES, by, "measure")
+        check_name(by, MEASURES, "measure")
         if isinstance(candidates, (str, Set)):
             raise PscopeError(f"candidates are a list of texts, not {told(candidates)}")
         candidates = as_list(str, candidates, "candidates", "give texts")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pscope.arguments import one_of, whole
+from pscope.arguments import check_name, whole
 from pscope.engine.generate import (
     GREEDY,
     CachedRows,
@@ -52,7 +52,7 @@ def continue_prompts(
     prompts, memory = as_prompts(model, prompts), whole(memory, "the memory in bytes")
     for prompt in prompts:
         check_decoding(decoding, model, prompt, settled)
-    path = one_of(("auto", *PATHS), path, "path")
+    check_name(path, ("auto", *PATHS), "path")
     if others_intervene(model):
         path = "uncached"
     elif path == "auto":

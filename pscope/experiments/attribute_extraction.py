@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pandas as pd
 
-from pscope.arguments import as_list, as_seed, one_of
+from pscope.arguments import as_list, as_seed, check_name
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.scores import MEASURES, Measure
@@ -226,7 +226,7 @@ class AttributeScores(_Attributes[Source | Probing]):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        one_of(MEASURES, by, "measure")
+        check_name(by, MEASURES, "measure")
         self._pairs, self._by = tuple(as_pairs(model, model, pairs)), by
         super().__init__(model, questions, seed, memory)
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 import pandas as pd
 
-from pscope.arguments import as_list, as_seed, one_of
+from pscope.arguments import as_list, as_seed, check_name
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.scores import MEASURES, Measure
@@ -123,7 +123,7 @@ class MultiHopScores(Experiment[Source | Plain]):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        one_of(MEASURES, by, "measure")
+        check_name(by, MEASURES, "measure")
         queries, pairs = as_list(Query, queries, "queries", _GIVE), as_pairs(model, model, pairs)
         self._by, self._seed = by, as_seed(seed)
         self._candidates = _candidates([*queries, *among])

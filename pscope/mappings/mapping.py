@@ -9,6 +9,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Real
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,7 +18,13 @@ from torch.nn.functional import linear
 from pscope.arguments import as_vectors, told
 from pscope.errors import PscopeError
 
-_HOLDS = {"Tensor": Tensor, "float": Real, "None": type(None), "Mapping": Callable, "tuple[Mapping, ...]": tuple}
+_HOLDS: dict[str, Any] = {
+    "Tensor": Tensor,
+    "float": Real,
+    "None": type(None),
+    "Mapping": Callable,
+    "tuple[Mapping, ...]": tuple,
+}
 """By its annotation, what a field of a mapping may hold."""
 
 
@@ -31,7 +38,7 @@ class Mapping(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, tuple(_HOLDS[kind] for kind in field.type.split(" | "))):
+            if not isinstance(value, tuple(_HOLDS[kind] for kind in str(field.type).split(" | "))):
                 raise PscopeError(f"the {field.name} of {type(self).__name__} is a {field.type}, not {told(value)}")
 
     @abstractmethod
