@@ -32,7 +32,8 @@ def told(value: object) -> str:
 
 def is_whole(value: object) -> bool:
     """Whether a value, made `plain`, is a whole number. True and False are none."""
-    return isinstance(value, Integral) and not isinstance(value, bool)
+    # Of most values this is all there is to ask.
+    return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def whole(value: object, name: str, least: int = 1, most: int | None = None) -> int:
