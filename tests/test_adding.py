@@ -1,6 +1,7 @@
 """The worked example of `docs/adding-an-experiment.md`, from its experiment to its test, as it is written there."""
 
 import re
+import subprocess
 import sys
 from importlib import import_module
 from pathlib import Path
@@ -11,7 +12,8 @@ import pytest
 from pscope.cli.app import app
 from typer.testing import CliRunner
 
-PAGE = (Path(__file__).parents[1] / "docs" / "adding-an-experiment.md").read_text("utf-8")
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "docs" / "adding-an-experiment.md").read_text("utf-8")
 FILES = dict(re.findall(r"Save this as `([\w/]+)\.py`.*?```python\n(.*?)```", PAGE, re.S))
 
 
@@ -45,3 +47,10 @@ def test_the_worked_example_is_an_experiment_a_figure_a_command_and_a_test(
     assert Path("run/figure.png").exists()
     table = pd.read_parquet("run/table.parquet")
     assert len(table) == 4 * 2 * 31
+
+
+@pytest.mark.parametrize("path", FILES)
+def test_the_worked_example_passes_the_linters(path):
+    checked = [sys.executable, "-m", "ruff", "check", "--stdin-filename", f"{path}.py", "-"]
+    done = subprocess.run(checked, cwd=ROOT, input=FILES[path], text=True, capture_output=True, check=False)
+    assert done.returncode == 0, done.stdout
