@@ -5,26 +5,26 @@ from reference import hidden_states, patched_continuation
 
 from pscope import Decoding, Patchscope, RowError
 from pscope.engine.generate import CachedRows
-from pscope.engine.together import Asked, generate_together
+from pscope.engine.together import Request, generate_together
 
 # Three of one length, patched at different places, and one of another length between them.
 TARGETS = [("one two x", 2), ("x is red", 0), ("a longer target for x", "x"), ("we saw it", 1), ("say no more", 1)]
 
 
-def asked_of(model, per_layer=1, path="auto", memory=2**30):
-    asked = []
+def requests_of(model, per_layer=1, path="auto", memory=2**30):
+    requests = []
     for seed, (text, at) in enumerate(TARGETS):
         states, layers = rows_for_every_layer(model, seed=seed, per_layer=per_layer)
-        asked.append(Asked(Patchscope(model, model.prompt(text, at), path=path, memory=memory), states, layers))
-    return asked
+        requests.append(Request(Patchscope(model, model.prompt(text, at), path=path, memory=memory), states, layers))
+    return requests
 
 
 @pytest.mark.parametrize("path", ["auto", "plain", "uncached"])
 def test_every_row_says_what_it_says_in_the_one_row_loop(tiny, path):
-    asked = asked_of(tiny, path=path)
-    said = generate_together(asked, Decoding(8))
-    assert len(said) == len(asked)
-    for (scope, states, layers), continuations in zip(asked, said, strict=True):
+    requests = requests_of(tiny, path=path)
+    said = generate_together(requests, Decoding(8))
+    assert len(said) == len(requests)
+    for (scope, states, layers), continuations in zip(requests, said, strict=True):
         where = tiny.hf, tiny.layers, scope.target.ids, scope.target.position
         for state, layer, got in zip(states, layers, continuations.patched, strict=True):
             assert got == patched_continuation(*where, layer, state, 8)
@@ -33,18 +33,18 @@ def test_every_row_says_what_it_says_in_the_one_row_loop(tiny, path):
 
 
 def test_those_of_one_length_share_a_batch(tiny, monkeypatch):
-    asked = asked_of(tiny)
+    requests = requests_of(tiny)
     joined = CachedRows.joined
     batches = []
     monkeypatch.setattr(
         CachedRows, "joined", lambda parts: batches.append([len(part.logits) for part in parts]) or joined(parts)
     )
-    generate_together(asked, Decoding(3))
+    generate_together(requests, Decoding(3))
     # Five rows and the clean one each; the third target is longer than the others.
     assert batches == [[6, 6], [6, 6]]
     batches.clear()
     # No more than fit into the memory: two targets do, in a batch of twelve rows.
-    few = asked[:2] + asked[3:]
+    few = requests[:2] + requests[3:]
     row = few[0].scope._now()[0].row_bytes(3)
     for each in few:
         each.scope.memory = 13 * row
@@ -60,21 +60,21 @@ def test_those_of_one_length_share_a_batch(tiny, monkeypatch):
 
 @pytest.mark.parametrize("decoding", [Decoding(6, temperature=0.7, seed=3), Decoding(9, stop=("a", "e"))])
 def test_sampled_tokens_and_stops_are_those_of_each_alone(tiny, decoding):
-    asked = asked_of(tiny, per_layer=2)
-    alone = [each.scope.generate(each.states, each.target_layers, decoding) for each in asked]
-    assert generate_together(asked, decoding) == alone
+    requests = requests_of(tiny, per_layer=2)
+    alone = [each.scope.generate(each.states, each.target_layers, decoding) for each in requests]
+    assert generate_together(requests, decoding) == alone
     assert len({len(row) for each in alone for row in each.patched}) > (decoding.temperature == 0)
 
 
 def test_rows_are_numbered_through_all_that_is_asked(tiny):
-    asked = asked_of(tiny)
+    requests = requests_of(tiny)
     heard = {}
 
     def settled(row, text):
         heard.setdefault(row, []).append(text)
         return row == 7
 
-    said = generate_together(asked, Decoding(4), settled)
+    said = generate_together(requests, Decoding(4), settled)
     assert sorted(heard) == list(range(25))
     for number, texts in heard.items():
         of, row = divmod(number, 5)
@@ -82,10 +82,10 @@ def test_rows_are_numbered_through_all_that_is_asked(tiny):
         assert texts[0] == tiny.tokenizer.decode(own[:1])
         # Row 7 is the third of the second target, and need not go on.
         assert len(own) == (1 if number == 7 else 4)
-    for of, each in enumerate(asked):
+    for of, each in enumerate(requests):
         # What is patched at the top, elsewhere than at the last token, nobody reads.
         row = each.target_layers.index(1)
-        spoilt = [other._replace(states=other.states.clone()) for other in asked]
+        spoilt = [other._replace(states=other.states.clone()) for other in requests]
         spoilt[of].states[row] = torch.nan
         with pytest.raises(RowError) as raised:
             generate_together(spoilt, Decoding(4))

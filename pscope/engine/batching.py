@@ -34,13 +34,13 @@ def find_batch_axes(model: LanguageModel, run: Callable[[int], object]) -> dict[
     `run(rows)` passes so many equal rows through the model: the axis is the one that two rows make twice as long.
     """
     one, two = (_shapes(model, run, rows) for rows in (1, 2))
-    found = {}
+    batch_axes = {}
     for place in one.keys() & two.keys():
         doubled = [axis for axis, sizes in enumerate(zip(one[place], two[place], strict=True)) if sizes[0] != sizes[1]]
         if len(doubled) == 1:
             (axis,) = doubled
-            found[place] = PerRow(axis, one[place][axis])
-    return found
+            batch_axes[place] = PerRow(axis, one[place][axis])
+    return batch_axes
 
 
 def fitting(model: LanguageModel, batch_axes: Mapping[Place, PerRow]) -> AbstractContextManager[None]:
@@ -52,7 +52,7 @@ def fitting(model: LanguageModel, batch_axes: Mapping[Place, PerRow]) -> Abstrac
         def fitted(place: Place, tensor: Tensor) -> Tensor:
             return _with_rows(tensor, rows, *batch_axes[place]) if place in batch_axes else tensor
 
-        args, kwargs = _mapped((layer,), (args, kwargs), fitted)
+        args, kwargs = _map_tensors((layer,), (args, kwargs), fitted)
         return args, kwargs
 
     return calling(model, fit)
@@ -62,11 +62,11 @@ def _shapes(model: LanguageModel, run: Callable[[int], object], rows: int) -> di
     shapes: dict[Place, tuple[int, ...]] = {}
 
     def look(layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
-        def noted(place: Place, tensor: Tensor) -> Tensor:
+        def note(place: Place, tensor: Tensor) -> Tensor:
             shapes[place] = tuple(tensor.shape)
             return tensor
 
-        args, kwargs = _mapped((layer,), (args, kwargs), noted)
+        args, kwargs = _map_tensors((layer,), (args, kwargs), note)
         return args, kwargs
 
     with calling(model, look):
@@ -74,15 +74,15 @@ def _shapes(model: LanguageModel, run: Callable[[int], object], rows: int) -> di
     return shapes
 
 
-def _mapped(place: Place, value: Any, function: Callable[[Place, Tensor], Tensor]) -> Any:
+def _map_tensors(place: Place, value: Any, function: Callable[[Place, Tensor], Tensor]) -> Any:
     """`value` with the function applied to every tensor in it. Mappings are changed in place: layers may share them."""
     if isinstance(value, Tensor):
         return function(place, value)
     if isinstance(value, MutableMapping):
         for key in value:
-            value[key] = _mapped((*place, key), value[key], function)
+            value[key] = _map_tensors((*place, key), value[key], function)
     elif isinstance(value, (tuple, list)):
-        return type(value)(_mapped((*place, index), item, function) for index, item in enumerate(value))
+        return type(value)(_map_tensors((*place, index), item, function) for index, item in enumerate(value))
     return value
 
 

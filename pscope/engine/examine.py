@@ -61,8 +61,8 @@ def examine(model: LanguageModel) -> Examination:
     scope = Patchscope(model, target)
     states = capture(model, [text])[0]  # (layers, hidden)
     norms = capture(model, [text], [range(len(text))], [model.n_layers // 2])[:, 0].float().norm(dim=-1)  # (tokens,)
-    (read,) = logit_lens(model).logits(states[-1:], model.n_layers)
-    own = model.next_token_logits(torch.tensor([text.ids], device=model.device))[0]
+    (lens,) = logit_lens(model).logits(states[-1:], model.n_layers)
+    logits = model.next_token_logits(torch.tensor([text.ids], device=model.device))[0]
     return Examination(
         model_class=type(model.hf).__name__,
         layer_class=" or ".join(sorted({type(layer).__name__ for layer in model.layers})),
@@ -73,7 +73,7 @@ def examine(model: LanguageModel) -> Examination:
         dtype=str(model.dtype).removeprefix("torch."),
         device=str(model.device),
         check=scope.check,
-        lens_difference=((read.patched[0] - own).abs().max() / own.float().std()).item(),
+        lens_difference=((lens.patched[0] - logits).abs().max() / logits.float().std()).item(),
         start_token=None if TEXT.startswith(text.tokens[0]) else text.tokens[0],
         end_tokens=tuple(model.tokenizer.convert_ids_to_tokens(sorted(model.end_tokens))),
         chat_template=bool(model.tokenizer.chat_template),

@@ -58,8 +58,8 @@ class Decoding:
         if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
             raise PscopeError(f"temperature is {told(temperature)}; 0 is greedy, a number above 0 samples")
         new_tokens, seed = whole(self.new_tokens, "new_tokens"), as_seed(self.seed)
-        meant = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop)}
-        for name, value in meant.items():
+        values = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop)}
+        for name, value in values.items():
             object.__setattr__(self, name, value)
 
     def choosing_bytes(self, vocabulary: int) -> int:
@@ -81,8 +81,8 @@ class Decoding:
         scaled = (logits_64 - logits_64.amax(dim=-1, keepdim=True)) / self.temperature
         cumulative = scaled.softmax(dim=-1).cumsum(dim=-1)
         # The sum is 1 but for rounding; the largest draw must still fall inside.
-        chosen = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
-        return chosen.clamp(max=logits.shape[1] - 1).to(logits.device)
+        tokens = torch.searchsorted(cumulative, draws[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+        return tokens.clamp(max=logits.shape[1] - 1).to(logits.device)
 
     def ends(
         self, end_tokens: frozenset[int], tokenizer: PreTrainedTokenizerBase, settled: Settled | None = None
@@ -97,10 +97,10 @@ class Decoding:
             except ValueError as error:
                 raise PscopeError(f"no token of the model can say one of the stop strings {self.stop}") from error
 
-        def ends(rows: Tensor, said: Tensor) -> Tensor:
-            ended = criteria(said, None)
+        def ends(rows: Tensor, ids: Tensor) -> Tensor:
+            ended = criteria(ids, None)
             if settled is not None:
-                texts = (self.text(tokens, tokenizer) for tokens in said.tolist())
+                texts = (self.text(tokens, tokenizer) for tokens in ids.tolist())
                 ended |= torch.tensor([settled(row, text) for row, text in zip(rows.tolist(), texts, strict=True)])
             return ended
 
@@ -146,8 +146,8 @@ class Continuations:
         return table_in_frame(self)
 
     def __repr__(self) -> str:
-        shown = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.patched) > 3 else "")
-        return f"Continuations({len(self.patched)} rows: {shown}; clean: {self.clean_text!r})"
+        preview = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.patched) > 3 else "")
+        return f"Continuations({len(self.patched)} rows: {preview}; clean: {self.clean_text!r})"
 
     @property
     def text(self) -> list[str]:
@@ -175,8 +175,8 @@ class Rows(Protocol):
     def step(self, tokens: Tensor) -> None:
         """Append one token to every row, (rows,), and renew `logits`."""
 
-    def keep(self, kept: Tensor) -> None:
-        """Leave only the rows whose indices are in `kept`."""
+    def keep(self, indices: Tensor) -> None:
+        """Leave only the rows whose indices are given."""
 
 
 class CachedRows:
@@ -194,8 +194,8 @@ class CachedRows:
     def step(self, tokens: Tensor) -> None:
         self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
 
-    def keep(self, kept: Tensor) -> None:
-        keep(self._cache, kept)
+    def keep(self, indices: Tensor) -> None:
+        keep(self._cache, indices)
 
 
 class UncachedRows:
@@ -215,8 +215,8 @@ class UncachedRows:
         self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
         self._run()
 
-    def keep(self, kept: Tensor) -> None:
-        self._ids, self._rows = self._ids[kept], self._rows[kept.cpu()]
+    def keep(self, indices: Tensor) -> None:
+        self._ids, self._rows = self._ids[indices], self._rows[indices.cpu()]
 
     def _run(self) -> None:
         with self._within(self._rows):
@@ -229,25 +229,25 @@ def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, ends: Ends) -> 
 
     Raises RowError if the logits of a row are not finite.
     """
-    spoken: list[list[int]] = [[] for _ in range(rows.logits.shape[0])]
-    live = torch.arange(len(spoken))
-    said = torch.empty(len(spoken), 0, dtype=torch.long)  # (live rows, tokens)
+    continuations: list[list[int]] = [[] for _ in range(rows.logits.shape[0])]
+    live = torch.arange(len(continuations))
+    ids = torch.empty(len(continuations), 0, dtype=torch.long)  # (live rows, tokens)
     for step in range(decoding.new_tokens):
         check_finite(rows.logits, live)
-        chosen = decoding.choose(rows.logits, draws[live, step])
-        said = torch.cat([said, chosen[:, None].cpu()], dim=1)
-        ended = ends(live, said) if step + 1 < decoding.new_tokens else torch.ones(len(said), dtype=torch.bool)
-        for row, tokens in zip(live[ended].tolist(), said[ended].tolist(), strict=True):
-            spoken[row] = tokens
+        next_tokens = decoding.choose(rows.logits, draws[live, step])
+        ids = torch.cat([ids, next_tokens[:, None].cpu()], dim=1)
+        ended = ends(live, ids) if step + 1 < decoding.new_tokens else torch.ones(len(ids), dtype=torch.bool)
+        for row, tokens in zip(live[ended].tolist(), ids[ended].tolist(), strict=True):
+            continuations[row] = tokens
         if ended.all():
             break
         if ended.any():
-            live, said = live[~ended], said[~ended]
-            kept = (~ended).nonzero().squeeze(1).to(chosen.device)
-            chosen = chosen[kept]
-            rows.keep(kept)
-        rows.step(chosen)
-    return spoken
+            live, ids = live[~ended], ids[~ended]
+            indices = (~ended).nonzero().squeeze(1).to(next_tokens.device)
+            next_tokens = next_tokens[indices]
+            rows.keep(indices)
+        rows.step(next_tokens)
+    return continuations
 
 
 def check_finite(logits: Tensor, rows: Tensor) -> None:

@@ -86,7 +86,7 @@ class Patchscope:
         self.model, self.target = model, as_prompt(model, target)
         self.memory = whole(memory, "the memory in bytes")
         check_name(path, ("auto", *PATHS), "path")
-        self._asked = None if path == "auto" else SelfCheck(path, "asked for, not checked")
+        self._override = None if path == "auto" else SelfCheck(path, "asked for, not checked")
         self._checks: dict[int, SelfCheck] = {}
         self._paths: dict[tuple[PathName, Tokens], Staircase | PlainPath] = {}
         self._now()
@@ -111,10 +111,10 @@ class Patchscope:
         its place; then it is scaled, by one number or by one for each row; with `add` it is added to that state, which
         with a `scale` of 0 makes the clean row.
         """
-        states, layers = self._checked(states, target_layers)
+        states, layers = self._as_rows(states, target_layers)
         hold = as_layers(self.model, () if hold is None else hold, least=0)
-        held = [[layer, *(NOWHERE if other == layer else other for other in hold)] for layer in layers.tolist()]
-        writes = spread_over(states, torch.tensor(held), self.target.positions)
+        row_layers = [[layer, *(NOWHERE if other == layer else other for other in hold)] for layer in layers.tolist()]
+        writes = spread_over(states, torch.tensor(row_layers), self.target.positions)
         try:
             scales = torch.as_tensor(scale, dtype=states.dtype, device=states.device).reshape(-1, 1, 1)
         except (TypeError, ValueError, RuntimeError) as error:
@@ -136,7 +136,7 @@ class Patchscope:
         order given, in chunks, so that any number takes no more memory than the budget. Raises RowError if those of a
         row are not finite.
         """
-        writes = self._written(states, target_layers)
+        writes = self._as_writes(states, target_layers)
         # A view of the clean row would keep the logits of all rows.
         return (
             Logits(slice(int(rows[0]), int(rows[-1]) + 1), logits[1:, -1], logits[0, -1].clone())
@@ -158,14 +158,14 @@ class Patchscope:
         share its pass. Raises RowError if the logits of a row are not finite.
         """
         check_decoding(decoding, self.model, self.target, settled)
-        writes = self._written(states, target_layers)
+        writes = self._as_writes(states, target_layers)
         draws = decoding.draws(len(writes) + 1)
-        spoken = [
+        parts = [
             self._speak(path, part, writes[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
             for path, part in self._passes(len(writes), decoding)
         ]
-        patched = [row for part in spoken for row in part.patched]
-        return Continuations(patched, spoken[0].clean, partial(decoding.text, tokenizer=self.model.tokenizer))
+        patched = [row for part in parts for row in part.patched]
+        return Continuations(patched, parts[0].clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
     def start(self, states: Tensor, target_layers: Sequence[int], decoding: Decoding) -> Rows:
         """The patched rows, after the clean one, ready to go on: what `generate` continues, in one pass.
@@ -191,16 +191,16 @@ class Patchscope:
         token among the vocabulary. Raises PromptError for a continuation whose tokens do not follow those of the
         target, RowError if the logits of a row are not finite.
         """
-        writes = self._written(states, target_layers)
+        writes = self._as_writes(states, target_layers)
         listed = plain(continuation)
-        given = list(listed) if isinstance(listed, (list, tuple)) else [continuation] * len(writes)
-        if len(given) != len(writes):
+        continuations = list(listed) if isinstance(listed, (list, tuple)) else [continuation] * len(writes)
+        if len(continuations) != len(writes):
             raise PscopeError(
-                f"{len(writes)} states came with {len(given)} continuations; give one for all, or for each"
+                f"{len(writes)} states came with {len(continuations)} continuations; give one for all, or for each"
             )
-        texts = [_as_key(each) for each in given]
-        tokens = {each: self._following(each) for each in dict.fromkeys(texts)}
-        return score_rows(partial(self._read, writes), [tokens[each] for each in texts], ranks)
+        keys = [_as_key(each) for each in continuations]
+        tokens = {each: self._following(each) for each in dict.fromkeys(keys)}
+        return score_rows(partial(self._read, writes), [tokens[each] for each in keys], ranks)
 
     def choose(
         self,
@@ -222,7 +222,7 @@ class Patchscope:
         Raises PscopeError if there are no candidates, some with the same tokens, or no such measure; PromptError for
         one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
         """
-        writes = self._written(states, target_layers)
+        writes = self._as_writes(states, target_layers)
         check_name(by, MEASURES, "measure")
         if isinstance(candidates, (str, Set)):
             raise PscopeError(f"candidates are a list of texts, not {told(candidates)}")
@@ -237,10 +237,10 @@ class Patchscope:
 
         `spoken` are the tokens of each row, as `generate` gives them. Whole prompts are run, whatever the path.
         """
-        writes = self._written(states, target_layers)
+        writes = self._as_writes(states, target_layers)
         if not isinstance(spoken, Sequence) or len(spoken) != len(writes):
             raise PscopeError(f"{len(writes)} states came with {told(spoken)}; give the tokens that each row has said")
-        spoken = [self._following(_as_key(said)) for said in spoken]
+        spoken = [self._following(_as_key(row)) for row in spoken]
         return relevance_of(self.model, self.target, writes, spoken, self.memory)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
@@ -265,7 +265,7 @@ class Patchscope:
         target = self.target
         if forced:
             target = replace(target, ids=target.ids + forced, tokens=target.tokens + ("",) * len(forced))
-        check = self._asked
+        check = self._override
         if check is None and others_intervene(self.model):
             check = SelfCheck("uncached", "hooks of others may have to see whole prompts")
         if check is None:
@@ -287,7 +287,7 @@ class Patchscope:
         self.model.check_window(len(self.target) + len(tokens) - 1)
         return tokens
 
-    def _written(self, states: Patch, target_layers: TargetLayers) -> Writes:
+    def _as_writes(self, states: Patch, target_layers: TargetLayers) -> Writes:
         """What rows write, once it is known to fit the target and the model."""
         if not isinstance(states, Writes):
             states = self.writes(states, target_layers)  # type: ignore[arg-type]  # None is refused there.
@@ -302,13 +302,13 @@ class Patchscope:
         """The clean target's states in the places of writes: (rows, writes, hidden)."""
         target, present = self.target, writes.present
         states = capture(self.model, [target], layers=present)  # (positions, layers, hidden)
-        place = {position: number for number, position in enumerate(target.positions)}
-        layer = {layer: number for number, layer in enumerate(present)}
-        rows = [[place[position] for position in row] for row in writes.positions.tolist()]
-        columns = [[layer.get(of, 0) for of in row] for row in writes.layers.tolist()]
+        row_of = {position: number for number, position in enumerate(target.positions)}
+        column_of = {layer: number for number, layer in enumerate(present)}
+        rows = [[row_of[position] for position in row] for row in writes.positions.tolist()]
+        columns = [[column_of.get(layer, 0) for layer in row] for row in writes.layers.tolist()]
         return states[rows, columns]
 
-    def _checked(self, states: States | Tensor, target_layers: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
+    def _as_rows(self, states: States | Tensor, target_layers: Sequence[int] | int | None) -> tuple[Tensor, Tensor]:
         """States (rows, positions, hidden) and the target layer of every row, once they are known to fit the model."""
         states = as_vectors(states.vectors if isinstance(states, States) else states)
         if target_layers is None:
@@ -368,13 +368,13 @@ class Patchscope:
         numbers = [-1, *range(part.start, part.stop)]
         ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, renumbered(settled, numbers))
         try:
-            clean, *spoken = continue_rows(rows, decoding, draws, ends)
+            clean, *patched = continue_rows(rows, decoding, draws, ends)
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error
-        return Continuations(spoken, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
+        return Continuations(patched, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
 
-def _as_key(said: object) -> object:
+def _as_key(continuation: object) -> object:
     """A continuation that can be looked up: tokens as a tuple of Python's own numbers, a text as it is."""
-    said = plain(said)
-    return tuple(plain(token) for token in said) if isinstance(said, (list, tuple)) else said
+    continuation = plain(continuation)
+    return tuple(plain(token) for token in continuation) if isinstance(continuation, (list, tuple)) else continuation

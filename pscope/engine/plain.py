@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pscope.engine.generate import CachedRows, Rows, UncachedRows
-from pscope.engine.writes import Here, Writes
+from pscope.engine.writes import LayerWrites, Writes
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 from pscope.models.residual import Edit, editing
@@ -48,8 +48,8 @@ class PlainPath:
     def row_bytes(self, new_tokens: int, last: int = 1) -> int:
         """About how much memory a row takes."""
         tokens = len(self.target) + new_tokens
-        cached = self.model.cache_bytes(tokens) if self._cached and new_tokens else 0
-        return cached + self.model.activation_bytes(tokens, last=last)
+        cache_bytes = self.model.cache_bytes(tokens) if self._cached and new_tokens else 0
+        return cache_bytes + self.model.activation_bytes(tokens, last=last)
 
     def _batch(self, writes: Writes) -> tuple[Tensor, Callable[[Tensor], AbstractContextManager[None]]]:
         """The ids of the clean row and the patched ones, and, for some of them by number, a block to run them in."""
@@ -60,10 +60,10 @@ class PlainPath:
         """A block within which each of some `rows`, by number, has its writes made; row 0, the clean one, has none."""
         patched = (rows > 0).nonzero().squeeze(1)
         present = writes[rows[patched] - 1]
-        return editing(self.model, {layer: _written(patched, present.at(layer)) for layer in present.present})
+        return editing(self.model, {layer: _edit(patched, present.at(layer)) for layer in present.present})
 
 
-def _written(patched: Tensor, here: Here) -> Edit:
+def _edit(patched: Tensor, here: LayerWrites) -> Edit:
     """The edit that makes the writes of one layer, of rows that stand in the batch where `patched` says."""
     rows = patched[here.rows]
 

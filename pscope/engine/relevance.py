@@ -24,10 +24,10 @@ def relevance_of(
     are run, in about `memory` bytes. Raises RowError if the logits of a row are not finite.
     """
     most = max(map(len, spoken))
-    said = torch.tensor([[*row, *[0] * (most - len(row))] for row in spoken], device=model.device)
-    path, tails = PlainPath(model, target), said[:, :-1]
+    tokens = torch.tensor([[*row, *[0] * (most - len(row))] for row in spoken], device=model.device)
+    path, tails = PlainPath(model, target), tokens[:, :-1]
     together = max(1, memory // (2 * model.activation_bytes(len(target) + most, last=most)))
-    found = torch.full((len(spoken), most), torch.nan)
+    relevance = torch.full((len(spoken), most), torch.nan)
     for start in range(0, len(spoken), together):
         rows = torch.arange(start, min(start + together, len(spoken)))
         # What follows the clean row is not looked at.
@@ -36,8 +36,8 @@ def relevance_of(
             check_finite(logits[:, place], rows)
         ids = torch.tensor([target.ids], device=model.device).repeat(len(rows), 1)
         clean = model.logits(torch.cat([ids, tails[rows]], dim=1), last=most)
-        own = said[rows, :, None]
-        apart = [each.float().softmax(dim=-1).gather(2, own).squeeze(2) for each in (logits, clean)]
-        found[rows] = (apart[0] - apart[1]).abs().cpu()
+        own_tokens = tokens[rows, :, None]
+        probabilities = [each.float().softmax(dim=-1).gather(2, own_tokens).squeeze(2) for each in (logits, clean)]
+        relevance[rows] = (probabilities[0] - probabilities[1]).abs().cpu()
     lengths = torch.tensor([len(row) for row in spoken])
-    return found.masked_fill(torch.arange(most) >= lengths[:, None], torch.nan)
+    return relevance.masked_fill(torch.arange(most) >= lengths[:, None], torch.nan)

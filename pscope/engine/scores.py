@@ -52,22 +52,22 @@ class Scores(NamedTuple):
         return table_in_frame(self)
 
     def __repr__(self) -> str:
-        whole = self.patched.log_probabilities.nansum(dim=1).tolist()
-        shown = ", ".join(f"{total:.2f}" for total in whole[:3]) + (", …" if len(whole) > 3 else "")
-        return f"Scores({len(whole)} rows, in nats: {shown})"
+        totals = self.patched.log_probabilities.nansum(dim=1).tolist()
+        preview = ", ".join(f"{total:.2f}" for total in totals[:3]) + (", …" if len(totals) > 3 else "")
+        return f"Scores({len(totals)} rows, in nats: {preview})"
 
     def table(self) -> pd.DataFrame:
         """The `log_probability` of each token of each `row`, by its `place`, beside that after the `clean` target."""
         import pandas as pd
 
-        given = ~self.patched.log_probabilities.isnan()
-        rows, places = given.nonzero(as_tuple=True)
-        found = {"row": rows.tolist(), "place": places.tolist()}
+        present = ~self.patched.log_probabilities.isnan()
+        rows, places = present.nonzero(as_tuple=True)
+        columns = {"row": rows.tolist(), "place": places.tolist()}
         for name, scored in (("log_probability", self.patched), ("clean", self.clean)):
-            found[name] = scored.log_probabilities[given].tolist()
+            columns[name] = scored.log_probabilities[present].tolist()
         if self.patched.ranks is not None:
-            found["rank"] = self.patched.ranks[given].tolist()
-        return pd.DataFrame(found)
+            columns["rank"] = self.patched.ranks[present].tolist()
+        return pd.DataFrame(columns)
 
 
 class Choice(NamedTuple):
@@ -94,8 +94,8 @@ class Choices(NamedTuple):
 
     def __repr__(self) -> str:
         of = f"{len(self.text)} rows of {len(self.candidates)} candidates"
-        shown = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.text) > 3 else "")
-        return f"Choices({of}: {shown}; clean: {self.candidates[self.clean.chosen]!r})"
+        preview = ", ".join(map(repr, self.text[:3])) + (", …" if len(self.text) > 3 else "")
+        return f"Choices({of}: {preview}; clean: {self.candidates[self.clean.chosen]!r})"
 
     @property
     def text(self) -> list[str]:
@@ -122,21 +122,21 @@ class Choices(NamedTuple):
 def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scores:
     """Score the continuation of each patched row."""
     shape = len(continuations), max(map(len, continuations))
-    found = torch.full((2, *shape), torch.nan)  # (patched and clean, rows, tokens)
+    scores = torch.full((2, *shape), torch.nan)  # (patched and clean, rows, tokens)
     places = torch.zeros((2, *shape), dtype=torch.long)
     for tokens in dict.fromkeys(continuations):
         alike = torch.tensor([row for row, own in enumerate(continuations) if own == tokens])
         for rows, logits in read(alike, tokens[:-1], len(tokens)):
-            own = [logits[:, place, token] for place, token in enumerate(tokens)]  # (1 + rows,) for each token
+            picks = [logits[:, place, token] for place, token in enumerate(tokens)]  # (1 + rows,) for each token
             # One after the other, since a copy of the logits is made on the way.
-            each = [_normalised(of_token, logits[:, place]) for place, of_token in enumerate(own)]
+            each = [_log_probabilities(of_token, logits[:, place]) for place, of_token in enumerate(picks)]
             log_probabilities = torch.stack(each, dim=1).cpu()
-            found[0, rows, : len(tokens)], found[1, rows, : len(tokens)] = log_probabilities[1:], log_probabilities[0]
+            scores[0, rows, : len(tokens)], scores[1, rows, : len(tokens)] = log_probabilities[1:], log_probabilities[0]
             if ranks:
-                ahead = [(logits[:, place] >= of_token[:, None]).sum(dim=-1) for place, of_token in enumerate(own)]
-                place = torch.stack(ahead, dim=1).cpu()
-                places[0, rows, : len(tokens)], places[1, rows, : len(tokens)] = place[1:], place[0]
-    patched, clean = (Scored(*both) for both in zip(found, places if ranks else (None, None), strict=True))
+                ahead = [(logits[:, place] >= of_token[:, None]).sum(dim=-1) for place, of_token in enumerate(picks)]
+                counts = torch.stack(ahead, dim=1).cpu()
+                places[0, rows, : len(tokens)], places[1, rows, : len(tokens)] = counts[1:], counts[0]
+    patched, clean = (Scored(*both) for both in zip(scores, places if ranks else (None, None), strict=True))
     return Scores(patched, clean)
 
 
@@ -149,7 +149,7 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
     scores = torch.empty(1 + rows, len(candidates))  # the clean row first
     everyone = torch.arange(1 + rows)
     for here, logits in _with_clean(read, everyone, (), 1):
-        scores[here] = _normalised(logits[:, 0, [candidate[0] for candidate in candidates]], logits[:, 0]).cpu()
+        scores[here] = _log_probabilities(logits[:, 0, [candidate[0] for candidate in candidates]], logits[:, 0]).cpu()
     first = scores.clone()
     scored = [not stem for stem in stems]
     for stem in _longest(stems):
@@ -161,14 +161,14 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
         if len(needed):
             for here, logits in _with_clean(read, needed, stem, len(stem)):
                 for n in members:
-                    rest = [
-                        _normalised(logits[:, place, token], logits[:, place])
+                    terms = [
+                        _log_probabilities(logits[:, place, token], logits[:, place])
                         for place, token in enumerate(pieces[n][1:])
                     ]
                     if onward[n]:
-                        further = _normalised(logits[:, len(rest), onward[n]], logits[:, len(rest)])
-                        rest.append((-further.exp().sum(dim=1).clamp(max=1)).log1p())
-                    scores[here, n] = first[here, n] + torch.stack(rest).sum(dim=0).cpu()
+                        further = _log_probabilities(logits[:, len(terms), onward[n]], logits[:, len(terms)])
+                        terms.append((-further.exp().sum(dim=1).clamp(max=1)).log1p())
+                    scores[here, n] = first[here, n] + torch.stack(terms).sum(dim=0).cpu()
         for n in members:
             scored[n] = True
     if measure == "mean":
@@ -204,6 +204,6 @@ def _with_clean(read: Read, needed: Tensor, forced: Tokens, last: int) -> Iterat
         yield torch.cat([torch.tensor([0]), 1 + rows]), logits
 
 
-def _normalised(own: Tensor, logits: Tensor) -> Tensor:
+def _log_probabilities(token_logits: Tensor, logits: Tensor) -> Tensor:
     """The logits of a token, (rows,), or of some, (rows, tokens), as log-probabilities; `logits` are (rows, vocab)."""
-    return own.float() - logits.float().logsumexp(dim=-1, keepdim=own.ndim == 2)
+    return token_logits.float() - logits.float().logsumexp(dim=-1, keepdim=token_logits.ndim == 2)

@@ -84,19 +84,19 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
     expected = trial.expected(yardstick)
     if not all(logits.isfinite().all() for logits in expected):
         raise ModelError(f"the logits of {model.name} are {not_finite(model.dtype)}")
-    allowed = trial.allowed(yardstick, expected)
+    tolerances = trial.tolerances(yardstick, expected)
 
-    staircase, found, fault = _tried("staircase", trial, expected, allowed)
+    staircase, gap, fault = _try_path("staircase", trial, expected, tolerances)
     if staircase is not None:
-        return staircase, SelfCheck("staircase", f"within {found.difference:.0e} of whole-prompt passes", *found)
+        return staircase, SelfCheck("staircase", f"within {gap.difference:.0e} of whole-prompt passes", *gap)
     reason = f"on {type(model.hf).__name__} the staircase {fault}"
-    plain, _, own_fault = _tried("plain", trial, expected, allowed)
+    plain, _, cache_fault = _try_path("plain", trial, expected, tolerances)
     if plain is not None:
-        return plain, SelfCheck("plain", reason, *found)
-    return yardstick, SelfCheck("uncached", f"{reason}, and going on from its own cache {own_fault}", *found)
+        return plain, SelfCheck("plain", reason, *gap)
+    return yardstick, SelfCheck("uncached", f"{reason}, and going on from its own cache {cache_fault}", *gap)
 
 
-class _Found(NamedTuple):
+class _Gap(NamedTuple):
     """A difference between logits and how much of one was allowed, in standard deviations; None if none was found."""
 
     difference: float | None = None
@@ -122,7 +122,7 @@ class _Trial:
         return torch.arange(3, 4 + len(self.writes), device=self.model.device) % self.model.config.vocab_size
 
     @property
-    def kept(self) -> Tensor:
+    def every_other(self) -> Tensor:
         """The rows that are left for the second step: every other one."""
         return torch.arange(0, 1 + len(self.writes), 2, device=self.model.device)
 
@@ -130,7 +130,7 @@ class _Trial:
         """What `run` should give, from whole prompts: in one pass, since no token changes what stands before it."""
         logits = yardstick.read(self.writes, 1 + self.room, self.tokens[:, None].expand(-1, self.room))
         answers = [logits[:, step] for step in range(self.room and 1 + self.room)]
-        return [*answers[:2], *(logits[self.kept] for logits in answers[2:]), logits[:, 0]]
+        return [*answers[:2], *(logits[self.every_other] for logits in answers[2:]), logits[:, 0]]
 
     def run(self, path: Staircase | PlainPath) -> list[Tensor]:
         """The logits of all rows, then after a token more, then of every other row after yet another; last those of a
@@ -143,12 +143,12 @@ class _Trial:
             rows.step(self.tokens)
             answers.append(rows.logits)
         if self.room > 1:
-            rows.keep(self.kept)
-            rows.step(self.tokens[self.kept])
+            rows.keep(self.every_other)
+            rows.step(self.tokens[self.every_other])
             answers.append(rows.logits)
         return [*answers, path.read(self.writes)[:, -1]]
 
-    def allowed(self, yardstick: PlainPath, expected: list[Tensor]) -> list[Tensor]:
+    def tolerances(self, yardstick: PlainPath, expected: list[Tensor]) -> list[Tensor]:
         """How far the logits of each row may be from those expected, (rows,) for each answer."""
         # Quantised weights are unpacked to half precision on the way.
         dtype = torch.bfloat16 if self.model.quantised else self.model.dtype
@@ -158,21 +158,21 @@ class _Trial:
         least = [
             torch.finfo(dtype).eps * logits.abs().amax(-1).double() / logits.double().std(-1) for logits in expected
         ]
-        allowed = [2 * changed.cpu().clamp(min=TOLERANCE[torch.float32]) for changed in least]
+        tolerances = [2 * each.cpu().clamp(min=TOLERANCE[torch.float32]) for each in least]
         for seed in range(ROUNDINGS):
             with _rounding_otherwise(self.model, torch.finfo(dtype).eps, seed):
-                changed = _differences(self.expected(yardstick), expected)
+                changes = _differences(self.expected(yardstick), expected)
             # A row of which these roundings happen to change little is given what they change on average.
-            changed = [row.clamp(min=row.mean().item()) for row in changed]
-            allowed = [torch.maximum(most, 2 * more) for most, more in zip(allowed, changed, strict=True)]
-        return allowed
+            changes = [row.clamp(min=row.mean().item()) for row in changes]
+            tolerances = [torch.maximum(most, 2 * more) for most, more in zip(tolerances, changes, strict=True)]
+        return tolerances
 
-    def hold(self, standing: Mapping[int, Tensor]) -> bool:
+    def hold(self, streams: Mapping[int, Tensor]) -> bool:
         """Whether the states that are patched stand in the streams that decoder layers have read."""
         # What is patched into the last is read by the model's tail, to which its length is nothing.
         layers = [layer for layer in self.writes.present if layer < self.model.n_layers]
         return all(
-            _stands(here.vectors[here.rows == row].to(standing[layer]), standing[layer])
+            _stands(here.vectors[here.rows == row].to(streams[layer]), streams[layer])
             for layer, here in ((layer, self.writes.at(layer)) for layer in layers)
             for row in here.rows.unique()
         )
@@ -180,8 +180,8 @@ class _Trial:
 
 def _stands(state: Tensor, stream: Tensor) -> bool:
     """Whether all vectors of `state` (positions, hidden) stand in one row of `stream` (rows, tokens, hidden)."""
-    found = (stream[:, :, None] == state).all(dim=-1)  # (rows, tokens, positions)
-    return bool(found.any(dim=1).all(dim=-1).any())
+    matches = (stream[:, :, None] == state).all(dim=-1)  # (rows, tokens, positions)
+    return bool(matches.any(dim=1).all(dim=-1).any())
 
 
 def _rounding_otherwise(model: LanguageModel, eps: float, seed: int) -> AbstractContextManager[None]:
@@ -195,31 +195,31 @@ def _rounding_otherwise(model: LanguageModel, eps: float, seed: int) -> Abstract
     return editing(model, dict.fromkeys(range(model.n_layers + 1), edit))
 
 
-def _tried(
-    name: PathName, trial: _Trial, expected: list[Tensor], allowed: list[Tensor]
-) -> tuple[Staircase | PlainPath | None, _Found, str]:
+def _try_path(
+    name: PathName, trial: _Trial, expected: list[Tensor], tolerances: list[Tensor]
+) -> tuple[Staircase | PlainPath | None, _Gap, str]:
     """A path if it agrees with what is expected; where it differs most, and what to say of it if it does not agree."""
-    standing: dict[int, Tensor] = {}
+    streams: dict[int, Tensor] = {}
     try:
         path = PATHS[name](trial.model, trial.target)
-        with looking_on(trial.model, standing.__setitem__):
+        with looking_on(trial.model, streams.__setitem__):
             answers = trial.run(path)
     except (AssertionError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
         if out_of_memory(error):
             raise
         # Whatever a model's code says to such a batch or cache, the other paths do not depend on it.
-        return None, _Found(), f"does not run ({' '.join(str(error).split())})"
-    differences, most = torch.cat(_differences(answers, expected)), torch.cat(allowed)
+        return None, _Gap(), f"does not run ({' '.join(str(error).split())})"
+    differences, most = torch.cat(_differences(answers, expected)), torch.cat(tolerances)
     # Not a number compares as neither more nor less.
     differences = differences.nan_to_num(nan=math.inf)
     over = (differences / most).argmax()
     if differences[over] > most[over]:
-        return None, _Found(differences[over].item(), most[over].item()), f"is {differences[over]:.1e} off"
+        return None, _Gap(differences[over].item(), most[over].item()), f"is {differences[over]:.1e} off"
     largest = differences.argmax()
-    found = _Found(differences[largest].item(), most[largest].item())
-    if not trial.hold(standing):
-        return None, found, "does not hold the states that are patched as they are"
-    return path, found, ""
+    gap = _Gap(differences[largest].item(), most[largest].item())
+    if not trial.hold(streams):
+        return None, gap, "does not hold the states that are patched as they are"
+    return path, gap, ""
 
 
 def _differences(answers: list[Tensor], expected: list[Tensor]) -> list[Tensor]:

@@ -17,7 +17,7 @@ from transformers import Cache, DynamicCache
 
 from pscope.engine.batching import find_batch_axes, fitting
 from pscope.engine.generate import CachedRows
-from pscope.engine.writes import Here, Writes
+from pscope.engine.writes import LayerWrites, Writes
 from pscope.errors import ModelError
 from pscope.models.caches import grown, keep, other_kinds
 from pscope.models.model import LanguageModel
@@ -57,14 +57,16 @@ class Staircase:
     def _climb(self, writes: Writes, new_tokens: int, last: int) -> tuple[Tensor, Cache]:
         """The logits of the clean row and the patched ones, (1 + rows, last, vocab), and their cache."""
         total, top = len(writes) + 1, self.model.n_layers
-        joining = writes.lowest
-        # They climb by layer. The stream is put back in the order given, since the logits are many times as large.
-        given = torch.cat([torch.zeros(1, dtype=torch.long), 1 + joining.argsort(stable=True).argsort()])
-        edits = {
-            layer: self._written(int((joining == layer).sum()), writes.at(layer), given) for layer in writes.present
-        }
+        lowest = writes.lowest
+        # Where in the stream each row stands once all have joined, since they climb by layer.
+        places = torch.cat([torch.zeros(1, dtype=torch.long), 1 + lowest.argsort(stable=True).argsort()])
+        # 1. At each layer its rows join, and its writes are made: (rows, tokens, hidden) → (rows + joiners, …).
+        joiners = {layer: int((lowest == layer).sum()) for layer in writes.present}
+        edits = {layer: self._joining_edit(joiners[layer], writes.at(layer), places) for layer in joiners}
+        # 2. Before that, at layer 0, only the clean row goes up: (total, tokens, hidden) → (1, tokens, hidden).
         edits[0] = _in_turn(_only_clean, edits.get(0))
-        edits[top] = _in_turn(edits.get(top), lambda stream: stream[given.to(stream.device)])
+        # 3. After that, at the top, all are put in the order given, (total, tokens, hidden): their logits are larger.
+        edits[top] = _in_turn(edits.get(top), lambda stream: stream[places.to(stream.device)])
         # The model is given all rows, so that what it does with the whole batch at the top is right; of their streams
         # the first goes up, and the others join it, each at its layer.
         with self.model.lock:
@@ -73,18 +75,18 @@ class Staircase:
             with editing(self.model, edits), fitting(self.model, self._batch_axes):
                 logits = self.model.logits(self._suffix(total), cache, last)
         if new_tokens:
-            keep(cache, given.to(self.model.device))
+            keep(cache, places.to(self.model.device))
         return logits, cache
 
-    def _written(self, joining: int, here: Here, given: Tensor) -> Regrown:
+    def _joining_edit(self, joiners: int, here: LayerWrites, places: Tensor) -> Regrown:
         """The edit that lets rows join, as copies of the clean row, row 0, and makes the writes of one layer.
 
-        `given` are the places in the stream of rows as they are numbered, the clean one first.
+        `places` are those in the stream of rows as they are numbered, the clean one first.
         """
-        rows, columns = given[1 + here.rows], here.positions - len(self._prefix_ids)
+        rows, columns = places[1 + here.rows], here.positions - len(self._prefix_ids)
 
         def edit(stream: Tensor) -> Tensor:
-            stream = torch.cat([stream, stream[:1].expand(joining, -1, -1)])
+            stream = torch.cat([stream, stream[:1].expand(joiners, -1, -1)])
             stream[rows, columns] = here.vectors.to(stream)
             return stream
 
@@ -111,11 +113,11 @@ def staircase_row_bytes(model: LanguageModel, target: Prompt, new_tokens: int, l
     prefix = min(target.positions)
     suffix = len(target) - prefix
     if new_tokens:
-        cached = model.cache_bytes(prefix + suffix + new_tokens)
+        cache_bytes = model.cache_bytes(prefix + suffix + new_tokens)
     else:
         # They are forgotten layer by layer.
-        cached = 2 * max(layer.per_row + (prefix + suffix) * layer.per_token for layer in model.kept)
-    return cached + model.activation_bytes(suffix, prefix, last)
+        cache_bytes = 2 * max(layer.per_row + (prefix + suffix) * layer.per_token for layer in model.kept)
+    return cache_bytes + model.activation_bytes(suffix, prefix, last)
 
 
 def _only_clean(stream: Tensor) -> Tensor:

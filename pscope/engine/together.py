@@ -19,7 +19,7 @@ from pscope.engine.patchscope import Patchscope
 from pscope.errors import RowError
 
 
-class Asked(NamedTuple):
+class Request(NamedTuple):
     """States (rows, hidden) to be patched into the target of a Patchscope, each at its layer."""
 
     scope: Patchscope
@@ -28,25 +28,25 @@ class Asked(NamedTuple):
 
 
 def generate_together(
-    asked: Sequence[Asked], decoding: Decoding, settled: Settled | None = None
+    requests: Sequence[Request], decoding: Decoding, settled: Settled | None = None
 ) -> list[Continuations]:
-    """What `Patchscope.generate` gives for each of those asked, token for token; those that can share a batch do.
+    """What `Patchscope.generate` gives for each request, token for token; those that can share a batch do.
 
-    The Patchscopes are of one model. Rows are numbered through all that is asked, for `settled` and in a RowError.
+    The Patchscopes are of one model. Rows are numbered through all requests, for `settled` and in a RowError.
     """
-    said: list[Continuations] = []
+    continuations: list[Continuations] = []
     numbered = 0
-    for group in _groups(asked, decoding):
-        said += _generate(group, decoding, settled, numbered)
+    for group in _groups(requests, decoding):
+        continuations += _generate(group, decoding, settled, numbered)
         numbered += sum(len(each.states) for each in group)
-    return said
+    return continuations
 
 
-def _groups(asked: Sequence[Asked], decoding: Decoding) -> Iterator[list[Asked]]:
+def _groups(requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Request]]:
     """Neighbours that can share a batch, and fit into it."""
-    group: list[Asked] = []
+    group: list[Request] = []
     room = 0
-    for each in asked:
+    for each in requests:
         rows = 1 + len(each.states)
         shares = each.scope.path == "staircase" and bool(group) and len(each.scope.target) == len(group[0].scope.target)
         if group and not (shares and rows <= room):
@@ -60,7 +60,7 @@ def _groups(asked: Sequence[Asked], decoding: Decoding) -> Iterator[list[Asked]]
         yield group
 
 
-def _generate(group: list[Asked], decoding: Decoding, settled: Settled | None, first: int) -> list[Continuations]:
+def _generate(group: list[Request], decoding: Decoding, settled: Settled | None, first: int) -> list[Continuations]:
     if len(group) == 1:
         ((scope, states, layers),) = group
         try:
@@ -69,21 +69,21 @@ def _generate(group: list[Asked], decoding: Decoding, settled: Settled | None, f
         except RowError as error:
             raise RowError(error.row if error.row < 0 else first + error.row, error.reason) from error
     # The clean row of each target, which has no number, comes before its patched ones.
-    counted = count(first)
-    numbers = [number for each in group for number in (-1, *islice(counted, len(each.states)))]
+    counter = count(first)
+    numbers = [number for each in group for number in (-1, *islice(counter, len(each.states)))]
     model = group[0].scope.model
-    started = [each.scope.start(each.states, each.target_layers, decoding) for each in group]
+    parts = [each.scope.start(each.states, each.target_layers, decoding) for each in group]
     # As all rows are on the staircase.
-    rows = CachedRows.joined(cast(list[CachedRows], started))
+    rows = CachedRows.joined(cast(list[CachedRows], parts))
     draws = torch.cat([decoding.draws(1 + len(each.states)) for each in group])
     ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, numbers))
     try:
-        spoken = iter(continue_rows(rows, decoding, draws, ends))
+        tokens = iter(continue_rows(rows, decoding, draws, ends))
     except RowError as error:
         raise RowError(numbers[error.row], error.reason) from error
-    said = []
+    continuations = []
     for each in group:
-        clean = next(spoken)
-        text = partial(decoding.text, tokenizer=model.tokenizer)
-        said.append(Continuations([next(spoken) for _ in each.states], clean, text))
-    return said
+        clean = next(tokens)
+        decode = partial(decoding.text, tokenizer=model.tokenizer)
+        continuations.append(Continuations([next(tokens) for _ in each.states], clean, decode))
+    return continuations

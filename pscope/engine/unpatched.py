@@ -70,10 +70,10 @@ def continue_prompts(
             ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, batch))
             ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)
             try:
-                spoken = continue_rows(_start(model, ids, path), decoding, draws[batch], ends)
+                continuations = continue_rows(_start(model, ids, path), decoding, draws[batch], ends)
             except RowError as error:
                 raise RowError(batch[error.row], error.reason) from error
-            yield from zip(batch, spoken, strict=True)
+            yield from zip(batch, continuations, strict=True)
 
 
 def _start(model: LanguageModel, ids: Tensor, path: PathName) -> Rows:

@@ -34,7 +34,7 @@ class Write(NamedTuple):
         return Write(layer, position, as_vectors(self.vector, "vectors"))
 
 
-class Here(NamedTuple):
+class LayerWrites(NamedTuple):
     """The writes in one layer: the row and the position of each, (writes,), and its vector, (writes, hidden)."""
 
     rows: Tensor
@@ -63,8 +63,8 @@ class Writes:
     @classmethod
     def of(cls, rows: Sequence[Sequence[Write]]) -> Writes:
         """The writes of each row, in any layers and positions. Raises PscopeError for a row without any, or others."""
-        listed = isinstance(rows, (list, tuple)) and all(type(row) in (list, tuple) for row in rows)
-        if not listed or not all(isinstance(write, Write) for row in rows for write in row):
+        are_lists = isinstance(rows, (list, tuple)) and all(type(row) in (list, tuple) for row in rows)
+        if not are_lists or not all(isinstance(write, Write) for row in rows for write in row):
             raise PscopeError(f"rows are lists of Write(layer, position, vector), as [[Write(…)], …], not {told(rows)}")
         if not all(rows) or not rows:
             raise PscopeError("a row has one write at least")
@@ -104,11 +104,11 @@ class Writes:
         """The lowest layer in which each row writes, (rows,)."""
         return torch.where(self.layers == NOWHERE, torch.iinfo(self.layers.dtype).max, self.layers).amin(dim=1)
 
-    def at(self, layer: int) -> Here:
+    def at(self, layer: int) -> LayerWrites:
         """What is written in one layer."""
         rows, slots = (self.layers == layer).nonzero(as_tuple=True)
         device = self.vectors.device
-        return Here(rows, self.positions[rows, slots], self.vectors[rows.to(device), slots.to(device)])
+        return LayerWrites(rows, self.positions[rows, slots], self.vectors[rows.to(device), slots.to(device)])
 
     def check(self, positions: Sequence[int], n_layers: int, hidden: int) -> None:
         """Raise PscopeError unless all go to `positions` of a target, and fit a model of that size."""
@@ -130,9 +130,9 @@ class Writes:
             )
         # One number for each place, and none twice but for those that are nowhere.
         places = (self.layers * (1 + max(positions)) + self.positions).masked_fill(~written, NOWHERE).sort(dim=1).values
-        twice = ((places.diff(dim=1) == 0) & (places[:, 1:] != NOWHERE)).nonzero()
-        if len(twice):
-            row, slot = twice[0].tolist()
+        repeats = ((places.diff(dim=1) == 0) & (places[:, 1:] != NOWHERE)).nonzero()
+        if len(repeats):
+            row, slot = repeats[0].tolist()
             layer, position = divmod(int(places[row, slot]), 1 + max(positions))
             raise PscopeError(f"row {row} writes twice at layer {layer}, position {position}; give one vector for it")
 
@@ -141,11 +141,11 @@ def spread_over(states: Tensor, layers: Tensor, positions: Sequence[int]) -> Wri
     """Writes of `states` (rows, positions, hidden), each in the layers (rows, layers) of its row: all positions of the
     first layer come first.
     """
-    rows, held = layers.shape
+    rows, n_layers = layers.shape
     return Writes(
-        states.repeat(1, held, 1) if held > 1 else states,
+        states.repeat(1, n_layers, 1) if n_layers > 1 else states,
         layers.repeat_interleave(len(positions), dim=1),
-        torch.tensor(list(positions)).repeat(rows, held),
+        torch.tensor(list(positions)).repeat(rows, n_layers),
     )
 
 
@@ -158,7 +158,7 @@ def over_clean(states: Tensor, clean: Tensor, scales: Tensor, *, norm: bool, add
     states = states.to(torch.promote_types(states.dtype, clean.dtype))
     clean = clean.to(states)
     if norm:
-        own = states.norm(dim=-1, keepdim=True)
-        states = states * (clean.norm(dim=-1, keepdim=True) / torch.where(own == 0, 1, own))
+        lengths = states.norm(dim=-1, keepdim=True)
+        states = states * (clean.norm(dim=-1, keepdim=True) / torch.where(lengths == 0, 1, lengths))
     states = scales * states
     return clean + states if add else states

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pscope.engine.generate import Decoding
 from pscope.engine.patchscope import Patchscope
-from pscope.engine.together import Asked, generate_together
+from pscope.engine.together import Request, generate_together
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.experiment import Unit, Work, seed_of
 from pscope.experiments.grid import source_layers
@@ -223,13 +223,13 @@ def _spoken(
     }
     order = [place for places in of.values() for place in places]
     layers = [target for _, target in pairs]
-    asked = [
-        Asked(scopes[target], read.states[places].flatten(0, 1), layers * len(places)) for target, places in of.items()
+    requests = [
+        Request(scopes[target], read.states[of[target]].flatten(0, 1), layers * len(of[target])) for target in of
     ]
     settled_row = None if settled is None else lambda row, text: settled(order[row // len(pairs)], text)
     with naming_rows(Read([read.sources[place] for place in order], read.states), pairs):
-        spoken = generate_together(asked, decoding, settled_row)
-    tokenizer = asked[0].scope.model.tokenizer
+        spoken = generate_together(requests, decoding, settled_row)
+    tokenizer = requests[0].scope.model.tokenizer
     texts = iter([decoding.text(row, tokenizer) for said in spoken for row in said.patched])
     by_place = {place: [next(texts) for _ in pairs] for place in order}
     return by_place, {target: decoding.text(said.clean, tokenizer) for target, said in zip(of, spoken, strict=True)}
