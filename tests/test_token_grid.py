@@ -126,7 +126,7 @@ def test_a_lens_goes_on_greedily_from_a_prompt(tiny):
 def test_a_tie_goes_to_the_models_own_answer(tiny):
     grid = grid_of(tiny, "one")
     logits = torch.zeros(1, 8)
-    (cell,) = grid._ranked(logits, torch.tensor([5]))
+    (cell,) = grid._top(logits, torch.tensor([5]))
     assert cell[0]["answer_rank"] == 1
 
 

@@ -19,7 +19,7 @@ FEWEST = 4
 
 
 def rank_agreement(
-    scores: pd.DataFrame, said: pd.DataFrame, key: str, unit: list[str], group: str, seed: int = 0
+    scores: pd.DataFrame, continuations: pd.DataFrame, key: str, unit: list[str], group: str, seed: int = 0
 ) -> pd.DataFrame:
     """Spearman's rank correlation of the shares answered by score and by word, over the pairs of layers that were said.
 
@@ -30,43 +30,43 @@ def rank_agreement(
     band around less. `rho` is missing where all shares are alike or fewer than four are ranked, the band where there is
     but one group.
     """
-    found, scored_means, said_means = [], [], []
-    for value, spoken in said.groupby(key, sort=False):
-        heard = found_at(spoken, PATCHED, unit)
-        scored = found_at(scores[scores[key] == value], PATCHED, unit)
-        both, units = heard.columns.intersection(scored.columns), heard.index.intersection(scored.index)
-        if both.empty or units.empty:
+    results, score_means, word_means = [], [], []
+    for value, part in continuations.groupby(key, sort=False):
+        by_word = found_at(part, PATCHED, unit)
+        by_score = found_at(scores[scores[key] == value], PATCHED, unit)
+        pairs, units = by_word.columns.intersection(by_score.columns), by_word.index.intersection(by_score.index)
+        if pairs.empty or units.empty:
             continue
-        groups = spoken.drop_duplicates(unit).set_index(unit, drop=False)[group]
-        one, other = (_resampled(cells.loc[units, both], groups.loc[units], seed) for cells in (scored, heard))
-        found.append({key: value, "ranked": "pairs of layers", **_agreement(one, other)})
-        scored_means.append(one.mean(axis=1))
-        said_means.append(other.mean(axis=1))
-    if len(found) > 1:
-        means = (np.stack(each, axis=1) for each in (scored_means, said_means))
-        found.append({key: ALL, "ranked": key, **_agreement(*means)})
-    return pd.DataFrame(found, columns=[key, "ranked", "count", "rho", "low", "high"])
+        groups = part.drop_duplicates(unit).set_index(unit, drop=False)[group]
+        shares = [_resampled_shares(cells.loc[units, pairs], groups.loc[units], seed) for cells in (by_score, by_word)]
+        results.append({key: value, "ranked": "pairs of layers", **_agreement(*shares)})
+        score_means.append(shares[0].mean(axis=1))
+        word_means.append(shares[1].mean(axis=1))
+    if len(results) > 1:
+        means = (np.stack(each, axis=1) for each in (score_means, word_means))
+        results.append({key: ALL, "ranked": key, **_agreement(*means)})
+    return pd.DataFrame(results, columns=[key, "ranked", "count", "rho", "low", "high"])
 
 
-def _resampled(cells: pd.DataFrame, groups: pd.Series, seed: int) -> np.ndarray:
+def _resampled_shares(cells: pd.DataFrame, groups: pd.Series, seed: int) -> np.ndarray:
     """The share of each column, (1 + resamples, columns): first as it is, then with groups drawn anew."""
     by_group = cells.groupby(groups)
     sums, counts = by_group.sum().to_numpy(), by_group.size().to_numpy()
-    drawn = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
-    weights = np.vstack([np.ones_like(counts), drawn])
+    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
+    weights = np.vstack([np.ones_like(counts), draws])
     return (weights @ sums) / (weights @ counts)[:, None]
 
 
-def _agreement(scored: np.ndarray, said: np.ndarray) -> dict[str, float]:
+def _agreement(by_score: np.ndarray, by_word: np.ndarray) -> dict[str, float]:
     """The rank correlation of two sets of shares, (1 + resamples, columns) each, and its band."""
-    unknown = {"count": scored.shape[1], "rho": np.nan, "low": np.nan, "high": np.nan}
-    if scored.shape[1] < FEWEST:
+    unknown = {"count": by_score.shape[1], "rho": np.nan, "low": np.nan, "high": np.nan}
+    if by_score.shape[1] < FEWEST:
         return unknown
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConstantInputWarning)
-        whole, *resampled = (spearmanr(one, other).statistic for one, other in zip(scored, said, strict=True))
+        rho, *resampled = (spearmanr(one, other).statistic for one, other in zip(by_score, by_word, strict=True))
     # Of a perfect agreement z would be infinite.
-    z, *around = np.arctanh(np.clip([whole, *resampled], -0.999, 0.999))
+    z, *around = np.arctanh(np.clip([rho, *resampled], -0.999, 0.999))
     spread = 1.96 * np.nanstd(around) if len(set(resampled)) > 1 else np.nan
-    low, high = np.minimum(whole, np.tanh(z - spread)), np.maximum(whole, np.tanh(z + spread))
-    return {**unknown, "rho": whole, "low": low, "high": high}
+    low, high = np.minimum(rho, np.tanh(z - spread)), np.maximum(rho, np.tanh(z + spread))
+    return {**unknown, "rho": rho, "low": low, "high": high}

@@ -23,10 +23,10 @@ from pscope.errors import PromptError, PscopeError
 from pscope.experiments.experiment import Experiment, U, Unit, Work, of_kind, permuted, tidy
 from pscope.experiments.grid import source_layers, source_prompt
 from pscope.experiments.held_out import FOLDS, draw_folds
-from pscope.experiments.known import Wanted
+from pscope.experiments.known import Inquiry
 from pscope.experiments.probe import probe_elsewhere
 from pscope.experiments.scored_sweep import SCORED_TYPES, scored_sweep
-from pscope.experiments.sweep import PATCHED, TYPES, Source, borrowed, mark_chosen, patched_rows, sweep
+from pscope.experiments.sweep import PATCHED, TYPES, Source, borrowed_rows, mark_chosen, patched_rows, sweep
 from pscope.inputs.relations import Relation, Sample
 from pscope.metrics import answer_found, distinct_answers, same_answer
 from pscope.models.model import LanguageModel
@@ -68,14 +68,12 @@ class Question:
         """The question with the subject in the place of the placeholder."""
         return written_out(self.target, sample.subject)
 
-    def known(self, said: Mapping[str, str], samples: int, seed: int) -> tuple[Question, int]:
-        """The question of so many subjects, drawn by the seed among those whose answer stands in what the model `said`.
+    def known(self, texts: Mapping[str, str], samples: int, seed: int) -> tuple[Question, int]:
+        """The question of so many subjects, drawn by the seed among those whose answer stands in what the model says.
 
-        `said` is by plain question. Also returned is among how many they were drawn.
+        `texts` are what it says, by plain question. Also returned is among how many they were drawn.
         """
-        answered = [
-            place for place, sample in enumerate(self.samples) if answer_found(said[self.plain(sample)], sample.answers)
-        ]
+        answered = [n for n, each in enumerate(self.samples) if answer_found(texts[self.plain(each)], each.answers)]
         drawn = sorted(answered[index] for index in permuted(seed, len(answered))[:samples])
         own, sources = tuple(self.samples[place] for place in drawn), tuple(self.sources[place] for place in drawn)
         return replace(self, samples=own, sources=sources), len(answered)
@@ -102,7 +100,7 @@ def question_of(model: LanguageModel, relation: Relation, contexts: int) -> Ques
     return Question(relation, target, tuple(samples), tuple(sources), tuple(unread))
 
 
-def plain_questions(questions: Sequence[Question]) -> list[Wanted]:
+def plain_questions(questions: Sequence[Question]) -> list[Inquiry]:
     """What is asked to find out what the model knows: every question in plain words, and the answers that count."""
     return [(question.plain(sample), sample.answers) for question in questions for sample in question.samples]
 
@@ -133,7 +131,7 @@ class _Attributes(Experiment[U]):
     """
 
     types: Mapping[str, str]
-    told: str
+    answer_column: str
 
     def __init__(self, model: LanguageModel, questions: Sequence[Question], seed: int, memory: int) -> None:
         questions = as_list(Question, questions, "questions", "make them of relations with question_of")
@@ -183,16 +181,16 @@ class _Attributes(Experiment[U]):
         answers = {
             (unit.about["relation"], unit.about["subject"]): unit.answers for unit in of_kind(self.units, Source)
         }
-        theirs = borrowed(table, pd.DataFrame(self._lenders), "subject", ("relation", "context"))
+        theirs = borrowed_rows(table, pd.DataFrame(self._lenders), "subject", ("relation", "context"))
         # Thousands of rows have one answer.
-        cases = theirs[["relation", "subject", self.told]].drop_duplicates()
-        right = same_answer if self.told == "answer" else answer_found
-        found = [right(case[-1], answers[case[:-1]]) for case in cases.itertuples(index=False, name=None)]
+        cases = theirs[["relation", "subject", self.answer_column]].drop_duplicates()
+        matches = same_answer if self.answer_column == "answer" else answer_found
+        found = [matches(case[-1], answers[case[:-1]]) for case in cases.itertuples(index=False, name=None)]
         theirs = theirs.drop(columns="found").merge(cases.assign(found=found), sort=False)
         theirs = theirs.assign(condition=ANOTHER, state_of=theirs["lender"])
         return pd.concat([table, tidy(theirs, self.types)], ignore_index=True)
 
-    def _tidied(self, rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
+    def _table(self, rows: Iterable[Mapping[str, object]]) -> pd.DataFrame:
         table = tidy(rows, self.types)
         return table.assign(state_of=table["subject"].where(table["condition"] == PATCHED))
 
@@ -214,7 +212,7 @@ class AttributeScores(_Attributes[Source | Probing]):
       layer that was best, or tied, when the other folds were probed by each other alone.
     """
 
-    types, told = ATTRIBUTE_SCORE_TYPES, "answer"
+    types, answer_column = ATTRIBUTE_SCORE_TYPES, "answer"
 
     def __init__(
         self,
@@ -237,15 +235,15 @@ class AttributeScores(_Attributes[Source | Probing]):
 
     def read(self, units: Sequence[Source | Probing]) -> pd.DataFrame:
         if probes := of_kind(units, Probing):
-            return pd.concat([self._probed(unit) for unit in probes], ignore_index=True)
-        return self._tidied(scored_sweep(self.scope, of_kind(units, Source), self._seed, self._by))
+            return pd.concat([self._probe(unit) for unit in probes], ignore_index=True)
+        return self._table(scored_sweep(self.scope, of_kind(units, Source), self._seed, self._by))
 
     def work(self, unit: Source | Probing) -> Work:
         if isinstance(unit, Probing):
             return Work(sum(len(source) for sources in unit.question.sources for source in sources))
         return unit.work(new_tokens=0)
 
-    def _probed(self, unit: Probing) -> pd.DataFrame:
+    def _probe(self, unit: Probing) -> pd.DataFrame:
         """A logistic regression per layer, and the majority class, each fitted on the other folds."""
         question, (layers, _) = unit.question, source_layers(self._pairs)
         read = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
@@ -259,13 +257,13 @@ class AttributeScores(_Attributes[Source | Probing]):
         rows = []
         for number, (sample, context) in enumerate(read):
             base = {**_about(question, sample, unit.folds, context), "nameable": probed.nameable[number]}
-            told = {"answer": probed.majority[number], "found": probed.majority_right[number]}
-            rows.append({**base, "condition": MAJORITY, **told})
+            columns = {"answer": probed.majority[number], "found": probed.majority_right[number]}
+            rows.append({**base, "condition": MAJORITY, **columns})
             base.update(position=prompts[number].position, token=prompts[number].token, state_of=base["subject"])
             for place, layer in enumerate(layers):
-                told = {"answer": probed.predicted[number, place], "found": probed.right[number, place]}
+                columns = {"answer": probed.predicted[number, place], "found": probed.right[number, place]}
                 chosen = probed.chosen[number, place]
-                rows.append({**base, "condition": PROBE, "layer": layer, **told, "chosen": chosen})
+                rows.append({**base, "condition": PROBE, "layer": layer, **columns, "chosen": chosen})
         return tidy(rows, self.types)
 
 
@@ -278,7 +276,7 @@ class AttributeExtraction(_Attributes[Source]):
     as soon as its answer is found, and those of all who borrow its state.
     """
 
-    types, told = ATTRIBUTE_TYPES, "continuation"
+    types, answer_column = ATTRIBUTE_TYPES, "continuation"
 
     def __init__(
         self,
@@ -300,7 +298,7 @@ class AttributeExtraction(_Attributes[Source]):
         yield from self._sources(question, tuple(dict.fromkeys(own)))
 
     def read(self, units: Sequence[Source]) -> pd.DataFrame:
-        return self._tidied(sweep(self.scope, units, self._decoding, self._seed))
+        return self._table(sweep(self.scope, units, self._decoding, self._seed))
 
     def work(self, unit: Source) -> Work:
         return unit.work(self._decoding.new_tokens)
@@ -316,8 +314,8 @@ def _folds(question: Question, seed: int) -> list[int]:
 
 
 def _about(question: Question, sample: int, folds: Sequence[int], context: int) -> dict[str, object]:
-    read = question.samples[sample]
-    names = {"relation": question.relation.name, "subject": read.subject, "object": read.object}
+    item = question.samples[sample]
+    names = {"relation": question.relation.name, "subject": item.subject, "object": item.object}
     return {**names, "context": context, "fold": folds[sample]}
 
 

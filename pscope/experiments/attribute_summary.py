@@ -17,8 +17,8 @@ RESAMPLES = 9999
 _UNIT = ["subject", "context"]
 
 
-def summarise(scores: pd.DataFrame, said: pd.DataFrame | None = None, seed: int = 0) -> pd.DataFrame:
-    """One row per relation, and, where rows were `said` too, a second one: how often the answer is right.
+def summarise(scores: pd.DataFrame, continuations: pd.DataFrame | None = None, seed: int = 0) -> pd.DataFrame:
+    """One row per relation, and, where there are `continuations` too, a second one: how often the answer is right.
 
     `judged` says which. `subjects` and `samples` (subject × context) count what was read. The paper's number is
     `oracle`, with `oracle_std`: at each ℓ the share of samples for which any ℓ* gives the answer, mean and standard
@@ -35,27 +35,27 @@ def summarise(scores: pd.DataFrame, said: pd.DataFrame | None = None, seed: int 
     missing.
     """
     relations = list(dict.fromkeys(scores["relation"]))
-    found = []
+    summaries = []
     for relation in relations:
-        own = scores[scores["relation"] == relation].astype({"found": float})
-        probe = own[own["condition"] == PROBE]
-        probed = probe[probe["chosen"].astype(bool)].groupby(_UNIT)["found"].mean()
+        of_relation = scores[scores["relation"] == relation].astype({"found": float})
+        probe = of_relation[of_relation["condition"] == PROBE]
+        probe_means = probe[probe["chosen"].astype(bool)].groupby(_UNIT)["found"].mean()
         nameable = probe[probe["nameable"].astype(bool)]["subject"].unique()
         beside = {
             "probe": probe["found"].mean(),
             "probe_std": probe.groupby("layer")["found"].mean().std(ddof=0),
-            "probe_held_out": probed.mean(),
-            "majority": own.loc[own["condition"] == MAJORITY, "found"].mean(),
+            "probe_held_out": probe_means.mean(),
+            "majority": of_relation.loc[of_relation["condition"] == MAJORITY, "found"].mean(),
             "nameable": len(nameable),
             "least_p": _least_p(len(nameable), len(relations)),
         }
-        for judged, table in ((SCORED, scores), (SAID, said)):
+        for judged, table in ((SCORED, scores), (SAID, continuations)):
             if table is not None:
                 rows = table[table["relation"] == relation].astype({"found": float})
                 result, held_out = _accuracies(rows, seed)
-                p = _corrected_p(held_out.loc[nameable], probed.loc[nameable], len(relations), seed)
-                found.append({"relation": relation, "judged": judged, **result, **beside, "p": p})
-    return pd.DataFrame(found)
+                p = _corrected_p(held_out.loc[nameable], probe_means.loc[nameable], len(relations), seed)
+                summaries.append({"relation": relation, "judged": judged, **result, **beside, "p": p})
+    return pd.DataFrame(summaries)
 
 
 def _accuracies(rows: pd.DataFrame, seed: int) -> tuple[dict[str, float], pd.Series]:
@@ -119,7 +119,7 @@ def over_layers(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         folds = rows.drop_duplicates(_UNIT).set_index(_UNIT)["fold"].loc[patched.index]
         probe = rows[rows["condition"] == PROBE].astype({"layer": int})
         lines: dict[tuple[str, str | None], pd.DataFrame] = {
-            (PATCHED, taken): cells for taken, cells in _taken(patched, folds).items()
+            (PATCHED, taken): cells for taken, cells in _reductions(patched, folds).items()
         }
         for control in (RANDOM, ANOTHER):
             cells = found_at(rows, control, _UNIT)
@@ -130,12 +130,12 @@ def over_layers(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         for (condition, taken), cells in lines.items():
             groups = cells.groupby("subject")
             low, high = share_bands(groups.sum().to_numpy(), groups.size().to_numpy(), seed)
-            told = {"relation": relation, "condition": condition, "taken": taken, "layer": cells.columns}
-            frames.append(pd.DataFrame({**told, "found": cells.mean().to_numpy(), "low": low, "high": high}))
+            columns = {"relation": relation, "condition": condition, "taken": taken, "layer": cells.columns}
+            frames.append(pd.DataFrame({**columns, "found": cells.mean().to_numpy(), "low": low, "high": high}))
     return pd.concat(frames, ignore_index=True)
 
 
-def _taken(patched: pd.DataFrame, folds: pd.Series) -> dict[str, pd.DataFrame]:
+def _reductions(patched: pd.DataFrame, folds: pd.Series) -> dict[str, pd.DataFrame]:
     """Each way of taking the target layers of a grid: (samples, layers)."""
     layers = patched.columns.unique("layer")
     at = {layer: patched.xs(layer, axis=1, level="layer", drop_level=False) for layer in layers}

@@ -20,8 +20,8 @@ def mean_bands(
     if units == 1:
         return np.full(sums.shape[1], np.nan), np.full(sums.shape[1], np.nan)
     random = np.random.default_rng(seed)
-    picked = random.multinomial(units, np.full(units, 1 / units), size=resamples)  # (resamples, units)
-    means = (picked @ sums) / (picked @ counts)[:, None]
+    weights = random.multinomial(units, np.full(units, 1 / units), size=resamples)  # (resamples, units)
+    means = (weights @ sums) / (weights @ counts)[:, None]
     low, high = np.quantile(means, [0.025, 0.975], axis=0)
     return low, high
 
@@ -33,8 +33,8 @@ def share_bands(sums: np.ndarray, counts: np.ndarray, seed: int) -> tuple[np.nda
     """
     low, high = mean_bands(sums, counts, seed)
     units = len(sums)
-    for agreed, right in ((sums == 0, 0), (sums == counts[:, None], units)):
-        exact = binomtest(right, units).proportion_ci(0.95, method="exact")
+    for agreed, successes in ((sums == 0, 0), (sums == counts[:, None], units)):
+        exact = binomtest(successes, units).proportion_ci(0.95, method="exact")
         cells = agreed.all(axis=0)
         low[cells], high[cells] = exact.low, exact.high
     return low, high

@@ -92,21 +92,21 @@ class CrossModel(Experiment[SampledText]):
         own = torch.cat(logits).float().log_softmax(-1)
         states = states[:, [layers.index(layer) for layer, _ in self._pairs]]
         frames = [
-            self._decoded(condition, places, states, own).assign(condition=condition) for condition in self._mappings
+            self._rows(condition, places, states, own).assign(condition=condition) for condition in self._mappings
         ]
         return tidy(pd.concat(frames, ignore_index=True), _TYPES)
 
-    def _decoded(self, condition: str, places: list[tuple[Sampled, int]], states: Tensor, own: Tensor) -> pd.DataFrame:
+    def _rows(self, condition: str, places: list[tuple[Sampled, int]], states: Tensor, own: Tensor) -> pd.DataFrame:
         """What states (samples, pairs, hidden) say, held against the source's log-probabilities (samples, vocab)."""
         mappings, pairs = self._mappings[condition], self._pairs
         texts = [self._texts[item.text] for item, _ in places]
         # What is the same for all samples is read once.
-        read, times = (states[:1], len(places)) if mappings.constant else (states, 1)
-        tokens = self._tokens(mappings.apply(read, pairs, texts[: len(read)])) * times
+        batch, times = (states[:1], len(places)) if mappings.constant else (states, 1)
+        tokens = self._tokens(mappings.apply(batch, pairs, texts[: len(batch)])) * times
         spelled = {token: decode(self.model.tokenizer, [token]) for token in set(tokens)}
         first = {token: self._in_source(token, text) for token, text in spelled.items()}
-        said = np.repeat(own.argmax(dim=-1).tolist(), len(pairs)).tolist()
-        known = {token: decode(self._source.tokenizer, [token]) for token in set(said)}
+        predictions = np.repeat(own.argmax(dim=-1).tolist(), len(pairs)).tolist()
+        spelled_in_source = {token: decode(self._source.tokenizer, [token]) for token in set(predictions)}
         # A model says the same as itself where it is the same token, whatever that is as text.
         itself = self._source is self.model
         column = torch.tensor([-1 if first[token] is None else first[token] for token in tokens], device=own.device)
@@ -119,11 +119,11 @@ class CrossModel(Experiment[SampledText]):
                 "token": np.repeat([item.prompt.tokens[position] for item, position in places], len(pairs)),
                 "layer": np.tile([layer for layer, _ in pairs], len(places)),
                 "target_layer": np.tile([target for _, target in pairs], len(places)),
-                "next_token": [known[token] for token in said],
+                "next_token": [spelled_in_source[token] for token in predictions],
                 "decoded": [spelled[token] for token in tokens],
                 "correct": [
-                    token == wanted if itself else agree(spelled[token], known[wanted])
-                    for token, wanted in zip(tokens, said, strict=True)
+                    token == prediction if itself else agree(spelled[token], spelled_in_source[prediction])
+                    for token, prediction in zip(tokens, predictions, strict=True)
                 ],
                 "surprisal": surprisals.masked_fill(column < 0, torch.nan).tolist(),
             }
@@ -144,13 +144,13 @@ class CrossModel(Experiment[SampledText]):
         table = table.sort_values(keys, kind="stable", ignore_index=True)
         samples = table[keys].drop_duplicates(ignore_index=True)
         lenders = samples.iloc[np.roll(np.arange(len(samples)), len(samples) // 2)].reset_index(drop=True)
-        lent = samples.assign(lender=lenders["text"], lender_position=lenders["position"])
+        borrowers = samples.assign(lender=lenders["text"], lender_position=lenders["position"])
         mapped = table[table["condition"] == MAPPED]
-        said = mapped[[*keys, "layer", "target_layer", "decoded"]].rename(columns=_lender)
-        theirs = mapped.drop(columns="decoded").merge(lent[lent["lender"] != lent["text"]], on=keys)
-        theirs = theirs.merge(said, on=["lender", "lender_position", "layer", "target_layer"])
-        right = [agree(decoded, own) for decoded, own in zip(theirs["decoded"], theirs["next_token"], strict=True)]
-        theirs = theirs.assign(condition=ANOTHER, correct=right, surprisal=np.nan)
+        lender_rows = mapped[[*keys, "layer", "target_layer", "decoded"]].rename(columns=_lender)
+        theirs = mapped.drop(columns="decoded").merge(borrowers[borrowers["lender"] != borrowers["text"]], on=keys)
+        theirs = theirs.merge(lender_rows, on=["lender", "lender_position", "layer", "target_layer"])
+        correct = [agree(decoded, own) for decoded, own in zip(theirs["decoded"], theirs["next_token"], strict=True)]
+        theirs = theirs.assign(condition=ANOTHER, correct=correct, surprisal=np.nan)
         return pd.concat([table, tidy(theirs, _TYPES)], ignore_index=True)
 
     @cached_property
@@ -163,15 +163,15 @@ class CrossModel(Experiment[SampledText]):
         return torch.cat([part.patched.argmax(dim=-1) for part in parts]).tolist()
 
 
-def agree(decoded: str, said: str) -> bool:
+def agree(decoded: str, prediction: str) -> bool:
     """Whether tokens of two models say the same: one's text begins with the other's, blanks around them apart.
 
     Of a token that is only a part of a character it is not known what it says.
     """
-    if "\ufffd" in decoded + said:
+    if "\ufffd" in decoded + prediction:
         return False
-    bare, own = decoded.strip(), said.strip()
-    return decoded == said or (bool(bare) and bool(own) and (bare.startswith(own) or own.startswith(bare)))
+    bare, other = decoded.strip(), prediction.strip()
+    return decoded == prediction or (bool(bare) and bool(other) and (bare.startswith(other) or other.startswith(bare)))
 
 
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -185,7 +185,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         by_text = rows.groupby(["text", *keys[2:]])
         sums = by_text[["correct", "surprisal"]].sum().unstack(keys[2:]).astype(float)
         counts = (rows.groupby("text").size() / rows.groupby(keys[2:]).ngroups).loc[sums.index].to_numpy()
-        found: dict[str, object] = {}
+        columns: dict[str, object] = {}
         for measure, column, bands in (
             ("precision_at_1", "correct", share_bands),
             ("surprisal", "surprisal", mean_bands),
@@ -193,10 +193,10 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             low, high = bands(sums[column].to_numpy(), counts, seed)
             means = sums[column].sum() / counts.sum()
             # A cell in which something has no surprisal has none: what is missing is not 0.
-            whole = rows.assign(known=rows[column].notna()).groupby(keys[2:])["known"].all().loc[means.index]
-            means, low, high = (np.where(whole, each, np.nan) for each in (means, low, high))
-            found |= {measure: pd.Series(means, sums[column].columns), f"{measure}_low": low, f"{measure}_high": high}
-        parts.append(pd.DataFrame(found).reset_index().assign(reader=group[0], condition=group[1]))
+            complete = rows.assign(known=rows[column].notna()).groupby(keys[2:])["known"].all().loc[means.index]
+            means, low, high = (np.where(complete, each, np.nan) for each in (means, low, high))
+            columns |= {measure: pd.Series(means, sums[column].columns), f"{measure}_low": low, f"{measure}_high": high}
+        parts.append(pd.DataFrame(columns).reset_index().assign(reader=group[0], condition=group[1]))
     summary = pd.concat(parts, ignore_index=True)
     return summary[[*keys, *(column for column in summary if column not in keys)]]
 
@@ -207,14 +207,14 @@ def best_pairs(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     One row per `reader` × `condition`: `layer` and `target_layer`, the best precision@1 on that half; `held_out`, that
     of the other half there, with its band `low` and `high`; and the oracle, `maximum`, the best of all pairs on all.
     """
-    found = []
+    best = []
     for (reader, condition), rows in table.groupby(["reader", "condition"], sort=False):
         scores = rows.groupby(["text", "layer", "target_layer"])["correct"].mean().unstack(["layer", "target_layer"])
         half = best_on_half(scores, np.random.default_rng(seed))
         if half is None:
             continue
         low, high = mean_bands(half.reported.to_numpy()[:, None], np.ones(len(half.reported)), seed)
-        found.append(
+        best.append(
             {
                 "reader": reader,
                 "condition": condition,
@@ -227,7 +227,7 @@ def best_pairs(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
             }
         )
     columns = ["reader", "condition", "layer", "target_layer", "held_out", "low", "high", "maximum"]
-    return pd.DataFrame(found, columns=columns)
+    return pd.DataFrame(best, columns=columns)
 
 
 def _lender(column: str) -> str:

@@ -21,7 +21,7 @@ from pscope.experiments.experiment import Experiment, Work, of_kind, permuted, t
 from pscope.experiments.grid import line_break, source_prompt
 from pscope.experiments.held_out import best_on_half
 from pscope.experiments.known import Plain, answer_plainly, by_length
-from pscope.experiments.sweep import PATCHED, Source, Through, borrowed, patched_rows, sweep
+from pscope.experiments.sweep import PATCHED, Source, Through, borrowed_rows, patched_rows, sweep
 from pscope.inputs.entities import ALL, Entity
 from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
@@ -149,7 +149,7 @@ class EntityDescriptions(Experiment[Source | Plain]):
             check_decoding(self._decoding, self.model, spelled)
         except PromptError as error:
             raise PromptError(f"{entity.name!r} cannot be read: {error}") from error
-        told = about(entity)
+        columns = about(entity)
         return (
             Source(
                 entity.name,
@@ -157,10 +157,10 @@ class EntityDescriptions(Experiment[Source | Plain]):
                 self.target,
                 source,
                 pairs,
-                told,
+                columns,
                 random=self._controls,
             ),
-            Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**told, "condition": WRITTEN_OUT}),
+            Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**columns, "condition": WRITTEN_OUT}),
         )
 
     @property
@@ -173,9 +173,9 @@ class EntityDescriptions(Experiment[Source | Plain]):
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         if sources := of_kind(units, Source):
-            return scored(pd.DataFrame(sweep(self.scope, sources, self._decoding, self._seed, self._through)))
+            return as_table(pd.DataFrame(sweep(self.scope, sources, self._decoding, self._seed, self._through)))
         plain, path = of_kind(units, Plain), self.scope(self.target).path
-        return scored(pd.DataFrame(answer_plainly(self.model, plain, self._decoding, memory=self.memory, path=path)))
+        return as_table(pd.DataFrame(answer_plainly(self.model, plain, self._decoding, memory=self.memory, path=path)))
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """With another entity's description for each: each lends its own to the next one, and the last to the first."""
@@ -184,8 +184,8 @@ class EntityDescriptions(Experiment[Source | Plain]):
             return table
         borrowers = pd.DataFrame([about(entity) for entity in self._entities.values()])
         borrowers["lender"] = [names[-1], *names[:-1]]
-        theirs = borrowed(table, borrowers, "entity").assign(condition=ANOTHER)
-        return pd.concat([table, scored(theirs)], ignore_index=True)
+        theirs = borrowed_rows(table, borrowers, "entity").assign(condition=ANOTHER)
+        return pd.concat([table, as_table(theirs)], ignore_index=True)
 
 
 def about(entity: Entity) -> dict[str, str]:
@@ -193,10 +193,10 @@ def about(entity: Entity) -> dict[str, str]:
     return {"entity": entity.name, "group": entity.group, "reference": entity.reference}
 
 
-def scored(rows: pd.DataFrame) -> pd.DataFrame:
+def as_table(rows: pd.DataFrame) -> pd.DataFrame:
     """The columns of the table, with each continuation held against its reference."""
-    own = rows["entity"].where(rows["condition"] == PATCHED)
-    state_of = rows.get("lender", own)
+    names = rows["entity"].where(rows["condition"] == PATCHED)
+    state_of = rows.get("lender", names)
     scores = rouge_l(rows["continuation"].tolist(), rows["reference"].tolist())
     return tidy(rows.assign(state_of=state_of, rouge_l=scores), _TYPES)
 
@@ -226,13 +226,13 @@ def best_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     have no other half, and so no row.
     """
     random = np.random.default_rng(seed)
-    found = []
+    best = []
     for group, rows in _groups(table):
         scores = _by_entity(rows[rows["condition"] == PATCHED])[PATCHED]  # (entities, layer × target layer)
         half, means = best_on_half(scores, random), scores.mean()
         if half is None:
             continue
-        found.append(
+        best.append(
             {
                 "group": group,
                 "layer": half.column[0],
@@ -245,7 +245,7 @@ def best_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
                 "maximum": means.max(),
             }
         )
-    return pd.DataFrame(found)
+    return pd.DataFrame(best)
 
 
 def _groups(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
@@ -255,7 +255,7 @@ def _groups(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 def _by_entity(rows: pd.DataFrame) -> pd.DataFrame:
     """ROUGE-L, (entities, condition × layer × target layer); -1 stands for no layer."""
-    known = rows.fillna({"layer": -1, "target_layer": -1}).astype({"layer": int, "target_layer": int})
-    return known.pivot(index="entity", columns=["condition", "layer", "target_layer"], values="rouge_l").sort_index(
+    rows = rows.fillna({"layer": -1, "target_layer": -1}).astype({"layer": int, "target_layer": int})
+    return rows.pivot(index="entity", columns=["condition", "layer", "target_layer"], values="rouge_l").sort_index(
         axis=1
     )

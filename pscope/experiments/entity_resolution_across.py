@@ -10,7 +10,7 @@ import pandas as pd
 from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.experiments.cross_model import MAPPED, MEAN, SHUFFLED
-from pscope.experiments.entity_resolution import EntityDescriptions, about, scored
+from pscope.experiments.entity_resolution import EntityDescriptions, about, as_table
 from pscope.experiments.sweep import PATCHED, Through
 from pscope.experiments.together import Together
 from pscope.inputs.entities import Entity
@@ -48,15 +48,15 @@ class DescriptionsAcross(Together):
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
-        described = partial(EntityDescriptions, decoding=decoding, before=before, seed=seed, memory=memory)
+        describe = partial(EntityDescriptions, decoding=decoding, before=before, seed=seed, memory=memory)
 
         def across(condition: str, of: Sequence[Entity], *, controls: bool = False) -> EntityDescriptions:
             through = Through(source, mappings[condition]) if mappings is not None else None
-            return described(model, targets[1], of, pairs, through=through, controls=controls)
+            return describe(model, targets[1], of, pairs, through=through, controls=controls)
 
         def itself(end: int) -> EntityDescriptions:
             diagonal = [(layer, layer) for layer in sorted({pair[end] for pair in pairs})]
-            return described((source, model)[end], targets[end], entities, diagonal, controls=False)
+            return describe((source, model)[end], targets[end], entities, diagonal, controls=False)
 
         self._entities, self._across = entities, across(MAPPED, entities, controls=True)
         # The mean state says the same of everybody, so that one is asked.
@@ -70,15 +70,15 @@ class DescriptionsAcross(Together):
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table of `EntityDescriptions`, in which the readers are conditions."""
-        joined = super().join(table)
-        said_of_all = self._of_everybody(joined[joined["reader"] == MEAN])
-        joined = pd.concat([joined[joined["reader"] != MEAN], said_of_all])
-        main, patched = joined["reader"] == PATCHED, joined["condition"] == PATCHED
-        named = joined.assign(condition=joined["condition"].mask(patched, joined["reader"]))
+        table = super().join(table)
+        mean_rows = self._of_everybody(table[table["reader"] == MEAN])
+        table = pd.concat([table[table["reader"] != MEAN], mean_rows])
+        main, patched = table["reader"] == PATCHED, table["condition"] == PATCHED
+        named = table.assign(condition=table["condition"].mask(patched, table["reader"]))
         return named[main | patched].drop(columns="reader").reset_index(drop=True)
 
-    def _of_everybody(self, said: pd.DataFrame) -> pd.DataFrame:
+    def _of_everybody(self, continuations: pd.DataFrame) -> pd.DataFrame:
         """What the mean state said, held against each entity's reference."""
         each = pd.DataFrame([about(entity) for entity in self._entities])
-        rows = said.drop(columns=[*each, "position", "token"]).merge(each, how="cross")
-        return scored(rows.assign(lender=pd.NA)).assign(reader=MEAN)
+        rows = continuations.drop(columns=[*each, "position", "token"]).merge(each, how="cross")
+        return as_table(rows.assign(lender=pd.NA)).assign(reader=MEAN)

@@ -41,8 +41,8 @@ def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | No
         return model.prompt(before + text, at)
     check_model(model)
     prompt = model.prompt(text, at)
-    counted = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in places_of(at))
-    return prompt if counted or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)
+    from_start = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in places_of(at))
+    return prompt if from_start or not prompt.at_sink else model.prompt(line_break(model, text) + text, at)
 
 
 def line_break(model: LanguageModel, text: str) -> str:

@@ -22,8 +22,8 @@ def draw_folds(groups: Sequence[str], seed: int) -> list[int]:
     if len(set(groups)) < FOLDS:
         return [0] * len(groups)
     folds = np.empty(len(groups), int)
-    split = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(groups, groups=groups)
-    for fold, (_, held_out) in enumerate(split):
+    splits = GroupKFold(FOLDS, shuffle=True, random_state=seed).split(groups, groups=groups)
+    for fold, (_, held_out) in enumerate(splits):
         folds[held_out] = fold
     return folds.tolist()
 

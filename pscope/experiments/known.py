@@ -18,7 +18,7 @@ from pscope.metrics import answer_found, answer_settled
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 
-Wanted = tuple[str, Sequence[str]]
+Inquiry = tuple[str, Sequence[str]]
 """A text that is asked, and the answers of which one is hoped for."""
 
 
@@ -45,77 +45,77 @@ def answer_plainly(
     model: LanguageModel, units: Sequence[Plain], decoding: Decoding, *, memory: int, path: PathName
 ) -> list[dict[str, object]]:
     """The rows of units that are asked as they stand: `continuation`, whether an answer is `found`, and the `path`."""
-    said = say(model, [(unit.prompt.text, unit.answers) for unit in units], decoding, memory=memory, path=path)
+    continuations = say(model, [(unit.prompt.text, unit.answers) for unit in units], decoding, memory=memory, path=path)
     return [
         {
             **unit.about,
             "path": path,
-            "continuation": said[unit.prompt.text],
-            "found": answer_found(said[unit.prompt.text], unit.answers),
+            "continuation": continuations[unit.prompt.text],
+            "found": answer_found(continuations[unit.prompt.text], unit.answers),
         }
         for unit in units
     ]
 
 
 def say(
-    model: LanguageModel, asked: Iterable[Wanted], decoding: Decoding, *, memory: int, path: PathName
+    model: LanguageModel, questions: Iterable[Inquiry], decoding: Decoding, *, memory: int, path: PathName
 ) -> dict[str, str]:
     """What the model says after each text, at least until it has said what is wanted of it.
 
     Texts that coincide are run once, until all who ask are answered. Raises PscopeError, naming the text, for one that
     fails.
     """
-    wanted = _by_text(asked)
-    texts = list(wanted)
+    answers_by_text = _answers_by_text(questions)
+    texts = list(answers_by_text)
 
-    def settled(index: int, said: str) -> bool:
-        return all(answer_settled(said, answers) for answers in wanted[texts[index]])
+    def settled(index: int, continuation: str) -> bool:
+        return all(answer_settled(continuation, answers) for answers in answers_by_text[texts[index]])
 
     prompts = [model.prompt(text) for text in texts]
     try:
-        spoken = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, path=path))
+        continuations = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, path=path))
     except RowError as error:
         raise PscopeError(f"{texts[error.row]!r} failed: {error.reason}") from error
-    return {text: decoding.text(spoken[index], model.tokenizer) for index, text in enumerate(texts)}
+    return {text: decoding.text(continuations[index], model.tokenizer) for index, text in enumerate(texts)}
 
 
 class PlainWords(Experiment[Plain]):
     """An experiment of texts that are asked as they stand; its table has their `text`, `continuation` and `path`."""
 
     def __init__(
-        self, model: LanguageModel, asked: Iterable[Wanted], decoding: Decoding = GREEDY, *, memory: int = MEMORY
+        self, model: LanguageModel, questions: Iterable[Inquiry], decoding: Decoding = GREEDY, *, memory: int = MEMORY
     ) -> None:
-        self._wanted, self._decoding = _by_text(asked), decoding
-        if not self._wanted:
+        self._answers, self._decoding = _answers_by_text(questions), decoding
+        if not self._answers:
             raise PscopeError("there is nothing to ask")
         self.units = by_length(
             Plain(text, 1, "as it stands", model.prompt(text), {"wanted": groups})
-            for text, groups in self._wanted.items()
+            for text, groups in self._answers.items()
         )
         super().__init__(model, self.units[-1].prompt, memory)
 
     def read(self, units: Sequence[Plain]) -> pd.DataFrame:
         path = self.check.path
-        asked = [(unit.name, answers) for unit in units for answers in self._wanted[unit.name]]
-        said = say(self.model, asked, self._decoding, memory=self.memory, path=path)
-        return _table(said, path)
+        questions = [(unit.name, answers) for unit in units for answers in self._answers[unit.name]]
+        continuations = say(self.model, questions, self._decoding, memory=self.memory, path=path)
+        return _table(continuations, path)
 
     def work(self, unit: Plain) -> Work:
         return unit.work(self._decoding.new_tokens)
 
     def hoped_for(self) -> pd.DataFrame:
         """The table of a model that knows everything: the most that can come of it."""
-        hopes = {text: " / ".join(group[0] for group in groups if group) for text, groups in self._wanted.items()}
+        hopes = {text: " / ".join(group[0] for group in groups if group) for text, groups in self._answers.items()}
         return _table(hopes, None)
 
 
-def _by_text(asked: Iterable[Wanted]) -> dict[str, list[Sequence[str]]]:
-    wanted: dict[str, list[Sequence[str]]] = {}
-    for text, answers in asked:
-        wanted.setdefault(text, []).append(answers)
-    return wanted
+def _answers_by_text(questions: Iterable[Inquiry]) -> dict[str, list[Sequence[str]]]:
+    answers_by_text: dict[str, list[Sequence[str]]] = {}
+    for text, answers in questions:
+        answers_by_text.setdefault(text, []).append(answers)
+    return answers_by_text
 
 
-def _table(said: dict[str, str], path: PathName | None) -> pd.DataFrame:
-    rows = [{"text": text, "continuation": continuation, "path": path} for text, continuation in said.items()]
+def _table(continuations: dict[str, str], path: PathName | None) -> pd.DataFrame:
+    rows = [{"text": text, "continuation": continuation, "path": path} for text, continuation in continuations.items()]
     return tidy(rows, dict.fromkeys(("text", "continuation", "path"), "string"))

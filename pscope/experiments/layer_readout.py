@@ -58,21 +58,21 @@ class LayerReadout(Experiment[Unit]):
         states = capture(model, [self._source], layers=layers)[0]  # (layers, hidden)
         patched = list(scope.logits(states, layers))
         lens = logit_lens(model, self.memory).logits(states, model.n_layers)
-        spoken = scope.generate(states, layers, self._decoding)
-        continuations = [decode(model.tokenizer, ids) for ids in spoken.patched]
-        clean = decode(model.tokenizer, spoken.clean)
+        continuations = scope.generate(states, layers, self._decoding)
+        texts = [decode(model.tokenizer, ids) for ids in continuations.patched]
+        clean = decode(model.tokenizer, continuations.clean)
         patched_logits, lens_logits = (torch.cat([part.patched for part in parts]) for parts in (patched, lens))
         return pd.concat(
             [
-                _ranked(model, PATCHSCOPE, layers, patched_logits, top_k, continuations),
-                _ranked(model, LOGIT_LENS, layers, lens_logits, top_k, [None] * len(layers)),
-                _ranked(model, CLEAN, [None], patched[0].clean[None], top_k, [clean]),
+                _top(model, PATCHSCOPE, layers, patched_logits, top_k, texts),
+                _top(model, LOGIT_LENS, layers, lens_logits, top_k, [None] * len(layers)),
+                _top(model, CLEAN, [None], patched[0].clean[None], top_k, [clean]),
             ],
             ignore_index=True,
         )
 
 
-def _ranked(
+def _top(
     model: LanguageModel,
     reading: str,
     layers: Sequence[int | None],

@@ -19,7 +19,7 @@ from pscope.errors import PscopeError
 from pscope.experiments.experiment import Experiment, Work, of_kind, tidy
 from pscope.experiments.grid import source_prompt
 from pscope.experiments.held_out import draw_folds
-from pscope.experiments.known import Plain, Wanted, answer_plainly, by_length
+from pscope.experiments.known import Inquiry, Plain, answer_plainly, by_length
 from pscope.experiments.scored_sweep import SCORED_TYPES, scored_plainly, scored_sweep
 from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_rows, sweep
 from pscope.inputs.queries import Query
@@ -47,7 +47,7 @@ SCORE_TYPES = {**_ABOUT, **SCORED_TYPES}
 _GIVE = "give Query(first, second, answers), or what read_queries has read"
 
 
-def plain_hops(queries: Sequence[Query]) -> list[Wanted]:
+def plain_hops(queries: Sequence[Query]) -> list[Inquiry]:
     """What is asked to find out what the model knows: each hop of every query by itself, and the answers that count.
 
     Raises PscopeError for a query without a bridge: its second hop cannot be asked alone.
@@ -72,13 +72,13 @@ class Hops:
         return self.one_found and self.two_found
 
 
-def answered_hops(queries: Sequence[Query], said: Mapping[str, str]) -> list[Hops]:
-    """Which hops the model answers, from what it `said` to each."""
+def answered_hops(queries: Sequence[Query], continuations: Mapping[str, str]) -> list[Hops]:
+    """Which hops the model answers, from its `continuations` of each alone."""
     return [
         Hops(
             query,
-            answer_found(said[query.hop_one], query.bridge),
-            answer_found(said[query.hop_two], query.answers),
+            answer_found(continuations[query.hop_one], query.bridge),
+            answer_found(continuations[query.hop_two], query.answers),
         )
         for query in queries
     ]
@@ -129,7 +129,7 @@ class MultiHopScores(Experiment[Source | Plain]):
         self._candidates = _candidates([*queries, *among])
         about = _about(queries, seed)
         prompts = [model.prompt(query.text) for query in queries]
-        vanilla = (_plain(VANILLA, *asked) for asked in zip(queries, about, prompts, strict=True))
+        vanilla = (_plain(VANILLA, *each) for each in zip(queries, about, prompts, strict=True))
         wired = [
             replace(source, candidates=self._candidates[queries[source.about["query"]].second])
             for source in _all_wired(model, queries, about, {wiring: pairs_of(wiring, pairs) for wiring in WIRINGS})
@@ -188,8 +188,8 @@ class MultiHop(Experiment[Source | Plain]):
         self._longest = {method: model.prompt(max(texts, key=len)) for method, texts in prompts.items()}
         units: list[Source | Plain] = []
         for method, texts in prompts.items():
-            asked = zip(queries, about, map(model.prompt, texts), strict=True)
-            units += by_length(_plain(method, *each) for each in asked)
+            items = zip(queries, about, map(model.prompt, texts), strict=True)
+            units += by_length(_plain(method, *each) for each in items)
         grids = {
             wiring: [*dict.fromkeys(pairs.get(wiring, {}).values())]
             if isinstance(pairs, Mapping)
@@ -205,8 +205,8 @@ class MultiHop(Experiment[Source | Plain]):
         plain = of_kind(units, Plain)
         method = plain[0].target
         path = self.scope(self._longest[method]).path
-        said = answer_plainly(self.model, plain, self._decodings[method], memory=self.memory, path=path)
-        return tidy(said, SAID_TYPES)
+        rows = answer_plainly(self.model, plain, self._decodings[method], memory=self.memory, path=path)
+        return tidy(rows, SAID_TYPES)
 
     def work(self, unit: Source | Plain) -> Work:
         decoding = self._decodings[unit.target] if isinstance(unit, Plain) else self._decoding
@@ -233,11 +233,11 @@ def _candidates(queries: Sequence[Query]) -> dict[str, tuple[str, ...]]:
         raise PscopeError(
             "all queries have one answer, so that there is nothing to choose among; give some with others"
         )
-    asked: dict[str, list[str]] = {}
+    by_second: dict[str, list[str]] = {}
     for query in queries:
-        asked.setdefault(query.second, []).append(query.answers[0])
-    own = {second: distinct_answers(answers) for second, answers in asked.items()}
-    return {second: answers if len(answers) > 1 else everything for second, answers in own.items()}
+        by_second.setdefault(query.second, []).append(query.answers[0])
+    distinct = {second: distinct_answers(answers) for second, answers in by_second.items()}
+    return {second: answers if len(answers) > 1 else everything for second, answers in distinct.items()}
 
 
 def _all_wired(
@@ -251,8 +251,8 @@ def _all_wired(
     for wiring, grid in grids.items():
         if grid:
             sources = [
-                _wired(model, query, wiring, tuple(grid), {**told, "method": wiring})
-                for query, told in zip(queries, about, strict=True)
+                _wired(model, query, wiring, tuple(grid), {**columns, "method": wiring})
+                for query, columns in zip(queries, about, strict=True)
             ]
             order = {source.target: place for place, source in reversed([*enumerate(sources)])}
             units += sorted(sources, key=lambda source: (len(source.target), order[source.target]))

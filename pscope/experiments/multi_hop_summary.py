@@ -15,7 +15,7 @@ from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.queries import Query
 
 
-def summarise(scores: pd.DataFrame, said: pd.DataFrame | None = None, seed: int = 0) -> pd.DataFrame:
+def summarise(scores: pd.DataFrame, continuations: pd.DataFrame | None = None, seed: int = 0) -> pd.DataFrame:
     """How often each method answers: one row per way an answer is `judged` × method × measure.
 
     `found` is the share of queries, `low` and `high` its band. Vanilla and step by step have one measure, "accuracy". A
@@ -25,38 +25,38 @@ def summarise(scores: pd.DataFrame, said: pd.DataFrame | None = None, seed: int 
     `layer` and `target_layer` the one that counts most, missing where several count alike. Bands are from resampling
     bridges with all their queries, and exact where all agree; below three bridges nothing is held out.
     """
-    tables = {SCORED: scores} if said is None else {SCORED: scores, SAID: said}
-    found = [row for judged, table in tables.items() for row in _judged(judged, table, seed)]
+    tables = {SCORED: scores} if continuations is None else {SCORED: scores, SAID: continuations}
+    rows = [row for judged, table in tables.items() for row in _method_rows(judged, table, seed)]
     columns = ["judged", "method", "measure", "found", "low", "high", "queries", "bridges"]
     layers = ["pairs", "layer", "target_layer"]
-    return pd.DataFrame(found).reindex(columns=[*columns, *layers]).astype(dict.fromkeys(layers, "Int64"))
+    return pd.DataFrame(rows).reindex(columns=[*columns, *layers]).astype(dict.fromkeys(layers, "Int64"))
 
 
-def _judged(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, object]]:
-    found = []
+def _method_rows(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, object]]:
+    results = []
     bridges = table.drop_duplicates("query").set_index("query")["bridge"]
 
     def add(method: str, measure: str, share: pd.Series, **layers: object) -> None:
-        found.append({"judged": judged, **_measured(method, measure, share, bridges, seed), **layers})
+        results.append({"judged": judged, **_measure_row(method, measure, share, bridges, seed), **layers})
 
     for method, rows in table.groupby("method", sort=False):
         if method in (VANILLA, STEP_BY_STEP):
             add(method, "accuracy", rows.set_index("query")["found"].astype(float))
             continue
-        own, random = (found_at(rows, condition, ["query"]) for condition in (PATCHED, RANDOM))
-        marked = "chosen" in rows and bool(rows["chosen"].notna().any())
-        if not marked:
-            add(method, "oracle", own.max(axis=1))
+        patched, random = (found_at(rows, condition, ["query"]) for condition in (PATCHED, RANDOM))
+        at_best = "chosen" in rows and bool(rows["chosen"].notna().any())
+        if not at_best:
+            add(method, "oracle", patched.max(axis=1))
             if len(random):
                 add(method, "oracle, random vector", random.max(axis=1))
-        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[patched.index]
         if folds.nunique() == FOLDS:
-            chosen = found_at(rows, PATCHED, ["query"], "chosen") > 0 if marked else chosen_elsewhere(own, folds)
-            layers = _pairs_told(chosen)
-            for measure, cells in (("held-out pair", own), ("held-out pair, random vector", random)):
+            chosen = found_at(rows, PATCHED, ["query"], "chosen") > 0 if at_best else chosen_elsewhere(patched, folds)
+            layers = _pair_columns(chosen)
+            for measure, cells in (("held-out pair", patched), ("held-out pair, random vector", random)):
                 if len(cells):
                     add(method, measure, at_chosen(cells, chosen), **layers)
-    return found
+    return results
 
 
 def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
@@ -70,33 +70,33 @@ def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     plain = scores[scores["method"] == VANILLA].set_index("query")["log_probability"].astype(float)
     bridges = scores.drop_duplicates("query").set_index("query")["bridge"]
-    found = []
+    results = []
     for method, rows in scores[scores["method"] != VANILLA].groupby("method", sort=False):
-        own, random = (found_at(rows, name, ["query"], "log_probability") for name in (PATCHED, RANDOM))
-        own, random = (cells.sub(plain.loc[cells.index], axis=0) for cells in (own, random))
-        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[own.index]
+        patched, random = (found_at(rows, name, ["query"], "log_probability") for name in (PATCHED, RANDOM))
+        patched, random = (cells.sub(plain.loc[cells.index], axis=0) for cells in (patched, random))
+        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[patched.index]
         if folds.nunique() < FOLDS:
             continue
-        chosen = chosen_elsewhere(own, folds)
-        layers = _pairs_told(chosen)
+        chosen = chosen_elsewhere(patched, folds)
+        layers = _pair_columns(chosen)
         clean = rows[rows["condition"] == CLEAN].set_index("query")["log_probability"].astype(float)
         gained = {
-            PATCHED: (at_chosen(own, chosen), layers),
+            PATCHED: (at_chosen(patched, chosen), layers),
             RANDOM: (at_chosen(random, chosen), layers),
             CLEAN: (clean - plain.loc[clean.index], {}),
         }
-        for condition, (gain, told) in gained.items():
+        for condition, (gain, details) in gained.items():
             groups = gain.groupby(bridges)
             (low,), (high,) = mean_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
-            told = {"share": (gain > 0).mean(), "queries": len(gain), **told}
-            found.append(
-                {"method": method, "condition": condition, "gain": gain.mean(), "low": low, "high": high, **told}
+            details = {"share": (gain > 0).mean(), "queries": len(gain), **details}
+            results.append(
+                {"method": method, "condition": condition, "gain": gain.mean(), "low": low, "high": high, **details}
             )
     columns = ["method", "condition", "gain", "low", "high", "share", "queries", "pairs", "layer", "target_layer"]
-    return pd.DataFrame(found).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
+    return pd.DataFrame(results).reindex(columns=columns).astype(dict.fromkeys(columns[-3:], "Int64"))
 
 
-def _pairs_told(chosen: pd.DataFrame) -> dict[str, object]:
+def _pair_columns(chosen: pd.DataFrame) -> dict[str, object]:
     """What the summary says of the pairs that `chosen_elsewhere` chose; those that tie share a query among them."""
     weights = chosen.div(chosen.sum(axis=1), axis=0).sum()
     most = weights[np.isclose(weights, weights.max())]
@@ -106,27 +106,27 @@ def _pairs_told(chosen: pd.DataFrame) -> dict[str, object]:
 
 def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict[str, object]]:
     """Every text of every query: what was asked, what is right, and what each method said, by pair."""
-    told = []
+    records = []
     for number, rows in table.groupby("query"):
         query = queries[number]
-        said: dict[str, object] = {}
+        continuations: dict[str, object] = {}
         for method, texts in rows.groupby("method", sort=False):
             if method in (VANILLA, STEP_BY_STEP):
-                said[method] = texts["continuation"].iloc[0]
+                continuations[method] = texts["continuation"].iloc[0]
                 continue
-            said[method] = {
+            continuations[method] = {
                 condition: {
                     "clean" if row.condition == CLEAN else f"{row.layer} → {row.target_layer}": row.continuation
                     for row in of_condition.itertuples()
                 }
                 for condition, of_condition in texts.groupby("condition", sort=False)
             }
-        asked = {"query": query.text, "first": query.first, "second": query.second, "source": query.source}
-        told.append({**asked, "answers": query.answers, "bridge": query.bridge, **said})
-    return told
+        question = {"query": query.text, "first": query.first, "second": query.second, "source": query.source}
+        records.append({**question, "answers": query.answers, "bridge": query.bridge, **continuations})
+    return records
 
 
-def _measured(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict[str, object]:
+def _measure_row(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict[str, object]:
     """`found` and `bridges` are (queries,), by the query's number."""
     groups = found.groupby(bridges)
     (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)

@@ -49,13 +49,13 @@ class Lens:
         natural = (layer, last if self.target is None else layer)
         if self.mappings is None:
             return natural
-        mapped = [pair for pair in sorted(self.mappings.maps) if pair[0] == layer]
-        return natural if natural in mapped else next(iter(mapped), None)
+        pairs = [pair for pair in sorted(self.mappings.maps) if pair[0] == layer]
+        return natural if natural in pairs else next(iter(pairs), None)
 
     def pairs(self, layers: Sequence[int], last: int) -> dict[int, Pair]:
         """The pairs of several layers, each by its layer's place among them; those that are not decoded have none."""
-        found = ((place, self.pair(layer, last)) for place, layer in enumerate(layers))
-        return {place: pair for place, pair in found if pair is not None}
+        pairs = ((place, self.pair(layer, last)) for place, layer in enumerate(layers))
+        return {place: pair for place, pair in pairs if pair is not None}
 
 
 def lens_of(name: str, mappings: MappingSet, target: Prompt, last: int) -> Lens:
@@ -105,8 +105,8 @@ class NextToken(Experiment[SampledText]):
                 raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
         self._lenses, self._texts, self._layers = lenses, texts, layers
         self._batch_tokens = whole(batch_tokens, "batch_tokens")
-        patched = [lens for lens in lenses if lens.target is not None]
-        rows = sum(len(lens.pairs(layers, model.n_layers)) for lens in patched)
+        prompt_lenses = [lens for lens in lenses if lens.target is not None]
+        rows = sum(len(lens.pairs(layers, model.n_layers)) for lens in prompt_lenses)
         # Of one length side by side: those share a pass without padding.
         self.units = [
             SampledText(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
@@ -119,11 +119,11 @@ class NextToken(Experiment[SampledText]):
     def work(self, unit: SampledText) -> Work:
         positions, last = len(unit.sampled.positions), self.model.n_layers
         pairs = [(lens, pair) for lens in self._lenses for pair in lens.pairs(self._layers, last).values()]
-        patched = [pair[1] for lens, pair in pairs if lens.target is not None and pair[1] < last]
+        patched_layers = [pair[1] for lens, pair in pairs if lens.target is not None and pair[1] < last]
         suffix = max((len(prompt) - min(prompt.positions) for prompt in self._prompts), default=1)
         # What the tail alone reads is an unembedding, and so is the model's own prediction.
-        spoken = positions * (1 + len(pairs) - len(patched))
-        return Work(len(unit.sampled.prompt), suffix, tuple(patched) * positions, spoken=spoken)
+        spoken = positions * (1 + len(pairs) - len(patched_layers))
+        return Work(len(unit.sampled.prompt), suffix, tuple(patched_layers) * positions, spoken=spoken)
 
     def read(self, units: Sequence[SampledText]) -> pd.DataFrame:
         model, items = self.model, [unit.sampled for unit in units]
@@ -138,7 +138,7 @@ class NextToken(Experiment[SampledText]):
         self._tail.memory = self.memory
         together = max(1, self.scope(self.target).rows_per_pass() // len(self._layers))
         parts = [slice(start, start + together) for start in range(0, len(places), together)]
-        return pd.concat([self._decoded(places[part], states[part]) for part in parts], ignore_index=True)
+        return pd.concat([self._sample_rows(places[part], states[part]) for part in parts], ignore_index=True)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """In the order of the texts."""
@@ -148,32 +148,32 @@ class NextToken(Experiment[SampledText]):
     def _tail(self) -> Patchscope:
         return logit_lens(self.model, self.memory)
 
-    def _decoded(self, places: list[tuple[Sampled, int]], states: Tensor) -> pd.DataFrame:
+    def _sample_rows(self, places: list[tuple[Sampled, int]], states: Tensor) -> pd.DataFrame:
         """The rows of some samples, from their states (samples, layers + 1, hidden)."""
         model, samples = self.model, len(places)
         texts = [self._texts[item.text] for item, _ in places]
-        own_logits = _all_logits(self._tail, states[:, -1], [model.n_layers] * samples)  # (samples, vocab)
-        own = own_logits.argmax(dim=-1)
+        logits = _all_logits(self._tail, states[:, -1], [model.n_layers] * samples)  # (samples, vocab)
+        next_tokens = logits.argmax(dim=-1)
         frames = []
         for lens in self._lenses:
             by_column = lens.pairs(self._layers, model.n_layers)
-            pairs, mapped = [*by_column.values()], states[:, [*by_column]]
+            pairs, lens_states = [*by_column.values()], states[:, [*by_column]]
             if lens.mappings is not None:
-                mapped = lens.mappings.apply(mapped, pairs, texts)
-            decoded = self._read_by(lens, mapped, [target for _, target in pairs])  # (samples, pairs)
+                lens_states = lens.mappings.apply(lens_states, pairs, texts)
+            decoded = self._tokens(lens, lens_states, [target for _, target in pairs])  # (samples, pairs)
             frames.append(
                 pd.DataFrame(
                     {
                         "text": np.repeat([item.text for item, _ in places], len(pairs)),
                         "position": np.repeat([position for _, position in places], len(pairs)),
                         "token": np.repeat([item.prompt.tokens[position] for item, position in places], len(pairs)),
-                        "next_token_id": np.repeat(own.tolist(), len(pairs)),
+                        "next_token_id": np.repeat(next_tokens.tolist(), len(pairs)),
                         "layer": np.tile([layer for layer, _ in pairs], samples),
                         "lens": lens.name,
                         "prompt": pd.Series(lens.target and lens.target.text, range(decoded.numel()), dtype="string"),
                         "decoded_id": decoded.flatten().tolist(),
-                        "correct": (decoded == own[:, None]).flatten().tolist(),
-                        "surprisal": surprisal(decoded, own_logits).flatten().tolist(),
+                        "correct": (decoded == next_tokens[:, None]).flatten().tolist(),
+                        "surprisal": surprisal(decoded, logits).flatten().tolist(),
                     }
                 )
             )
@@ -183,12 +183,12 @@ class NextToken(Experiment[SampledText]):
             table.insert(table.columns.get_loc(f"{column}_id") + 1, column, table[f"{column}_id"].map(spelled))
         return table
 
-    def _read_by(self, lens: Lens, states: Tensor, targets: list[int]) -> Tensor:
+    def _tokens(self, lens: Lens, states: Tensor, targets: list[int]) -> Tensor:
         """The tokens that states (samples, pairs, hidden) are decoded as."""
         scope = self._tail if lens.target is None else self.scope(lens.target)
         rows = states.flatten(0, 1)
-        decoded = [part.patched.argmax(dim=-1) for part in scope.logits(rows, targets * len(states))]
-        return torch.cat(decoded).reshape(states.shape[:2])
+        tokens = [part.patched.argmax(dim=-1) for part in scope.logits(rows, targets * len(states))]
+        return torch.cat(tokens).reshape(states.shape[:2])
 
 
 def random_token_prompts(model: LanguageModel, count: int, seed: int) -> list[Prompt]:
@@ -200,12 +200,12 @@ def random_token_prompts(model: LanguageModel, count: int, seed: int) -> list[Pr
     special = {*model.tokenizer.all_special_ids, *model.tokenizer.get_added_vocab().values()}
     prompts: list[Prompt] = []
     while len(prompts) < count:
-        shown = [_drawn(model, random, special) for _ in range(random.integers(1, 11))]
-        prompts.append(model.prompt("".join(f"{token} -> {token}\n" for token in shown) + "?"))
+        tokens = [_random_token(model, random, special) for _ in range(random.integers(1, 11))]
+        prompts.append(model.prompt("".join(f"{token} -> {token}\n" for token in tokens) + "?"))
     return prompts
 
 
-def _drawn(model: LanguageModel, random: np.random.Generator, special: set[int]) -> str:
+def _random_token(model: LanguageModel, random: np.random.Generator, special: set[int]) -> str:
     """A token that can be written on a line: one that is a piece of Unicode, and not only blanks."""
     while True:
         token = int(random.integers(len(model.tokenizer)))

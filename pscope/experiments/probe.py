@@ -62,15 +62,15 @@ def probe_elsewhere(
 
 def _predict(states: np.ndarray, classes: np.ndarray, seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
     """The classes that probes fitted on the `seen` units give to the `unseen` ones, (unseen, layers)."""
-    known = np.unique(classes[seen])
-    if len(known) == 1:
-        return np.full((unseen.sum(), states.shape[1]), known[0])
+    names = np.unique(classes[seen])
+    if len(names) == 1:
+        return np.full((unseen.sum(), states.shape[1]), names[0])
     probe = make_pipeline(StandardScaler(), LogisticRegression(max_iter=200))
     with warnings.catch_warnings():
         # With more features than samples the loss goes on falling; the predictions do not change any more.
         warnings.simplefilter("ignore", ConvergenceWarning)
-        told = [
+        predictions = [
             probe.fit(states[seen, layer], classes[seen]).predict(states[unseen, layer])
             for layer in range(states.shape[1])
         ]
-    return np.stack(told, axis=1)
+    return np.stack(predictions, axis=1)

@@ -159,8 +159,8 @@ class Reading(Experiment[Vector | Plain]):
         ]
         names = [unit.name for unit in self.units]
         if len(set(names)) < len(names):
-            twice = next(name for name in names if names.count(name) > 1)
-            raise PscopeError(f"{twice} is read twice")
+            duplicate = next(name for name in names if names.count(name) > 1)
+            raise PscopeError(f"{duplicate} is read twice")
         self._check_states()
         self.units += by_length([self._plain(None), *map(self._plain, (words or {}).items())])
 
@@ -191,7 +191,7 @@ class Reading(Experiment[Vector | Plain]):
             if self._mappings is not None:
                 for target_layer in unit.target_layers:
                     self._mappings.at(unit.pair(target_layer))
-        width, model = self._mapped(vectors[:1])[0].shape[-1], self.model
+        width, model = self._mapped_vectors(vectors[:1])[0].shape[-1], self.model
         # In a dry run, of a model without weights, there are no mappings.
         if width != model.hidden_size and model.device.type != "meta":
             raise PscopeError(
@@ -209,9 +209,9 @@ class Reading(Experiment[Vector | Plain]):
 
     def read(self, units: Sequence[Vector | Plain]) -> pd.DataFrame:
         vectors, plain = of_kind(units, Vector), of_kind(units, Plain)
-        return tidy(pd.DataFrame(self._patched(vectors) if vectors else self._unpatched(plain)), TYPES)
+        return tidy(pd.DataFrame(self._patched_rows(vectors) if vectors else self._plain_rows(plain)), TYPES)
 
-    def _patched(self, units: Sequence[Vector]) -> Iterator[dict[str, object]]:
+    def _patched_rows(self, units: Sequence[Vector]) -> Iterator[dict[str, object]]:
         scope, how, rows = self.scope(self.target), self._writing, list(self._rows(units))
         writes = scope.writes(
             torch.stack([row.vector for row in rows]),
@@ -224,8 +224,8 @@ class Reading(Experiment[Vector | Plain]):
         with _naming(rows):
             next_tokens = [top for part in scope.logits(writes) for top in self._top(part.patched)]
         with _naming([row for row in rows for _ in range(self._times)]):
-            said = list(self._said(rows, writes))
-        relevance = self._owed(rows, writes, said) if self._relevance else [None] * len(said)
+            continuations = list(self._continuations(rows, writes))
+        relevance = self._relevances(rows, writes, continuations) if self._relevance else [None] * len(continuations)
         for number, row in enumerate(rows):
             label = row.unit.label
             about: dict[str, object] = {"source": label.text, "token": label.token, "position": label.position}
@@ -233,37 +233,37 @@ class Reading(Experiment[Vector | Plain]):
             about |= {"scale": row.scale, "condition": row.condition}
             for time in range(self._times):
                 place = number * self._times + time
-                said_here = {"continuation": self._text(said[place]), "relevance": relevance[place]}
+                columns = {"continuation": self._text(continuations[place]), "relevance": relevance[place]}
                 for top in next_tokens[number]:
-                    yield {**about, "time": time + 1, "path": scope.path, **said_here, **top}
+                    yield {**about, "time": time + 1, "path": scope.path, **columns, **top}
 
-    def _unpatched(self, units: Sequence[Plain]) -> Iterator[dict[str, object]]:
+    def _plain_rows(self, units: Sequence[Plain]) -> Iterator[dict[str, object]]:
         path = self.scope(self.target).path
         for unit in units:
             ids = torch.tensor([unit.prompt.ids], device=self.model.device)
             (next_tokens,) = self._top(self.model.next_token_logits(ids))
-            prompts = [unit.prompt] * self._times
+            prompts, decoding = [unit.prompt] * self._times, self._decoding_of(unit)
             try:
-                said = sorted(continue_prompts(self.model, prompts, self._drawn(unit), memory=self.memory, path=path))
+                continuations = sorted(continue_prompts(self.model, prompts, decoding, memory=self.memory, path=path))
             except RowError as error:
                 raise PscopeError(f"{unit.name} failed: {error.reason}") from error
-            for time, tokens in said:
+            for time, tokens in continuations:
                 for top in next_tokens:
-                    told = {"time": time + 1, "path": path, "continuation": self._text(tokens)}
-                    yield {**unit.about, **told, **top}
+                    columns = {"time": time + 1, "path": path, "continuation": self._text(tokens)}
+                    yield {**unit.about, **columns, **top}
 
     def _rows(self, units: Sequence[Vector]) -> Iterator[_Row]:
         """The rows of units, those of one unit together."""
-        mapped = iter(self._mapped(units).split([len(unit.target_layers) for unit in units]))
+        parts = iter(self._mapped_vectors(units).split([len(unit.target_layers) for unit in units]))
         for unit in units:
-            vectors = next(mapped)  # (target layers, hidden)
+            vectors = next(parts)  # (target layers, hidden)
             random = same_norm(vectors[:, None], [unit.name] * len(vectors), [0], self._seed)[:, 0]
             for condition, written in ((PATCHED, vectors), (RANDOM, random)):
                 for layer, vector in zip(unit.target_layers, written, strict=True):
                     for scale in self._writing.scales:
                         yield _Row(unit, condition, layer, scale, vector)
 
-    def _mapped(self, units: Sequence[Vector]) -> Tensor:
+    def _mapped_vectors(self, units: Sequence[Vector]) -> Tensor:
         """What is written for each unit at each of its target layers, before it is scaled, (units × layers, hidden)."""
         places = [(unit, target) for unit in units for target in unit.target_layers]
         vectors = self._vectors[[unit.number for unit, _ in places]]
@@ -279,7 +279,7 @@ class Reading(Experiment[Vector | Plain]):
         order = torch.tensor([place for own in by_map.values() for place in own]).argsort()
         return torch.cat(parts)[order.to(vectors.device)]
 
-    def _said(self, rows: Sequence[_Row], writes: Writes) -> Iterator[list[int]]:
+    def _continuations(self, rows: Sequence[_Row], writes: Writes) -> Iterator[list[int]]:
         """What each row says, each of its times: greedily all at once, else by draws that are those of its unit."""
         scope, numbers = self.scope(self.target), torch.arange(len(rows))
         together = (
@@ -287,29 +287,29 @@ class Reading(Experiment[Vector | Plain]):
         )
         start = 0
         for group in together:
-            own = numbers[start : start + len(group)].repeat_interleave(self._times)
+            indices = numbers[start : start + len(group)].repeat_interleave(self._times)
             try:
-                yield from scope.generate(writes[own], decoding=self._drawn(group[0].unit)).patched
+                yield from scope.generate(writes[indices], decoding=self._decoding_of(group[0].unit)).patched
             except RowError as error:
                 raise RowError(start * self._times + error.row, error.reason) from error
             start += len(group)
 
-    def _drawn(self, unit: Unit) -> Decoding:
+    def _decoding_of(self, unit: Unit) -> Decoding:
         """The decoding with a seed that is the unit's own."""
         return replace(self._decoding, seed=seed_of(self._seed, unit.name))
 
-    def _owed(self, rows: Sequence[_Row], writes: Writes, said: Sequence[list[int]]) -> list[str | None]:
+    def _relevances(self, rows: Sequence[_Row], writes: Writes, tokens: Sequence[list[int]]) -> list[str | None]:
         """How much each token that patched rows say owes to the patch."""
-        patched = [place for place in range(len(said)) if rows[place // self._times].condition == PATCHED]
-        own = writes[torch.tensor(patched) // self._times]
+        patched = [place for place in range(len(tokens)) if rows[place // self._times].condition == PATCHED]
+        of_patched = writes[torch.tensor(patched) // self._times]
         with _naming([rows[place // self._times] for place in patched]):
-            relevance = self.scope(self.target).relevance(own, None, [said[place] for place in patched])
-        owed: list[str | None] = [None] * len(said)
+            relevance = self.scope(self.target).relevance(of_patched, None, [tokens[place] for place in patched])
+        texts: list[str | None] = [None] * len(tokens)
         for place, shares in zip(patched, relevance.tolist(), strict=True):
-            pieces = [decode(self.model.tokenizer, [token]) for token in said[place]]
-            told = [[piece, round(share, 4)] for piece, share in zip(pieces, shares, strict=False)]
-            owed[place] = json.dumps(told, ensure_ascii=False)
-        return owed
+            pieces = [decode(self.model.tokenizer, [token]) for token in tokens[place]]
+            pairs = [[piece, round(share, 4)] for piece, share in zip(pieces, shares, strict=False)]
+            texts[place] = json.dumps(pairs, ensure_ascii=False)
+        return texts
 
     def _top(self, logits: Tensor) -> list[list[dict[str, object]]]:
         """The most probable next tokens of each row of logits (rows, vocab), as rows of the table."""

@@ -36,21 +36,21 @@ def scored_sweep(
     PscopeError, naming the source, for a row that fails.
     """
     for target, alike in groupby(sources, key=lambda source: source.target):
-        yield from _scored(scope_of(target), [*alike], seed, by)
+        yield from _scored_rows(scope_of(target), [*alike], seed, by)
 
 
-def _scored(scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure) -> Iterator[dict[str, object]]:
+def _scored_rows(scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure) -> Iterator[dict[str, object]]:
     pairs, candidates = sources[0].pairs, sources[0].candidates
-    read = read_states(scope.model, sources, seed)
-    with naming_rows(read, pairs):
-        choices = scope.choose(*as_rows(read, pairs), _spoken(scope, candidates), by=by)
-    told = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
+    batch = read_states(scope.model, sources, seed)
+    with naming_rows(batch, pairs):
+        choices = scope.choose(*as_rows(batch, pairs), _candidate_texts(scope, candidates), by=by)
+    judges = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
     yield from rows_of(
-        read,
+        batch,
         sources,
         {scope.target: scope.path},
-        lambda place, number: told[read.sources[place][0].name](choices.patched, place * len(pairs) + number),
-        lambda source: told[source.name](choices.clean, 0),
+        lambda place, number: judges[batch.sources[place][0].name](choices.patched, place * len(pairs) + number),
+        lambda source: judges[source.name](choices.clean, 0),
     )
 
 
@@ -61,13 +61,13 @@ def scored_plainly(
     # A row that is patched at the very top is as good as none.
     state = torch.ones(1, scope.model.hidden_size)
     try:
-        choices = scope.choose(state, scope.model.n_layers, _spoken(scope, candidates), by=by)
+        choices = scope.choose(state, scope.model.n_layers, _candidate_texts(scope, candidates), by=by)
     except RowError as error:
         raise PscopeError(f"{scope.target.text!r} failed: {error.reason}") from error
     return _Judge(candidates, answers, by)(choices.clean, 0)
 
 
-def _spoken(scope: Patchscope, candidates: Sequence[str]) -> list[str]:
+def _candidate_texts(scope: Patchscope, candidates: Sequence[str]) -> list[str]:
     return [spoken_after(scope.target, candidate) for candidate in candidates]
 
 
@@ -75,7 +75,7 @@ def best_pairs(scores: pd.DataFrame, key: str, unit: list[str]) -> dict[str, dic
     """By the column `key` and by fold, the pair of layers that scores best in the other folds, for patched states."""
     best = {}
     for name, rows in scores[scores["condition"] == PATCHED].groupby(key, sort=False):
-        found, near = (found_at(rows, PATCHED, unit, what) for what in ("found", "log_probability"))
+        found, near = (found_at(rows, PATCHED, unit, column) for column in ("found", "log_probability"))
         folds = rows.drop_duplicates(unit).set_index(unit)["fold"]
         best[name] = best_elsewhere(found, near, folds.loc[found.index])
     return best
@@ -86,11 +86,11 @@ class _Judge:
 
     def __init__(self, candidates: Sequence[str], answers: Sequence[str], by: Measure) -> None:
         self._candidates, self._by = candidates, by
-        self._right = [same_answer(candidate, answers) for candidate in candidates]
+        self._matches = [same_answer(candidate, answers) for candidate in candidates]
         self._own = next(place for place, candidate in enumerate(candidates) if same_answer(candidate, answers[:1]))
 
     def __call__(self, choice: Choice, row: int) -> dict[str, object]:
         chosen = int(choice.chosen[row])
         scores = choice.first if self._by == "start" else choice.scores
-        own = {"log_probability": float(scores[row, self._own])}
-        return {"answer": self._candidates[chosen], "found": self._right[chosen], **own}
+        score = {"log_probability": float(scores[row, self._own])}
+        return {"answer": self._candidates[chosen], "found": self._matches[chosen], **score}

@@ -90,7 +90,7 @@ class Through:
     mappings: MappingSet
 
 
-class Read(NamedTuple):
+class Batch(NamedTuple):
     """What is patched for some sources: each in its conditions, and the states (read, pairs, hidden)."""
 
     sources: list[tuple[Source, str]]
@@ -102,7 +102,7 @@ class Read(NamedTuple):
         return f"{source.name!r} ({condition})"
 
 
-def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, through: Through | None = None) -> Read:
+def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, through: Through | None = None) -> Batch:
     """The states of sources that share their pairs, and after them the random vectors of those that ask for them."""
     pairs = sources[0].pairs
     layers, columns = source_layers(pairs)
@@ -110,14 +110,14 @@ def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, thro
     states = capture(read_in, [source.source for source in sources], layers=layers)  # (sources, layers, hidden)
     if through is not None:
         states, columns = through.mappings.apply(states[:, columns], pairs, [None] * len(sources)), [*range(len(pairs))]
-    drawn = [place for place, source in enumerate(sources) if source.random]
-    read = [(source, PATCHED) for source in sources] + [(sources[place], RANDOM) for place in drawn]
-    if drawn:
+    random_places = [place for place, source in enumerate(sources) if source.random]
+    entries = [(source, PATCHED) for source in sources] + [(sources[place], RANDOM) for place in random_places]
+    if random_places:
         # Whatever other layers are read, as where scores are taken everywhere and words at some.
         at = layers if through is None else pairs
-        random = same_norm(states[drawn], [sources[place].name for place in drawn], at, seed)
+        random = same_norm(states[random_places], [sources[place].name for place in random_places], at, seed)
         states = torch.cat([states, random])
-    return Read(read, states[:, columns])
+    return Batch(entries, states[:, columns])
 
 
 def sweep(
@@ -136,32 +136,32 @@ def sweep(
     pairs = sources[0].pairs
     scopes = {target: scope_of(target) for target in dict.fromkeys(source.target for source in sources)}
     model = scopes[sources[0].target].model
-    read = read_states(model, sources, seed, through)
-    wanted = [(source.answers, *(source.lent_to if condition == PATCHED else ())) for source, condition in read.sources]
-    settles = any(answers for group in wanted for answers in group)
+    batch = read_states(model, sources, seed, through)
+    groups = [(each.answers, *(each.lent_to if condition == PATCHED else ())) for each, condition in batch.sources]
+    settles = any(answers for group in groups for answers in group)
 
     def settled(place: int, text: str) -> bool:
-        return all(answer_settled(text, answers) for answers in wanted[place])
+        return all(answer_settled(text, answers) for answers in groups[place])
 
-    texts, clean = _spoken(scopes, read, pairs, decoding, settled if settles else None)
+    texts, clean = _continuations(scopes, batch, pairs, decoding, settled if settles else None)
     yield from rows_of(
-        read,
+        batch,
         sources,
         {target: scope.path for target, scope in scopes.items()},
-        lambda place, number: _answered(texts[place][number], read.sources[place][0].answers),
-        lambda source: _answered(clean[source.target], source.answers),
+        lambda place, number: _answer_columns(texts[place][number], batch.sources[place][0].answers),
+        lambda source: _answer_columns(clean[source.target], source.answers),
     )
 
 
 def rows_of(
-    read: Read,
+    batch: Batch,
     sources: Sequence[Source],
     paths: Mapping[Prompt, str],
     patched: Callable[[int, int], dict[str, object]],
     clean: Callable[[Source], dict[str, object]],
 ) -> Iterator[dict[str, object]]:
     """The rows of each source together: `patched(place, pair)` and `clean(source)` tell what came of them."""
-    places = {(source.name, condition): place for place, (source, condition) in enumerate(read.sources)}
+    places = {(source.name, condition): place for place, (source, condition) in enumerate(batch.sources)}
     for source in sources:
         path = {"path": paths[source.target]}
         for condition in source.conditions:
@@ -173,16 +173,16 @@ def rows_of(
         yield {**source.about, "condition": CLEAN, **path, **clean(source)}
 
 
-def borrowed(table: pd.DataFrame, borrowers: pd.DataFrame, key: str, within: Sequence[str] = ()) -> pd.DataFrame:
+def borrowed_rows(table: pd.DataFrame, borrowers: pd.DataFrame, key: str, within: Sequence[str] = ()) -> pd.DataFrame:
     """What came of others' states, as rows of those who borrow it: a control that costs no pass.
 
     `borrowers` has a row for each, with the columns that say what it is, and the `lender` from which it borrows:
     another one's value of the column `key`, of the same `within`. How probable the lender's own answer was is left out.
     """
-    said = table[table["condition"] == PATCHED].rename(columns={key: "lender"})
-    theirs = [column for column in borrowers if column in said and column not in ("lender", *within)]
-    said = said.drop(columns=[*theirs, "log_probability"], errors="ignore")
-    return borrowers.merge(said, on=[*within, "lender"], sort=False)
+    lent = table[table["condition"] == PATCHED].rename(columns={key: "lender"})
+    columns = [column for column in borrowers if column in lent and column not in ("lender", *within)]
+    lent = lent.drop(columns=[*columns, "log_probability"], errors="ignore")
+    return borrowers.merge(lent, on=[*within, "lender"], sort=False)
 
 
 def mark_chosen(table: pd.DataFrame, key: str, best: Mapping[str, Mapping[int, Pair]]) -> pd.DataFrame:
@@ -199,8 +199,8 @@ def same_norm(states: Tensor, names: Sequence[str], layers: Sequence[int | Pair]
     Each is drawn from the seed, the unit's name and its layer alone, whatever else is there.
     """
     width = states.shape[-1]
-    drawn = [[torch.randn(width, generator=_generator(seed, name, layer)) for layer in layers] for name in names]
-    random = torch.stack([torch.stack(unit) for unit in drawn]).to(states)
+    draws = [[torch.randn(width, generator=_generator(seed, name, layer)) for layer in layers] for name in names]
+    random = torch.stack([torch.stack(unit) for unit in draws]).to(states)
     return random * (states.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
 
 
@@ -209,39 +209,39 @@ def _generator(*key: object) -> torch.Generator:
     return torch.Generator().manual_seed(seed_of(*key))
 
 
-def _spoken(
+def _continuations(
     scopes: Mapping[Prompt, Patchscope],
-    read: Read,
+    batch: Batch,
     pairs: Sequence[Pair],
     decoding: Decoding,
     settled: Callable[[int, str], bool] | None,
 ) -> tuple[dict[int, list[str]], dict[Prompt, str]]:
     """What each of the states that are read says, by its place among them and the pair, and each clean target."""
     of = {
-        target: [place for place, (source, _) in enumerate(read.sources) if source.target == target]
+        target: [place for place, (source, _) in enumerate(batch.sources) if source.target == target]
         for target in scopes
     }
     order = [place for places in of.values() for place in places]
     layers = [target for _, target in pairs]
     requests = [
-        Request(scopes[target], read.states[of[target]].flatten(0, 1), layers * len(of[target])) for target in of
+        Request(scopes[target], batch.states[of[target]].flatten(0, 1), layers * len(of[target])) for target in of
     ]
     settled_row = None if settled is None else lambda row, text: settled(order[row // len(pairs)], text)
-    with naming_rows(Read([read.sources[place] for place in order], read.states), pairs):
-        spoken = generate_together(requests, decoding, settled_row)
+    with naming_rows(Batch([batch.sources[place] for place in order], batch.states), pairs):
+        by_target = generate_together(requests, decoding, settled_row)
     tokenizer = requests[0].scope.model.tokenizer
-    texts = iter([decoding.text(row, tokenizer) for said in spoken for row in said.patched])
+    texts = iter([decoding.text(row, tokenizer) for each in by_target for row in each.patched])
     by_place = {place: [next(texts) for _ in pairs] for place in order}
-    return by_place, {target: decoding.text(said.clean, tokenizer) for target, said in zip(of, spoken, strict=True)}
+    return by_place, {target: decoding.text(each.clean, tokenizer) for target, each in zip(of, by_target, strict=True)}
 
 
-def as_rows(read: Read, pairs: Sequence[Pair]) -> tuple[Tensor, list[int]]:
+def as_rows(batch: Batch, pairs: Sequence[Pair]) -> tuple[Tensor, list[int]]:
     """The states one after the other, (read × pairs, hidden), and the target layer of each."""
-    return read.states.reshape(-1, read.states.shape[-1]), [target for _, target in pairs] * len(read.sources)
+    return batch.states.reshape(-1, batch.states.shape[-1]), [target for _, target in pairs] * len(batch.sources)
 
 
 @contextmanager
-def naming_rows(read: Read, pairs: Sequence[Pair]) -> Iterator[None]:
+def naming_rows(batch: Batch, pairs: Sequence[Pair]) -> Iterator[None]:
     """A block in which the error of a row, as `as_rows` counts them, becomes a PscopeError that names its source."""
     try:
         yield
@@ -250,9 +250,9 @@ def naming_rows(read: Read, pairs: Sequence[Pair]) -> Iterator[None]:
             raise
         place, pair = divmod(error.row, len(pairs))
         raise PscopeError(
-            f"{read.name(place)} failed at layer {pairs[pair][0]}, target layer {pairs[pair][1]}: {error.reason}"
+            f"{batch.name(place)} failed at layer {pairs[pair][0]}, target layer {pairs[pair][1]}: {error.reason}"
         ) from error
 
 
-def _answered(text: str, answers: Sequence[str]) -> dict[str, object]:
+def _answer_columns(text: str, answers: Sequence[str]) -> dict[str, object]:
     return {"continuation": text, "found": answer_found(text, answers)}

@@ -52,8 +52,8 @@ class Together(Experiment[Part]):
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """Each one's rows, joined by itself."""
-        joined = [
+        tables = [
             experiment.join(table[table["reader"] == name].drop(columns="reader")).assign(reader=name)
             for name, experiment in self._experiments.items()
         ]
-        return pd.concat(joined, ignore_index=True).astype({"reader": "string"})
+        return pd.concat(tables, ignore_index=True).astype({"reader": "string"})

@@ -125,8 +125,8 @@ class TokenGrid(Experiment[Column | Unpatched]):
             return Work(len(unit.prompt), spoken=1, new_tokens=new_tokens)
         suffix = max((len(target) - min(target.positions) for target in self._targets), default=1)
         # Those that go on are nearly all there is to do.
-        patched = tuple(self._layers) * (len(decodings) or len(self._targets))
-        return Work(1, suffix, patched, spoken=0 if patched else len(self._layers), new_tokens=new_tokens)
+        layers = tuple(self._layers) * (len(decodings) or len(self._targets))
+        return Work(1, suffix, layers, spoken=0 if layers else len(self._layers), new_tokens=new_tokens)
 
     def read(self, units: Sequence[Column | Unpatched]) -> pd.DataFrame:
         self._tail.memory = self.memory
@@ -170,13 +170,13 @@ class TokenGrid(Experiment[Column | Unpatched]):
         rows, targets = states.flatten(0, 1), [target for _, target in pairs] * len(positions)
         answers = own.repeat_interleave(len(pairs))
         scope = self._reader(lens)
-        read = [cell for part in scope.logits(rows, targets) for cell in self._ranked(part.patched, answers[part.rows])]
+        cells = [cell for part in scope.logits(rows, targets) for cell in self._top(part.patched, answers[part.rows])]
         texts = [None] * len(rows) if each.decoding is None else scope.generate(rows, targets, each.decoding).text
         places = [(position, layer) for position in positions for layer, _ in pairs]
-        for (position, layer), answer, cell, text in zip(places, answers.tolist(), read, texts, strict=True):
+        for (position, layer), answer, cell, text in zip(places, answers.tolist(), cells, texts, strict=True):
             about = {"lens": lens.name, "position": position, "token": self.prompt.tokens[position], "layer": layer}
             about |= {"answer": decode(model.tokenizer, [answer]), "continuation": text}
-            yield from ({**about, **one} for one in cell)
+            yield from ({**about, **row} for row in cell)
 
     def _clean(self, unit: Unpatched) -> Iterator[dict[str, object]]:
         """What the prompt of a lens says unpatched."""
@@ -186,11 +186,11 @@ class TokenGrid(Experiment[Column | Unpatched]):
         if each.decoding is not None:
             any_state = torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
             text = self.scope(target).generate(any_state, self.model.n_layers, each.decoding).clean_text
-        (cell,) = self._ranked(logits, None)
-        for one in cell:
-            yield {"lens": each.lens.name, "token": CLEAN, "continuation": text, **one}
+        (cell,) = self._top(logits, None)
+        for row in cell:
+            yield {"lens": each.lens.name, "token": CLEAN, "continuation": text, **row}
 
-    def _ranked(self, logits: Tensor, answers: Tensor | None) -> Iterator[list[dict[str, object]]]:
+    def _top(self, logits: Tensor, answers: Tensor | None) -> Iterator[list[dict[str, object]]]:
         """For each row of logits (rows, vocab), its most probable tokens, with what is told of the whole row."""
         log_probabilities = logits.float().log_softmax(dim=-1)
         top = log_probabilities.topk(self._top_k)
