@@ -12,24 +12,24 @@ def main() -> None:
     for stream in filter(None, (sys.stdout, sys.stderr)):
         # A character that the terminal's encoding lacks is shown as its escape.
         stream.reconfigure(errors="backslashreplace")
-    ended: str | int | None
+    code: str | int | None
     try:
         from pscope.cli.app import app
 
         app()
     except KeyboardInterrupt:
         print("pscope: stopped; nothing was written", file=sys.stderr)
-        ended = 130
+        code = 130
     except SystemExit as end:
-        ended = end.code
-    ended = _flushed(ended)
-    if ended == 130:
+        code = end.code
+    code = _flush(code)
+    if code == 130:
         # Everything is on disk; what is left is a second or two of the interpreter taking its modules down.
         os._exit(130)
-    sys.exit(ended)
+    sys.exit(code)
 
 
-def _flushed(ended: str | int | None) -> str | int | None:
+def _flush(code: str | int | None) -> str | int | None:
     """The exit code, once all that was printed has left: the device may be full, or the reader of a pipe gone."""
     for stream in filter(None, (sys.stdout, sys.stderr)):
         try:
@@ -37,7 +37,7 @@ def _flushed(ended: str | int | None) -> str | int | None:
         except OSError as error:
             # What is left in the buffer must not be tried again as the interpreter ends.
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
-            if not ended and not isinstance(error, BrokenPipeError):
+            if not code and not isinstance(error, BrokenPipeError):
                 print(f"pscope: cannot print: {error.strerror}", file=sys.stderr)
-            ended = ended or 1
-    return ended
+            code = code or 1
+    return code

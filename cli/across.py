@@ -46,13 +46,13 @@ def fit_across(
     model: LanguageModel,
     other: LanguageModel,
     pairs: Sequence[Pair],
-    named: str | None = None,
+    lens: str | None = None,
     *,
     controls: bool = True,
 ) -> dict[str, MappingSet] | None:
     """The maps from one model to another, and the controls: those of shuffled pairs, and the mean state.
 
-    They are fitted on the texts that come with pscope, or read from where they are `named`. None in a dry run.
+    They are fitted on the texts that come with pscope, or read from `lens`. None in a dry run.
     """
     from pscope.experiments.cross_model import MAPPED, MEAN, SHUFFLED
     from pscope.inputs.positions import draw_paired
@@ -61,24 +61,24 @@ def fit_across(
     from pscope.models.fingerprint import fingerprint
 
     frame.read([fingerprint(model), fingerprint(other)])
-    mapped = None if named is None else frame.lens(named, model, other)
-    if mapped is not None:
+    mappings = None if lens is None else frame.lens(lens, model, other)
+    if mappings is not None:
         for pair in pairs:
-            mapped.at(pair)
-    if named is not None and not controls:
-        return None if mapped is None else {MAPPED: mapped}
+            mappings.at(pair)
+    if lens is not None and not controls:
+        return None if mappings is None else {MAPPED: mappings}
     texts = shipped_texts()
     paired, share = draw_paired(model, other, texts, None, seed=0)
     tell(f"{share:.0%} of positions of the texts to fit on are cut at the same character by both tokenizers")
     fit, what = Fit(model, other, tuple(pairs)), f"maps to {other.name}"
-    if named is None:
-        mapped = frame.fitted(fit, texts, paired, what)
+    if lens is None:
+        mappings = frame.fitted(fit, texts, paired, what)
     if not controls:
-        return None if mapped is None else {MAPPED: mapped}
+        return None if mappings is None else {MAPPED: mappings}
     shuffled = frame.fitted(replace(fit, shuffled=0), texts, paired, f"{what} of shuffled pairs, the control,")
-    if mapped is None or shuffled is None:
+    if mappings is None or shuffled is None:
         return None
-    return {MAPPED: mapped, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
+    return {MAPPED: mappings, SHUFFLED: shuffled, MEAN: shuffled.to_means()}
 
 
 def target_prompts(target: TargetOptions, default: str, *models: LanguageModel) -> list[Prompt]:
@@ -124,9 +124,9 @@ def across(
         # Layers that both have, where each is read by its own.
         layers = [layer for layer in layers if target_layers != "same" or layer <= other.n_layers]
     pairs = layer_pairs(other, layers, target_layers or spread_layers(other, TARGET_LAYERS), model)
-    patched, own = target_prompts(target, pscope.TOKEN_IDENTITY, other, model)
+    target_prompt, own_prompt = target_prompts(target, pscope.TOKEN_IDENTITY, other, model)
     paired, share = draw_paired(model, other, passages, samples, seed)
-    frame.read([*passages, patched.text])
+    frame.read([*passages, target_prompt.text])
     mappings = fit_across(frame, model, other, pairs, *lens)
     themselves = MappingSet.identity
     if mappings is None:
@@ -140,10 +140,10 @@ def across(
 
     readers = {
         f"{other.name} reads {model.name}": CrossModel(
-            model, other, patched, mappings, passages, ours, pairs, memory=frame.memory
+            model, other, target_prompt, mappings, passages, ours, pairs, memory=frame.memory
         ),
-        f"{model.name} reads itself": itself(model, own, ours, diagonals[0]),
-        f"{other.name} reads itself": itself(other, patched, theirs, diagonals[1]),
+        f"{model.name} reads itself": itself(model, own_prompt, ours, diagonals[0]),
+        f"{other.name} reads itself": itself(other, target_prompt, theirs, diagonals[1]),
     }
     table = frame.carry_out(
         Together(readers),
@@ -151,7 +151,7 @@ def across(
         samples=samples,
         seed=seed,
         pairs=pairs,
-        target=patched.text,
+        target=target_prompt.text,
         target_model=other.name,
         positions_paired=share,
     )

@@ -37,30 +37,30 @@ class OneLineErrors(TyperGroup):
             return super().make_context(*args, **kwargs)
         except OSError as error:
             # The help of all commands is printed already here, perhaps to a full device.
-            raise typer.TyperException(_told(error) or str(error)) from error
+            raise typer.TyperException(_message_of(error) or str(error)) from error
 
     def invoke(self, ctx: Any) -> Any:
         try:
             return super().invoke(ctx)
         except KeyboardInterrupt as stop:
-            kept = kept_by(stop)
+            note = kept_by(stop)
             # Of several processes that are stopped together, one says what was kept.
-            return 130 if rank() and not kept else _tell(f"stopped; {kept or 'nothing was written'}", 130)
+            return 130 if rank() and not note else _tell(f"stopped; {note or 'nothing was written'}", 130)
         except (typer.Exit, typer.Abort, BrokenPipeError):
             # The first two are RuntimeErrors too; of the third, Typer makes a quiet end.
             raise
         except (PscopeError, OSError, RuntimeError, MemoryError) as error:
             command = cast(TyperCommand | None, self.commands.get(ctx.invoked_subcommand))
-            told = None if ctx.params["traceback"] else _told(error, command)
+            message = None if ctx.params["traceback"] else _message_of(error, command)
             if rank() and not kept_by(error):
                 # What all processes find wrong is told by the first, whose end ends the others.
                 time.sleep(PATIENCE)
-            if told is None:
+            if message is None:
                 raise
-            return _tell("; ".join(filter(None, (told, kept_by(error)))), 2)
+            return _tell("; ".join(filter(None, (message, kept_by(error)))), 2)
 
 
-def _told(error: Exception, command: TyperCommand | None = None) -> str | None:
+def _message_of(error: Exception, command: TyperCommand | None = None) -> str | None:
     """What to say of an error, or None for one that nobody foresaw."""
     if isinstance(error, PscopeError):
         return str(error)
@@ -86,8 +86,8 @@ def _tell(message: str, exit_code: int) -> int:
 app = typer.Typer(cls=OneLineErrors, invoke_without_command=True, rich_markup_mode="markdown")
 
 
-def _tell_versions(asked: bool) -> None:
-    if asked:
+def _tell_versions(value: bool) -> None:
+    if value:
         typer.echo(", ".join(f"{name} {version(name)}" for name in ("pscope", "torch", "transformers")))
         raise typer.Exit
 

@@ -32,55 +32,55 @@ def check(
     from pscope.show.tables import literal, narrow_table
 
     with working("Checking"):
-        found = examine(loaded)
+        examination = examine(loaded)
     if rank():
         return
     if as_json:
-        print_json(asdict(found))
+        print_json(asdict(examination))
         return
-    shown = narrow_table("")
-    shown.show_header = False
-    shown.add_column(no_wrap=True, style="bold")
-    shown.add_column(overflow="fold")
-    for name, told in _lines(found):
-        shown.add_row(name, literal(told))
-    out.print(shown)
+    table = narrow_table("")
+    table.show_header = False
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, text in _lines(examination):
+        table.add_row(name, literal(text))
+    out.print(table)
 
 
-def _lines(found: Examination) -> list[tuple[str, str]]:
+def _lines(result: Examination) -> list[tuple[str, str]]:
     """What is told, line by line: a name and what was found."""
-    check, window = found.check, found.window
-    measured = f"{check.difference:.1e} sd of the logits, at most" if check.difference is not None else "not measured"
-    accepted = f"; {check.tolerance:.1e} are accepted there" if check.tolerance is not None else ""
+    check, window = result.check, result.window
+    difference = f"{check.difference:.1e} sd of the logits, at most" if check.difference is not None else "not measured"
+    tolerance = f"; {check.tolerance:.1e} are accepted there" if check.tolerance is not None else ""
     return [
-        ("model", f"{found.model_class}, {found.dtype} on {found.device}"),
-        ("layers", f"0 (embedding output) to {found.n_layers}: {found.layer_class} in {found.layers_at}"),
-        ("width", f"{found.hidden_size}" + (f", window of {window} tokens" if window else "")),
+        ("model", f"{result.model_class}, {result.dtype} on {result.device}"),
+        ("layers", f"0 (embedding output) to {result.n_layers}: {result.layer_class} in {result.layers_at}"),
+        ("width", f"{result.hidden_size}" + (f", window of {window} tokens" if window else "")),
         ("path", str(check)),
-        ("difference", measured + accepted),
-        ("logit lens", f"layer {found.n_layers} is {found.lens_difference:.1e} sd from the model's own logits"),
+        ("difference", difference + tolerance),
+        ("logit lens", f"layer {result.n_layers} is {result.lens_difference:.1e} sd from the model's own logits"),
         (
             "start token",
-            f"{found.start_token} is put before a text" if found.start_token else "none is put before a text",
+            f"{result.start_token} is put before a text" if result.start_token else "none is put before a text",
         ),
-        ("first token", f"its state is {found.first_token_norm:.1f} times as long as others, in the middle layer"),
-        ("end tokens", " ".join(found.end_tokens) or "none"),
-        ("chat template", "yes" if found.chat_template else "no"),
-        ("placeholders", _placeholders(found)),
-        ("speed", _speed(found)),
+        ("first token", f"its state is {result.first_token_norm:.1f} times as long as others, in the middle layer"),
+        ("end tokens", " ".join(result.end_tokens) or "none"),
+        ("chat template", "yes" if result.chat_template else "no"),
+        ("placeholders", _placeholders(result)),
+        ("speed", _speed(result)),
     ]
 
 
-def _placeholders(found: Examination) -> str:
-    told = []
-    for mark, token in found.placeholders.items():
-        told.append(f"{mark!r} is one token" if token == mark else f"{mark!r} is no token of its own but {token!r}")
-    return ", ".join(told)
+def _placeholders(result: Examination) -> str:
+    notes = []
+    for mark, token in result.placeholders.items():
+        notes.append(f"{mark!r} is one token" if token == mark else f"{mark!r} is no token of its own but {token!r}")
+    return ", ".join(notes)
 
 
-def _speed(found: Examination) -> str:
-    staircase, plain = found.ms_per_row.get("staircase"), found.ms_per_row["plain"]
-    told = f"{plain:.2f} ms per row on the plain path"
+def _speed(result: Examination) -> str:
+    staircase, plain = result.ms_per_row.get("staircase"), result.ms_per_row["plain"]
+    text = f"{plain:.2f} ms per row on the plain path"
     return (
-        told if staircase is None else f"{staircase:.2f} ms per row on the staircase, {told}: {plain / staircase:.1f} ×"
+        text if staircase is None else f"{staircase:.2f} ms per row on the staircase, {text}: {plain / staircase:.1f} ×"
     )

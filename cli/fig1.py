@@ -38,8 +38,8 @@ def fig1(
     The state of each layer is patched into the target prompt at the same layer; beside it stands what the logit lens
     makes of it. The last row is the control: the target prompt unpatched.
     """
-    chosen = parse_layers(layers)
-    read = parse_one_position(at, at_index, source, default="CEO")
+    layer_numbers = parse_layers(layers)
+    position = parse_one_position(at, at_index, source, default="CEO")
     model = frame.load()
 
     import pscope
@@ -47,26 +47,26 @@ def fig1(
     from pscope.experiments.layer_readout import LayerReadout
     from pscope.show.layer_readout import layer_readout_figure, readout_table
 
-    marked = source_prompt(model, source, read)
-    patched = target.prompt(model, pscope.TOKEN_IDENTITY)
-    chosen = list(range(model.n_layers + 1)) if chosen is None else chosen
+    prompt = source_prompt(model, source, position)
+    target_prompt = target.prompt(model, pscope.TOKEN_IDENTITY)
+    layer_numbers = list(range(model.n_layers + 1)) if layer_numbers is None else layer_numbers
     options = {"top_k": top_k, "new_tokens": new_tokens, "memory": frame.memory}
-    experiment = LayerReadout(model, patched, marked, chosen, **options)
-    frame.read([marked.text, patched.text])
+    experiment = LayerReadout(model, target_prompt, prompt, layer_numbers, **options)
+    frame.read([prompt.text, target_prompt.text])
     table = frame.carry_out(
         experiment,
-        source=marked.text,
-        source_position=marked.position,
-        target=patched.text,
-        target_positions=patched.positions,
-        layers=chosen,
+        source=prompt.text,
+        source_position=prompt.position,
+        target=target_prompt.text,
+        target_positions=target_prompt.positions,
+        layers=layer_numbers,
     )
-    title = f"{marked.token.strip()!r} in {source!r}"
+    title = f"{prompt.token.strip()!r} in {source!r}"
     figure = frame.draw(layer_readout_figure(table, f"{title}\n{model.name}"))
     frame.finish()
     if as_json:
         print_json(table)
     else:
         out.print(readout_table(table, title))
-    tell_sink(marked)
+    tell_sink(prompt)
     tell(f"figure: {figure}")

@@ -66,7 +66,7 @@ def fig2(
     With --target-model (Figures 10 and 11), that model reads instead, at every pair of layers, what states are mapped
     to; beside it stand both models reading themselves, and the controls.
     """
-    chosen, reached = parse_layers(layers), parse_target_layers(target_layers)
+    layer_numbers, target_numbers = parse_layers(layers), parse_target_layers(target_layers)
     passages = texts.read(samples)
     model = frame.load()
     if target_model.differs:
@@ -80,14 +80,14 @@ def fig2(
             passages=passages,
             texts=texts.named,
             target=target,
-            layers=chosen,
-            target_layers=reached,
+            layers=layer_numbers,
+            target_layers=target_numbers,
             lens=lens or [],
             samples=samples,
             seed=seed,
         )
         return
-    if reached is not None:
+    if target_numbers is not None:
         raise PscopeError("--target-layers is for --target-model; each line has target layers of its own")
 
     import pscope
@@ -96,21 +96,21 @@ def fig2(
     from pscope.models.residual import as_layers
     from pscope.show.next_token import next_token_figure, next_token_tables
 
-    patched = target.prompt(model, pscope.TOKEN_IDENTITY)
-    chosen = list(range(model.n_layers + 1)) if chosen is None else chosen
-    as_layers(model, chosen)
+    target_prompt = target.prompt(model, pscope.TOKEN_IDENTITY)
+    layer_numbers = list(range(model.n_layers + 1)) if layer_numbers is None else layer_numbers
+    as_layers(model, layer_numbers)
     sampled = draw_positions(model, passages, samples, seed)
-    frame.read([*passages, patched.text])
-    lenses = _lenses(frame, model, patched, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
+    frame.read([*passages, target_prompt.text])
+    lenses = _lenses(frame, model, target_prompt, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
     lenses += [Lens(RANDOM_TOKENS, prompt) for prompt in random_token_prompts(model, random_prompts, seed)]
     table = frame.carry_out(
-        NextToken(model, lenses, passages, sampled, chosen, batch_tokens=batch_tokens, memory=frame.memory),
+        NextToken(model, lenses, passages, sampled, layer_numbers, batch_tokens=batch_tokens, memory=frame.memory),
         texts=texts.named,
         samples=samples,
         seed=seed,
-        layers=chosen,
-        target=patched.text,
-        target_positions=patched.positions,
+        layers=layer_numbers,
+        target=target_prompt.text,
+        target_positions=target_prompt.positions,
         lenses=[each.name for each in lenses],
     )
     summary = summarise(table, seed)

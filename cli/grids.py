@@ -76,12 +76,12 @@ class GridOptions:
         """The layers that are scored where no others are asked for."""
         return range(0, model.n_layers + 1, 3 if self.quick else 1)
 
-    def told(self, pairs: Sequence[Pair]) -> dict[str, object]:
+    def settings(self, pairs: Sequence[Pair]) -> dict[str, object]:
         """What stands in the settings of the scores at these pairs."""
         source, target = (sorted(set(layers)) for layers in zip(*pairs, strict=True))
         return {"source_layers": source, "target_layers": target, "scored_by": self.score.value}
 
-    def said(
+    def said_pairs(
         self, model: LanguageModel, coarse: tuple[Sequence[float], Sequence[float]], best: Best | None
     ) -> list[Pair] | Best:
         """Where answers are said: `best` are the pairs that score best; None, in a dry run, stands for as many.
@@ -93,12 +93,12 @@ class GridOptions:
         return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
 
     def agreement(
-        self, scores: pd.DataFrame, said: pd.DataFrame, key: str, unit: list[str], group: str, seed: int
+        self, scores: pd.DataFrame, words: pd.DataFrame, key: str, unit: list[str], group: str, seed: int
     ) -> pd.DataFrame:
         """How alike scores and words rank: see `rank_agreement`. Empty where rows speak at the best pairs alone."""
         from pscope.experiments.agreement import rank_agreement
 
-        return rank_agreement(scores, said[:0] if self.said_at is SaidAt.best else said, key, unit, group, seed)
+        return rank_agreement(scores, words[:0] if self.said_at is SaidAt.best else words, key, unit, group, seed)
 
     def _as_many_as_best(self, model: LanguageModel) -> list[Pair]:
         """A pair for every fold, of those that lead downwards where there are any: back-patching has no others."""

@@ -39,7 +39,7 @@ def lens(
     One HTML file that needs no network: logit lens, token identity, a description by the entity prompt, and maps that
     are named. Cells are coloured by probability, certainty, the rank of the model's own answer, or agreement with it.
     """
-    chosen = parse_layers(layers)
+    layer_numbers = parse_layers(layers)
     model = frame.load()
 
     import pscope
@@ -48,15 +48,15 @@ def lens(
 
     mappings: dict[str, MappingSet] = {}
     for name in lens or ():
-        if (read := frame.lens(name, model, model)) is not None:
-            label = f"{read.origin.kind}, {Path(name).absolute().name}"
+        if (mapping_set := frame.lens(name, model, model)) is not None:
+            label = f"{mapping_set.origin.kind}, {Path(name).absolute().name}"
             if label in mappings:
                 raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
-            mappings[label] = read
+            mappings[label] = mapping_set
     experiment = grid_of(
         model,
         text,
-        chosen,
+        layer_numbers,
         mappings=mappings,
         describe=pscope.Decoding(new_tokens, stop=(",",)) if describe else None,
         top_k=top_k,
@@ -64,13 +64,13 @@ def lens(
     )
     frame.read([experiment.prompt.text])
     table = frame.carry_out(experiment, text=experiment.prompt.text)
-    made = {
+    origin = {
         "model": model.name,
         "weights": frame.settings["model"]["fingerprint"][:16],
         "text": repr(experiment.prompt.text),
         "command": frame.settings["command_line"],
     }
-    page = frame.write_page(lens_page(table, text, made, model.config.vocab_size))
+    page = frame.write_page(lens_page(table, text, origin, model.config.vocab_size))
     frame.finish()
     if as_json:
         print_json(table)

@@ -129,8 +129,8 @@ def layers_option(default: str) -> Any:
 
 def target_layers_option(default: str | bool = True) -> Any:
     """`--target-layers`, and which are patched without it."""
-    shown = "Layers that are patched: the one that is read, all, or as 0-15."
-    return typer.Option(metavar="same|all|LAYERS", help=shown, show_default=default)
+    text = "Layers that are patched: the one that is read, all, or as 0-15."
+    return typer.Option(metavar="same|all|LAYERS", help=text, show_default=default)
 
 
 NewTokensOption = Annotated[int, typer.Option(min=1, help="Tokens that a patched prompt goes on for, at most.")]

@@ -20,14 +20,14 @@ def show_plan(experiment: Experiment[Any], what: str, device: str | None, rate: 
     with working("Measuring how fast matrices are multiplied here"):
         rate = measured_rate(experiment.model, device) / 1e12 if rate is None else rate
     seconds = planned.flops / (rate * 1e12)
-    shown = narrow_table("")
-    shown.show_header = False
-    shown.add_column(no_wrap=True, style="bold")
-    shown.add_column(overflow="fold")
+    table = narrow_table("")
+    table.show_header = False
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
     work = {"sources": planned.reading, "patched prompts": planned.patching, "new tokens": planned.speaking}
     shares = ", ".join(f"{flops / planned.flops:.0%} {name}" for name, flops in work.items())
     at = f"{rate:.3g} TFLOP/s{', as bare matrix products reach here' if measured else ''}"
-    for name, told in (
+    for name, text in (
         ("stage", what),
         ("units", f"{planned.units:,} in {planned.parts:,} parts"),
         ("rows", f"{planned.rows:,}, at most"),
@@ -39,9 +39,9 @@ def show_plan(experiment: Experiment[Any], what: str, device: str | None, rate: 
         ("floor", f"{planned.flops:.3g} FLOPs in matrix products, attention aside: {shares}"),
         ("time", f"{_duration(seconds)} of one process at {at}; of N, an Nth"),
     ):
-        shown.add_row(name, literal(told))
+        table.add_row(name, literal(text))
     if rank() == 0:
-        out.print(shown)
+        out.print(table)
 
 
 def _duration(seconds: float) -> str:

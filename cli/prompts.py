@@ -131,8 +131,8 @@ def refuse_lost_file(text: str, option: str) -> None:
 
 def stop_at_comma_option() -> Any:
     """`--stop-at-comma`."""
-    shown = "End a description at its first comma, as those of the prompt do."
-    return typer.Option("--stop-at-comma/--no-stop-at-comma", help=shown)
+    text = "End a description at its first comma, as those of the prompt do."
+    return typer.Option("--stop-at-comma/--no-stop-at-comma", help=text)
 
 
 def parse_position(at: str | None, index: str | None, text: str, option: str = "--at", default: At = -1) -> At:

@@ -97,7 +97,7 @@ def read(
     """
     if chat_target is not None and target.target is not None:
         raise PscopeError("--target and --chat-target were both given; choose one")
-    chosen = parse_target_layers(target_layers)
+    patched_layers = parse_target_layers(target_layers)
     model = frame.load()
     other = frame.load_target(target_model, model)
 
@@ -108,27 +108,27 @@ def read(
     if chat_target is not None:
         messages = read_chat(chat_target)
         text = other.chat(messages).text
-        patched = other.chat(messages, target.position(text))
+        prompt = other.chat(messages, target.position(text))
     else:
-        patched = target.prompt(other, pscope.ENTITY_DESCRIPTION)
-    if patched.at_sink:
-        tell(f"{patched!r}: models keep an attention sink at the first token; what is patched over it may derail them")
+        prompt = target.prompt(other, pscope.ENTITY_DESCRIPTION)
+    if prompt.at_sink:
+        tell(f"{prompt!r}: models keep an attention sink at the first token; what is patched over it may derail them")
     states, words = Sources(frame, model, sources).read()
     directions = sources.minus is not None or sources.difference is not None
-    mappings, chosen = _mappings(frame, model, other, lens, states, chosen, directions=directions)
+    mappings, patched_layers = _mappings(frame, model, other, lens, states, patched_layers, directions=directions)
     if mappings is not None and sources.layers is None:
         states = _covered(states, mappings)
-    frame.read([patched.text])
+    frame.read([prompt.text])
     decoding = pscope.Decoding(new_tokens, temperature, seed, tuple(stop or ()))
     experiment = Reading(
         other,
-        patched,
+        prompt,
         states,
-        chosen,
+        patched_layers,
         decoding,
         writing=Writing(writing.scales, writing.norm, writing.add, tuple(parse_layers(writing.hold, "--hold") or ())),
         mappings=mappings,
-        words=_written_out(other, patched, words, new_tokens),
+        words=_written_out(other, prompt, words, new_tokens),
         times=times,
         top_k=top_k,
         relevance=relevance,
@@ -136,7 +136,7 @@ def read(
         memory=frame.memory,
     )
     table = frame.carry_out(
-        experiment, target=patched.text, target_model=other.name, target_positions=patched.positions, seed=seed
+        experiment, target=prompt.text, target_model=other.name, target_positions=prompt.positions, seed=seed
     )
     frame.finish()
     if as_json:
@@ -148,21 +148,21 @@ def read(
     tell(f"table: {frame.folder / 'table.parquet'}")
 
 
-def _written_out(model: LanguageModel, patched: Prompt, words: dict[str, str], new_tokens: int) -> dict[str, str]:
+def _written_out(model: LanguageModel, target_prompt: Prompt, words: dict[str, str], new_tokens: int) -> dict[str, str]:
     """The words that can take the place of the placeholder; not those of a text that is its own target."""
     from pscope.errors import PromptError
     from pscope.models.prompts import written_out
 
-    kept = {}
+    controls = {}
     for name, text in words.items():
         try:
-            model.check_window(len(model.prompt(written_out(patched, text))) + new_tokens)
+            model.check_window(len(model.prompt(written_out(target_prompt, text))) + new_tokens)
         except PromptError as error:
             tell(f"without the control of the text alone, {name!r}: {error}")
             continue
-        if name != patched.text:
-            kept[name] = text
-    return kept
+        if name != target_prompt.text:
+            controls[name] = text
+    return controls
 
 
 def _mappings(
@@ -171,7 +171,7 @@ def _mappings(
     other: LanguageModel,
     lens: str | None,
     states: States,
-    chosen: Any,
+    target_layers: Any,
     *,
     directions: bool,
 ) -> tuple[MappingSet | None, Any]:
@@ -185,16 +185,16 @@ def _mappings(
     if lens is not None:
         mappings = frame.lens(lens, model, other)
         leads_to = sorted({target for _, target in mappings.maps}) if mappings is not None else []
-        chosen = leads_to if chosen is None and len(leads_to) == 1 else chosen
+        target_layers = leads_to if target_layers is None and len(leads_to) == 1 else target_layers
         if directions:
             tell("what is left of a subtraction is a direction; a map with a constant part adds that to it")
-        return mappings, range(other.n_layers + 1) if chosen == "all" else chosen or "same"
-    chosen = range(other.n_layers + 1) if chosen == "all" else chosen or "same"
+        return mappings, range(other.n_layers + 1) if target_layers == "all" else target_layers or "same"
+    target_layers = range(other.n_layers + 1) if target_layers == "all" else target_layers or "same"
     if other is model:
-        return None, chosen
+        return None, target_layers
     if _alike(model, other):
         tell(f"states of {model.name} go into {other.name} as they are: the two are of one kind and size")
-        return None, chosen
+        return None, target_layers
     if directions:
         raise PscopeError(
             "--minus and --difference leave directions, and the maps between models have a constant part; read states"
@@ -203,19 +203,19 @@ def _mappings(
     if len(layers) < len(states.labels):
         raise PscopeError(f"maps to {other.name} lead from layers; say by --layers of which the vectors are")
     pairs = sorted(
-        {(of, to) for label, of in zip(states.labels, layers, strict=True) for to in label_layers(label, chosen)}
+        {(of, to) for label, of in zip(states.labels, layers, strict=True) for to in label_layers(label, target_layers)}
     )
-    fitted = fit_across(frame, model, other, pairs, controls=False)
-    return None if fitted is None else fitted[MAPPED], chosen
+    maps = fit_across(frame, model, other, pairs, controls=False)
+    return None if maps is None else maps[MAPPED], target_layers
 
 
 def _covered(states: States, mappings: MappingSet) -> States:
     """The states of layers that mappings lead from. Raises PscopeError if there are none."""
     leads_from = {source for source, _ in mappings.maps}
-    kept = [row for row, label in enumerate(states.labels) if label.layer in leads_from or label.layer is None]
-    if not kept:
+    rows = [row for row, label in enumerate(states.labels) if label.layer in leads_from or label.layer is None]
+    if not rows:
         raise PscopeError(f"no state is of a layer that these mappings lead from: {mappings.covered}")
-    return states[kept]
+    return states[rows]
 
 
 def _alike(model: LanguageModel, other: LanguageModel) -> bool:

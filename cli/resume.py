@@ -37,30 +37,30 @@ def resume(
     options = settings.get("options")
     if not isinstance(options, dict):
         raise RunError(f'the settings of {run} hold no "options", so it cannot be gone on with')
-    now = {name: value for name, value in (("memory", memory), ("device", device)) if value is not None}
-    arguments = _arguments(command.params, {**options, "shard": None, **now})
+    changes = {name: value for name, value in (("memory", memory), ("device", device)) if value is not None}
+    arguments = _arguments(command.params, {**options, "shard": None, **changes})
     with command.make_context(command.name, arguments, parent=ctx.parent, obj=Resuming(run, force)) as again:
         command.invoke(again)
 
 
 def _arguments(params: list[Any], options: dict[str, object]) -> list[str]:
     """Options as they would be typed: so that settings edited to nonsense are refused as a typing error is."""
-    named, bare = [], []
-    known = {param.name for param in params}
-    for name in options.keys() - known:
+    flags, bare = [], []
+    names = {param.name for param in params}
+    for name in options.keys() - names:
         raise RunError(f"the settings have an option {name!r} that the command has not")
     for param in params:
         value = options.get(param.name)
         if value is None:
             continue
         if isinstance(value, bool):
-            named += param.opts if value else param.secondary_opts
+            flags += param.opts if value else param.secondary_opts
         elif isinstance(value, list) and param.multiple:
-            named += [f"{param.opts[0]}={each}" for each in value]
+            flags += [f"{param.opts[0]}={each}" for each in value]
         elif isinstance(value, list):
-            named += [param.opts[0], *map(str, value)]
+            flags += [param.opts[0], *map(str, value)]
         elif param.param_type_name == "argument":
             bare.append(str(value))
         else:
-            named.append(f"{param.opts[0]}={value}")
-    return [*named, "--", *bare]
+            flags.append(f"{param.opts[0]}={value}")
+    return [*flags, "--", *bare]

@@ -31,11 +31,11 @@ def raise_if_stopped() -> None:
 
 
 @contextmanager
-def closed_unbroken(opened: AbstractContextManager[object]) -> Iterator[None]:
+def closed_unbroken(context: AbstractContextManager[object]) -> Iterator[None]:
     """The context that is given, whose end nothing interrupts; what is sent meanwhile is raised after it."""
     global _held
     try:
-        with opened:
+        with context:
             try:
                 yield
                 raise_if_stopped()

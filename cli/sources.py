@@ -79,8 +79,8 @@ class SourceOptions:
         if self.vectors and (self.text or self.chat):
             raise PscopeError("--vectors come from a file, and texts from a model; give one or the other")
         _ = parse_layers(self.layers)
-        for name, given in (("--at", self.at), ("--every-token", self.every_token), ("--difference", self.difference)):
-            if self.vectors and given:
+        for name, value in (("--at", self.at), ("--every-token", self.every_token), ("--difference", self.difference)):
+            if self.vectors and value:
                 raise PscopeError(f"{name} is of texts, and --vectors are of none")
         if self.at and self.every_token:
             raise PscopeError("--at and --every-token were both given; choose one")
@@ -102,7 +102,7 @@ class Sources:
             states = self._of_layers(self._from_file(options.vectors))
         else:
             prompts, words = self._prompts()
-            states = self._formed(prompts, self._layers)
+            states = self._states_of(prompts, self._layers)
         if options.mean:
             states = states.mean()
             words = {states.labels[0].text: ", ".join(words.values())} if words else {}
@@ -120,42 +120,42 @@ class Sources:
         texts, chat = options.text or [], options.chat
         if len(set(texts)) < len(texts):
             raise PscopeError("a text is given twice; mark several tokens of it by several --at")
-        found, words = [], {}
-        marks = _dealt(options.at or [], len(texts) + (chat is not None))
+        prompts, words = [], {}
+        marks = _marks_of_each(options.at or [], len(texts) + (chat is not None))
         for text, own in zip(texts, marks, strict=False):
             if options.every_token:
                 prompt = _every_token(model.prompt(line_break(model, text) + text))
             else:
                 prompt = source_prompt(model, text, _places(text, own))
-            found.append((text, prompt))
-            words[text] = _seen(prompt)
+            prompts.append((text, prompt))
+            words[text] = _text_read(prompt)
         if chat is not None:
             messages, begin = read_chat(chat), options.assistant_turn
-            whole = model.chat(messages, begin=begin)
-            marked = _every_token(whole) if options.every_token else None
-            found.append((chat.name, marked or model.chat(messages, _places(whole.text, marks[-1]), begin=begin)))
+            unmarked = model.chat(messages, begin=begin)
+            marked = _every_token(unmarked) if options.every_token else None
+            prompts.append((chat.name, marked or model.chat(messages, _places(unmarked.text, marks[-1]), begin=begin)))
             words[chat.name] = "\n".join(message["content"] for message in messages)
-        self._frame.read([prompt.text for _, prompt in found])
-        for _, prompt in found:
+        self._frame.read([prompt.text for _, prompt in prompts])
+        for _, prompt in prompts:
             if prompt.at_sink:
                 tell(f"{prompt!r}: models keep an attention sink at the first token, whose state says nothing of it")
-        return found, words
+        return prompts, words
 
-    def _formed(self, prompts: Sequence[tuple[str, Prompt]], layers: Sequence[int] | None) -> States:
+    def _states_of(self, prompts: Sequence[tuple[str, Prompt]], layers: Sequence[int] | None) -> States:
         """The states of prompts, or the difference of two models', with the names that the prompts are shown by."""
         import pscope
 
         layers = range(self._model.n_layers + 1) if layers is None else layers
-        own = [prompt for _, prompt in prompts]
-        found = pscope.States.of(self._model, own, layers=layers)
+        bare_prompts = [prompt for _, prompt in prompts]
+        states = pscope.States.of(self._model, bare_prompts, layers=layers)
         if self._finetune is not None:
-            for prompt in own:
+            for prompt in bare_prompts:
                 if self._finetune.prompt(prompt.text).ids != prompt.ids:
                     raise PscopeError(f"{self._finetune.name} cuts {prompt.text!r} into other tokens: no finetune")
-            found = pscope.States.of(self._finetune, own, layers=layers) - found
+            states = pscope.States.of(self._finetune, bare_prompts, layers=layers) - states
         names = [name for name, prompt in prompts for _ in prompt.positions for _ in layers]
-        labels = (label._replace(text=name) for label, name in zip(found.labels, names, strict=True))
-        return replace(found, labels=tuple(labels))
+        labels = (label._replace(text=name) for label, name in zip(states.labels, names, strict=True))
+        return replace(states, labels=tuple(labels))
 
     def _from_file(self, name: str) -> States:
         """The vectors of FILE or FILE:TENSOR; in a dry run, no more than their number."""
@@ -175,32 +175,32 @@ class Sources:
                 raise PscopeError(f"--layers {self._options.layers}: vectors are of one layer, or of none")
             labels = (label._replace(layer=self._layers[0]) for label in states.labels)
             return replace(states, labels=tuple(labels))
-        kept = [row for row, label in enumerate(states.labels) if label.layer in self._layers]
-        if not kept:
+        rows = [row for row, label in enumerate(states.labels) if label.layer in self._layers]
+        if not rows:
             raise PscopeError(f"--layers {self._options.layers}: none of {states!r} is of these")
-        return states[kept]
+        return states[rows]
 
-    def _others(self, given: Sequence[str], states: States) -> States:
+    def _others(self, names: Sequence[str], states: States) -> States:
         """The mean of what is subtracted, layer by layer."""
         from pscope.experiments.grid import source_prompt
         from pscope.inputs.texts import read_texts
 
-        if any(Path(name.split(":")[0]).suffix in (".safetensors", ".npy") for name in given):
-            if len(given) > 1:
+        if any(Path(name.split(":")[0]).suffix in (".safetensors", ".npy") for name in names):
+            if len(names) > 1:
                 raise PscopeError("--minus: vectors are subtracted by themselves; give one file of them")
-            return self._from_file(given[0]).mean()
+            return self._from_file(names[0]).mean()
         layers = list(dict.fromkeys(label.layer for label in states.labels if label.layer is not None))
         if any(label.layer is None for label in states.labels):
             raise PscopeError("--minus: texts have states in layers; say by --layers of which the vectors are")
         texts = []
-        for name in given:
+        for name in names:
             if Path(name).suffix in (".txt", ".jsonl"):
                 texts += read_texts(Path(name))
             else:
                 refuse_lost_file(name, "--minus")
                 texts.append(name)
         self._frame.read(texts)
-        return self._formed([(text, source_prompt(self._model, text)) for text in texts], layers).mean()
+        return self._states_of([(text, source_prompt(self._model, text)) for text in texts], layers).mean()
 
     def _load_finetune(self, name: str) -> LanguageModel:
         """The model of `--difference`. Raises PscopeError if its states cannot be held against the model's."""
@@ -216,7 +216,7 @@ class Sources:
         return other
 
 
-def _dealt(marks: Sequence[str], prompts: int) -> list[list[str]]:
+def _marks_of_each(marks: Sequence[str], prompts: int) -> list[list[str]]:
     """The `--at` of each prompt: one for all, one for each, or several for the only one. Raises PscopeError."""
     if prompts == 1 or len(marks) < 2:
         return [list(marks)] * prompts
@@ -238,7 +238,7 @@ def _every_token(prompt: Prompt) -> Prompt:
     return replace(prompt, positions=tuple(range(1, len(prompt))))
 
 
-def _seen(prompt: Prompt) -> str:
+def _text_read(prompt: Prompt) -> str:
     """The text up to the last token that is read."""
     last = max(prompt.positions)
     return prompt.text[: prompt.spans[last][1] if prompt.spans else None].strip()

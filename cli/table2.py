@@ -55,7 +55,7 @@ def table2(
 
     from pscope.inputs.relations import read_relations, shipped_relations
 
-    read, skipped = (shipped_relations(), []) if relations is None else read_relations(relations)
+    relation_list, skipped = (shipped_relations(), []) if relations is None else read_relations(relations)
     for line in skipped:
         tell(line)
     model = frame.load()
@@ -71,20 +71,20 @@ def table2(
 
     pairs = grid.pairs(model)
     decoding = pscope.Decoding(new_tokens)
-    asked = _readable_questions(model, read, contexts)
-    frame.read(repr(relation) for relation in read)
-    said = frame.known(PlainWords(model, plain_questions(asked), decoding, memory=frame.memory))
+    all_questions = _readable_questions(model, relation_list, contexts)
+    frame.read(repr(relation) for relation in relation_list)
+    texts = frame.known(PlainWords(model, plain_questions(all_questions), decoding, memory=frame.memory))
     questions, counts = [], {}
-    for whole in asked:
-        question, answered = whole.known(said, samples, seed)
-        name, subjects = whole.relation.name, len(whole.relation.samples)
-        counts[name] = [subjects, answered, len(question.samples)]
+    for candidate in all_questions:
+        question, known_count = candidate.known(texts, samples, seed)
+        name, subjects = candidate.relation.name, len(candidate.relation.samples)
+        counts[name] = [subjects, known_count, len(question.samples)]
         fate = (
             f"{len(question.samples)} are read"
             if question.enough
             else f"skipped, fewer than the {FOLDS} folds, or of one object"
         )
-        tell(f"{name}: {answered} of {subjects} subjects are known, {fate}")
+        tell(f"{name}: {known_count} of {subjects} subjects are known, {fate}")
         questions += [question] if question.enough else []
     if not questions:
         raise PscopeError("no relation is left: the model knows too few subjects of each")
@@ -98,25 +98,25 @@ def table2(
         counts=counts,
         samples=samples,
         contexts=contexts,
-        **grid.told(pairs),
+        **grid.settings(pairs),
         folds=FOLDS,
         seed=seed,
     )
     best = None if scores is None else best_pairs(scores, "relation", ["subject", "context"])
-    said_at = grid.said(model, GRID, best)
-    said = frame.say(AttributeExtraction(model, questions, said_at, decoding, **options), best_pairs=best)
-    summary, accuracy = summarise(scores, said, seed), over_layers(scores, seed)
+    said_at = grid.said_pairs(model, GRID, best)
+    continuations = frame.say(AttributeExtraction(model, questions, said_at, decoding, **options), best_pairs=best)
+    summary, accuracy = summarise(scores, continuations, seed), over_layers(scores, seed)
     frame.note("summary", summary)
     frame.note("accuracy", accuracy)
-    alike = grid.agreement(scores, said, "relation", ["subject", "context"], "subject", seed)
-    if len(alike):
-        frame.note("agreement", alike)
+    agreement = grid.agreement(scores, continuations, "relation", ["subject", "context"], "subject", seed)
+    if len(agreement):
+        frame.note("agreement", agreement)
     figure = frame.draw(accuracy_figure(accuracy, model.name))
     heatmaps = frame.draw(accuracy_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(accuracy_table(summary))
-    if len(alike):
-        out.print(agreement_table(alike))
+    if len(agreement):
+        out.print(agreement_table(agreement))
     tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")
 
 

@@ -44,7 +44,7 @@ def table3(
     The state of the name's last token is patched over the placeholder of a prompt that describes entities. The last
     row is the control: the placeholder alone. With --target-model, that model speaks, of what the state is mapped to.
     """
-    read = parse_one_position(at, at_index, entity)
+    position = parse_one_position(at, at_index, entity)
     refuse_lens_alone(lens, target_model)
     source_model = frame.load()
     model = frame.load_target(target_model, source_model)
@@ -56,21 +56,21 @@ def table3(
     from pscope.show.entity_resolution import resolution_table
 
     pairs = names.pairs(model, source_model)
-    source = name_prompt(source_model, entity, names.before, read)
-    patched = target.prompt(model, pscope.ENTITY_DESCRIPTION)
+    source = name_prompt(source_model, entity, names.before, position)
+    target_prompt = target.prompt(model, pscope.ENTITY_DESCRIPTION)
     decoding = names.decoding(stop_at_comma=stop_at_comma)
-    frame.read([source.text, patched.text])
+    frame.read([source.text, target_prompt.text])
     through = None
     if model is not source_model:
         mappings = fit_across(frame, source_model, model, pairs, lens, controls=False)
         through = None if mappings is None else Through(source_model, mappings[MAPPED])
     table = frame.carry_out(
-        EntityLayers(model, patched, source, pairs, decoding, reference, through=through, memory=frame.memory),
+        EntityLayers(model, target_prompt, source, pairs, decoding, reference, through=through, memory=frame.memory),
         source=source.text,
         source_position=source.position,
-        target=patched.text,
+        target=target_prompt.text,
         target_model=model.name,
-        target_positions=patched.positions,
+        target_positions=target_prompt.positions,
         pairs=pairs,
         stop=decoding.stop,
     )

@@ -15,13 +15,13 @@ def targets(as_json: JsonOption = False) -> None:
     from pscope.inputs.targets import shipped_targets
     from pscope.show.tables import literal
 
-    listed = shipped_targets().values()
+    prompts = shipped_targets().values()
     if as_json:
-        print_json({target.name: asdict(target) for target in listed})
+        print_json({target.name: asdict(target) for target in prompts})
         return
-    shown = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for heading in ("name", "prompt", "placeholder", "asks", "from"):
-        shown.add_column(heading, overflow="fold")
-    for target in listed:
-        shown.add_row(*map(literal, (target.name, repr(target.text)[1:-1], target.at, target.asks, target.source)))
-    out.print(shown)
+        table.add_column(heading, overflow="fold")
+    for target in prompts:
+        table.add_row(*map(literal, (target.name, repr(target.text)[1:-1], target.at, target.asks, target.source)))
+    out.print(table)
