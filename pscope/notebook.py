@@ -39,20 +39,20 @@ class Tabled(Protocol):
 
 def framed(page: str, title: str, height: str, *, scripts: bool = False) -> str:
     """A page within another one: neither its styles nor its scripts meet those around it."""
-    allowed = "allow-scripts" if scripts else ""
-    frame = f'style="width: 100%; height: {height}; border: 0" sandbox="{allowed}"'
+    permissions = "allow-scripts" if scripts else ""
+    frame = f'style="width: 100%; height: {height}; border: 0" sandbox="{permissions}"'
     return f'<iframe {frame} title="{escape(visible(title))}" srcdoc="{escape(page)}"></iframe>'
 
 
 def table_in_frame(result: Tabled) -> str:
     """What a notebook shows of a result: what it says of itself, and its table."""
-    table, told = result.table(), visible(repr(result))
-    shown = table.head(MOST_ROWS).astype(object)
-    shown = shown.where(shown.notna(), "")
+    table, title = result.table(), visible(repr(result))
+    head = table.head(MOST_ROWS).astype(object)
+    head = head.where(head.notna(), "")
     more = f"<p>… and {len(table) - MOST_ROWS} more rows</p>" if len(table) > MOST_ROWS else ""
-    rows = visible(shown.to_html(index=False, border=0, float_format="{:.6g}".format))
-    page = f'<!doctype html><meta charset="utf-8"><style>{_STYLE}</style><p>{escape(told)}</p>{rows}{more}'
-    return framed(page, told, f"{min(24, 4 + 1.6 * len(shown)):.0f}rem")
+    rows = visible(head.to_html(index=False, border=0, float_format="{:.6g}".format))
+    page = f'<!doctype html><meta charset="utf-8"><style>{_STYLE}</style><p>{escape(title)}</p>{rows}{more}'
+    return framed(page, title, f"{min(24, 4 + 1.6 * len(head)):.0f}rem")
 
 
 @contextmanager

@@ -11,13 +11,13 @@ from pscope.show.tables import literal, narrow_table, with_band
 def agreement_table(agreement: pd.DataFrame) -> Table:
     """For a terminal: a line for each row of `agreement.rank_agreement`."""
     key = agreement.columns[0]
-    shown = narrow_table(
+    table = narrow_table(
         "rank correlation (Spearman) of the shares answered by score and by word, over the pairs of layers where rows "
         "spoke (95 % band from resampling); blank where all shares are alike"
     )
     for heading in (key, "ranked", "count", "ρ"):
-        shown.add_column(heading, justify="right" if heading in ("count", "ρ") else "left")
+        table.add_column(heading, justify="right" if heading in ("count", "ρ") else "left")
     for row in agreement.itertuples():
         rho = "" if row.rho != row.rho else with_band(row.rho, row.low, row.high)
-        shown.add_row(literal(getattr(row, key)), row.ranked, str(row.count), rho)
-    return shown
+        table.add_row(literal(getattr(row, key)), row.ranked, str(row.count), rho)
+    return table

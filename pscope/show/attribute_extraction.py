@@ -37,10 +37,10 @@ def accuracy_figure(accuracy: pd.DataFrame, on: str = "", columns: int = 5) -> F
     with drawing(max(4, 0.5 + 1.5 * columns), 1.4 + 1.25 * rows) as figure:
         panels = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True).flatten()
         for axes, relation in zip(panels, relations, strict=False):
-            here = accuracy[accuracy["relation"] == relation]
+            of_relation = accuracy[accuracy["relation"] == relation]
             for (condition, taken), (label, look) in _LINES.items():
-                same = here["taken"].isna() if taken is None else here["taken"] == taken
-                line = here[(here["condition"] == condition) & same].astype({"layer": int})
+                matches = of_relation["taken"].isna() if taken is None else of_relation["taken"] == taken
+                line = of_relation[(of_relation["condition"] == condition) & matches].astype({"layer": int})
                 plot(axes, line["layer"], line["found"], look, label, width=1)
                 if (condition, taken) in _WITH_BANDS:
                     fill(axes, line["layer"], line["low"], line["high"], look, faint=condition == PROBE)
@@ -68,7 +68,7 @@ def accuracy_heatmaps(table: pd.DataFrame, on: str = "") -> Figure:
 
 def accuracy_table(summary: pd.DataFrame) -> Table:
     """The same for a terminal: for each relation a line of scores, and one of what was said."""
-    shown = narrow_table(
+    table = narrow_table(
         "scored: the right object is the most probable of those of the subjects read; said: it is in the continuation; "
         "oracle: any target layer gives the answer, mean over source layers (the paper's number); held out: at the "
         "pair of layers that was best for other subjects; p: of held out against the probe at the layer that was best "
@@ -77,13 +77,13 @@ def accuracy_table(summary: pd.DataFrame) -> Table:
         tight=True,
     )
     headings = ("n", "oracle", "random\noracle", "held\nout", "random", "other", "probe", "majo-\nrity", "clean", "p")
-    shown.add_column("relation", no_wrap=True)
-    shown.add_column("", no_wrap=True)
+    table.add_column("relation", no_wrap=True)
+    table.add_column("", no_wrap=True)
     for heading in headings:
-        shown.add_column(heading, justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", no_wrap=True)
     for row in summary.itertuples():
         scored = row.judged == SCORED
-        shown.add_row(
+        table.add_row(
             literal(row.relation) if scored else "",
             row.judged,
             str(row.samples) if scored else "",
@@ -92,7 +92,7 @@ def accuracy_table(summary: pd.DataFrame) -> Table:
             number(row.clean),
             "" if row.p != row.p else "<.001" if row.p < 0.001 else f"{row.p:.2g}",
         )
-    return shown
+    return table
 
 
 def _smallest_p(summary: pd.DataFrame) -> str:

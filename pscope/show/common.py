@@ -44,13 +44,13 @@ def _round_ticks(axes: Axes, columns: list[int], rows: list[int]) -> None:
     """From the lowest layer on so many that each can be read."""
     for axis, layers in ((axes.xaxis, columns), (axes.yaxis, rows)):
         step = -(-len(layers) // 7)
-        shown = [place for place, layer in enumerate(layers) if sorted(layers).index(layer) % step == 0]
-        axis.set_ticks([place + 0.5 for place in shown], [str(layers[place]) for place in shown], rotation=0)
+        places = [place for place, layer in enumerate(layers) if sorted(layers).index(layer) % step == 0]
+        axis.set_ticks([place + 0.5 for place in places], [str(layers[place]) for place in places], rotation=0)
 
 
-def titled(seen: str, on: str) -> str:
-    """A title: what is seen, and below it on what, where that is known."""
-    return drawable(f"{seen}\n{on}" if on else seen)
+def titled(subject: str, on: str) -> str:
+    """A title: the subject, and below it on what it was seen, where that is known."""
+    return drawable(f"{subject}\n{on}" if on else subject)
 
 
 def drawable(text: str) -> str:

@@ -35,23 +35,23 @@ def best_pairs_table(best: pd.DataFrame, summary: pd.DataFrame, reader: str) -> 
     `best` is of `cross_model.best_pairs`, `summary` of `cross_model.summarise`: from it come the last rows, in which
     each of the two models reads itself, at the layers of the first row.
     """
-    shown = narrow_table(
+    table = narrow_table(
         f"{literal(reader)}: precision@1 on the half of the texts that did not choose the pair (95 % band); where a "
         "model reads itself, on all texts, at the layers of the first row"
     )
-    shown.add_column("", overflow="fold")
+    table.add_column("", overflow="fold")
     for column in ("layer", "to layer", "precision@1", "oracle"):
-        shown.add_column(column, justify="right", no_wrap=True)
+        table.add_column(column, justify="right", no_wrap=True)
     mine = best[best["reader"] == reader]
     for row in mine.itertuples():
-        told = with_band(row.held_out, row.low, row.high)
-        shown.add_row(literal(row.condition), str(row.layer), str(row.target_layer), told, number(row.maximum))
+        cell = with_band(row.held_out, row.low, row.high)
+        table.add_row(literal(row.condition), str(row.layer), str(row.target_layer), cell, number(row.maximum))
     if mine.empty:
-        return shown
+        return table
     layers = (mine.iloc[0]["layer"], mine.iloc[0]["target_layer"])
     others = summary[(summary["reader"] != reader) & (summary["condition"] == MAPPED)]
     for (name, rows), layer in zip(others.groupby("reader", sort=False), layers, strict=True):
         (row,) = rows[rows["layer"] == layer].itertuples()
-        told = with_band(row.precision_at_1, row.precision_at_1_low, row.precision_at_1_high)
-        shown.add_row(literal(name), str(layer), str(layer), told, "", style="dim")
-    return shown
+        cell = with_band(row.precision_at_1, row.precision_at_1_low, row.precision_at_1_high)
+        table.add_row(literal(name), str(layer), str(layer), cell, "", style="dim")
+    return table

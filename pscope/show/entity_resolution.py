@@ -116,21 +116,21 @@ def _line(axes: Axes, summary: pd.DataFrame, condition: str, look: Look, label: 
 def resolution_table(table: pd.DataFrame, entity: str, *, scored: bool) -> Table:
     """Table 3: what each layer says of one entity, the control last."""
     several = not _one_target(table.dropna(subset=["layer"]))
-    shown = Table(title=literal(entity), title_justify="left")
-    shown.add_column("layer", justify="right")
+    view = Table(title=literal(entity), title_justify="left")
+    view.add_column("layer", justify="right")
     if several:
-        shown.add_column("target layer", justify="right")
-    shown.add_column("continuation", overflow="fold")
+        view.add_column("target layer", justify="right")
+    view.add_column("continuation", overflow="fold")
     if scored:
-        shown.add_column("ROUGE-L", justify="right")
+        view.add_column("ROUGE-L", justify="right")
     for row in table.itertuples():
         control = row.condition != PATCHED
         cells = ["clean" if control else str(row.layer)]
         cells += ["" if control else str(row.target_layer)] if several else []
         cells += [one_line(row.continuation)]
         cells += [f"{row.rouge_l:.2f}"] if scored else []
-        shown.add_row(*cells, style="dim" if control else None)
-    return shown
+        view.add_row(*cells, style="dim" if control else None)
+    return view
 
 
 def layers_tables(summary: pd.DataFrame) -> list[Table]:
@@ -148,21 +148,21 @@ def layers_tables(summary: pd.DataFrame) -> list[Table]:
         part = groups[first : first + 3]
         last = part[-1] == groups[-1]
         controls = (ANOTHER, RANDOM) if last else ()
-        shown = narrow_table(
+        table = narrow_table(
             "mean ROUGE-L (95 % band from resampling entities); controls: of all entities" if last else "", tight=True
         )
-        shown.add_column("layer", justify="right", no_wrap=True)
+        table.add_column("layer", justify="right", no_wrap=True)
         for group in part:
-            shown.add_column(literal(group), justify="right", overflow="fold", max_width=16)
+            table.add_column(literal(group), justify="right", overflow="fold", max_width=16)
         for control in controls:
-            shown.add_column(control.replace(" ", "\n"), justify="right")
+            table.add_column(control.replace(" ", "\n"), justify="right")
         for layer in sorted(summary["layer"].dropna().unique()):
             means = [_banded(rows[PATCHED, group, layer]) for group in part]
             others = [rows.get((control, ALL, layer)) for control in controls]
-            shown.add_row(str(layer), *means, *("" if cell is None else f"{cell['rouge_l']:.2f}" for cell in others))
+            table.add_row(str(layer), *means, *("" if cell is None else f"{cell['rouge_l']:.2f}" for cell in others))
         for condition, label in ((CLEAN, "clean"), (WRITTEN_OUT, "written out")):
-            shown.add_row(label, *(_banded(level[condition, group]) for group in part), style="dim")
-        tables.append(shown)
+            table.add_row(label, *(_banded(level[condition, group]) for group in part), style="dim")
+        tables.append(table)
     return tables
 
 
@@ -174,32 +174,32 @@ def across_table(summary: pd.DataFrame) -> Table:
         condition: rows.set_index(["layer", "target_layer"])["rouge_l"].to_dict()
         for condition, rows in everything.groupby("condition")
     }
-    shown = narrow_table("mean ROUGE-L of all entities")
-    shown.add_column("layer", justify="right", no_wrap=True)
+    table = narrow_table("mean ROUGE-L of all entities")
+    table.add_column("layer", justify="right", no_wrap=True)
     for condition in conditions:
-        shown.add_column(condition.replace(" ", "\n", 1), justify="right")
+        table.add_column(condition.replace(" ", "\n", 1), justify="right")
     patched = everything[everything["condition"] == PATCHED]
     for layer, target in sorted(set(zip(patched["layer"], patched["target_layer"], strict=True))):
         at = {SOURCE_ITSELF: (layer, layer), TARGET_ITSELF: (target, target)}
-        told = [means[condition][at.get(condition, (layer, target))] for condition in conditions]
-        shown.add_row(_pair(layer, target), *(f"{mean:.3f}" for mean in told))
-    return shown
+        cells = [means[condition][at.get(condition, (layer, target))] for condition in conditions]
+        table.add_row(_pair(layer, target), *(f"{mean:.3f}" for mean in cells))
+    return table
 
 
 def best_table(best: pd.DataFrame) -> Table:
     """Where each group is described best, chosen on one half of it and reported on the other."""
-    shown = narrow_table("the maximum is an oracle: chosen on the entities that it is reported on")
+    table = narrow_table("the maximum is an oracle: chosen on the entities that it is reported on")
     for column in ("entities", "best layer\non one half", "ROUGE-L on\nthe other half", "maximum", "at layer"):
-        shown.add_column(column, justify="left" if column == "entities" else "right", overflow="fold")
+        table.add_column(column, justify="left" if column == "entities" else "right", overflow="fold")
     for row in best.itertuples():
-        shown.add_row(
+        table.add_row(
             literal(row.group),
             _pair(row.layer, row.target_layer),
             f"{row.held_out:.3f}",
             f"{row.maximum:.3f}",
             _pair(row.maximum_layer, row.maximum_target_layer),
         )
-    return shown
+    return table
 
 
 def _pair(layer: int, target: int) -> str:

@@ -26,27 +26,27 @@ def layer_readout_figure(table: pd.DataFrame, on: str = "") -> Figure:
         reading=lambda frame: frame["reading"].replace(CLEAN, PATCHSCOPE),
     )
     order = list(dict.fromkeys(best["layer"]))
-    shade, spoken = (best.pivot(index="layer", columns="reading", values=value) for value in ("probability", "token"))
-    columns = [reading for reading in (PATCHSCOPE, LOGIT_LENS) if reading in spoken]
-    labels = spoken.loc[order, columns].map(lambda token: "" if pd.isna(token) else drawable(repr(token)[1:-1]))
+    shade, tokens = (best.pivot(index="layer", columns="reading", values=value) for value in ("probability", "token"))
+    columns = [reading for reading in (PATCHSCOPE, LOGIT_LENS) if reading in tokens]
+    labels = tokens.loc[order, columns].map(lambda token: "" if pd.isna(token) else drawable(repr(token)[1:-1]))
     continuations = best[best["reading"] == PATCHSCOPE].set_index("layer")["continuation"].reindex(order, fill_value="")
     with drawing(PAGE, 1.1 + 0.17 * len(order), "white") as figure:
-        axes, said = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
+        axes, text_axes = figure.subplots(1, 2, sharey=True, width_ratios=(1, 1.6))
         values = shade.loc[order, columns].astype(float)
         sns.heatmap(values, annot=labels, fmt="", cmap=SHADES, vmin=0, vmax=1, cbar=False, ax=axes, yticklabels=1)
         for place, text in enumerate(continuations):
-            said.text(0, place + 0.5, _shortened(text), va="center", fontsize=7, clip_on=True)
+            text_axes.text(0, place + 0.5, _excerpt(text), va="center", fontsize=7, clip_on=True)
         for place, (above, below) in enumerate(pairwise(labels[columns[0]]), 1):
             if above != below:
                 axes.axhline(place, xmax=1 / len(columns), color="white", linewidth=1.5)
-                said.axhline(place, color=INK, linewidth=0.5)
+                text_axes.axhline(place, color=INK, linewidth=0.5)
         axes.tick_params(axis="y", rotation=0)
-        for each in (axes, said):
+        for each in (axes, text_axes):
             each.xaxis.tick_top()
             each.tick_params(length=0)
-        said.tick_params(labelleft=False)
-        said.set_xticks([0], ["the patchscope goes on"], ha="left")
-        sns.despine(ax=said, left=True, bottom=True)
+        text_axes.tick_params(labelleft=False)
+        text_axes.set_xticks([0], ["the patchscope goes on"], ha="left")
+        sns.despine(ax=text_axes, left=True, bottom=True)
         axes.set(xlabel=None, ylabel="Layer")
         bar = figure.colorbar(axes.collections[0], ax=axes, location="bottom", aspect=30, pad=0.01)
         bar.set_label("Probability of the token")
@@ -54,17 +54,17 @@ def layer_readout_figure(table: pd.DataFrame, on: str = "") -> Figure:
     return figure
 
 
-def _shortened(text: str) -> str:
+def _excerpt(text: str) -> str:
     """So much of a continuation as there is room for."""
-    shown = repr(text)[1:-1]
-    return drawable(shown if len(shown) <= ROOM else f"{shown[: ROOM - 1]}…")
+    line = repr(text)[1:-1]
+    return drawable(line if len(line) <= ROOM else f"{line[: ROOM - 1]}…")
 
 
 def readout_table(table: pd.DataFrame, title: str) -> Table:
     """The same for a terminal: what each layer says, by Patchscope and by logit lens, the control last."""
-    shown = Table(title=literal(title), title_justify="left")
+    view = Table(title=literal(title), title_justify="left")
     for column in ("layer", PATCHSCOPE, "goes on", LOGIT_LENS):
-        shown.add_column(column, justify="right" if column == "layer" else "left", overflow="fold")
+        view.add_column(column, justify="right" if column == "layer" else "left", overflow="fold")
     patched, lens = (
         table[table["reading"].isin(readings)].groupby(table["layer"].fillna(-1), sort=False)
         for readings in ((PATCHSCOPE, CLEAN), (LOGIT_LENS,))
@@ -72,14 +72,14 @@ def readout_table(table: pd.DataFrame, title: str) -> Table:
     lens_cells = {layer: _cell(rows) for layer, rows in lens}
     for layer, rows in patched:
         control = layer < 0
-        shown.add_row(
+        view.add_row(
             "clean" if control else str(layer),
             _cell(rows),
             _quoted(rows["continuation"].iloc[0]),
             lens_cells.get(layer, ""),
             style="dim" if control else None,
         )
-    return shown
+    return view
 
 
 def _cell(rows: pd.DataFrame) -> str:

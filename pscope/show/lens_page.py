@@ -13,28 +13,28 @@ from pscope.experiments.token_grid import grid_of
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.fingerprint import fingerprint
 from pscope.models.model import LanguageModel
-from pscope.show.page import Page, rendered, shown
+from pscope.show.page import Page, as_line, rendered
 
 
-def lens_page(table: pd.DataFrame, title: str, made: Mapping[str, str], vocabulary: int) -> str:
-    """The page of a table of `TokenGrid`, over a model with so many tokens; `made` tells how it came about."""
+def lens_page(table: pd.DataFrame, title: str, origin: Mapping[str, str], vocabulary: int) -> str:
+    """The page of a table of `TokenGrid`, over a model with so many tokens; `origin` tells how it came about."""
     cells = table[table["position"].notna()]
     first = cells[cells["rank"] == 1]
     tokens = first.drop_duplicates("position").sort_values("position")
     words: dict[str, int] = {}
     data: dict[str, Any] = {
-        "tokens": [shown(token) for token in tokens["token"]],
-        "answers": [shown(answer) for answer in tokens["answer"]],
+        "tokens": [as_line(token) for token in tokens["token"]],
+        "answers": [as_line(answer) for answer in tokens["answer"]],
         "layers": sorted(first["layer"].unique().tolist()),
         "vocabulary": vocabulary,
         "lenses": [_lens(name, rows, table, words) for name, rows in cells.groupby("lens", sort=False)],
     }
     # Tokens stand once, and cells name them by number.
-    data["words"] = [shown(word) for word in words]
+    data["words"] = [as_line(word) for word in words]
     page = {
         **data,
         "title": visible(title),
-        "made": {name: visible(told) for name, told in made.items()},
+        "made": {name: visible(text) for name, text in origin.items()},
         "top_k": int(cells["rank"].max()),
         # Of the first lens, layer by layer: what stands there before any script has run.
         "first": [
@@ -59,18 +59,18 @@ def lens(
     cannot be read.
     """
     table = grid_of(model, text, layers, mappings=mappings, describe=describe, top_k=top_k).table()
-    made = {"model": model.name, "weights": fingerprint(model)[:16]}
-    return Page(lens_page(table, text, made, model.config.vocab_size), table, text)
+    origin = {"model": model.name, "weights": fingerprint(model)[:16]}
+    return Page(lens_page(table, text, origin, model.config.vocab_size), table, text)
 
 
 def _lens(name: str, rows: pd.DataFrame, table: pd.DataFrame, words: dict[str, int]) -> dict[str, Any]:
     """One lens: for every token and layer its cell, None where it reads none, and what its prompt says unpatched."""
     positions, layers = sorted(table["position"].dropna().unique()), sorted(table["layer"].dropna().unique())
-    found = {key: _cell(cell, words) for key, cell in rows.groupby(["position", "layer"], sort=False)}
+    grid = {key: _cell(cell, words) for key, cell in rows.groupby(["position", "layer"], sort=False)}
     clean = table[(table["lens"] == name) & table["position"].isna()]
     return {
         "name": name,
-        "cells": [[found.get((position, layer)) for layer in layers] for position in positions],
+        "cells": [[grid.get((position, layer)) for layer in layers] for position in positions],
         "clean": _cell(clean, words) if len(clean) else None,
     }
 
@@ -83,7 +83,7 @@ def _cell(rows: pd.DataFrame, words: dict[str, int]) -> dict[str, Any]:
         "probabilities": [round(float(probability), 4) for probability in rows["probability"]],
         "entropy": round(float(top["entropy"]), 3),
         "rank": None if pd.isna(top["answer_rank"]) else int(top["answer_rank"]),
-        "continuation": None if pd.isna(top["continuation"]) else shown(top["continuation"]),
+        "continuation": None if pd.isna(top["continuation"]) else as_line(top["continuation"]),
     }
 
 

@@ -32,7 +32,7 @@ from pscope.memory import out_of_memory
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Every, Prompt
 from pscope.models.residual import capture
-from pscope.show.page import shown
+from pscope.show.page import as_line
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -113,8 +113,8 @@ class Demo:
         states = torch.cat([state, random])[:, 0]  # (2, hidden)
         parts = list(scope.logits(states, target_layer))
         tops = self.model.most_probable(torch.cat([*(part.patched for part in parts), parts[0].clean[None]]), TOP_K)
-        spoken = scope.generate(states, target_layer, Decoding(new_tokens))
-        rows = map(Row, (PATCHED, RANDOM, CLEAN), [*spoken.text, spoken.clean_text], tops)
+        continuations = scope.generate(states, target_layer, Decoding(new_tokens))
+        rows = map(Row, (PATCHED, RANDOM, CLEAN), [*continuations.text, continuations.clean_text], tops)
         return Spoken(seen.prompt.tokens[position], scope.target, list(rows))
 
     def _see(self, text: str) -> _Seen:
@@ -129,8 +129,8 @@ class Demo:
         if len(text) > MOST_CHARACTERS:
             raise PromptError(f"{what} has {len(text)} characters; {MOST_CHARACTERS} are the most here")
         kind, _, piece = at.partition(":")
-        marked = Every(piece) if kind == "all" and piece and at not in text else at or -1
-        prompt = self.model.prompt((line_break(self.model, text) if before else "") + text, marked)
+        mark = Every(piece) if kind == "all" and piece and at not in text else at or -1
+        prompt = self.model.prompt((line_break(self.model, text) if before else "") + text, mark)
         if len(prompt) > MOST_TOKENS:
             raise PromptError(f"{what} has {len(prompt)} tokens; {MOST_TOKENS} are the most here")
         return prompt
@@ -356,7 +356,7 @@ def _pieces(prompt: Prompt) -> Iterator[tuple[str, bool]]:
 
 def _line(text: str) -> str:
     """Text in one line, of which blanks can be seen too."""
-    line = shown(text)
+    line = as_line(text)
     return line if line.strip() else line.replace(" ", "␣")
 
 

@@ -48,27 +48,27 @@ def answers_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     panels = list(dict.fromkeys(summary["judged"]))
     methods = sorted(set(summary["method"]), key=_ORDER.__getitem__, reverse=True)
     with drawing(PAGE, 1.3 + 0.36 * len(methods)) as figure:
-        drawn = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-        for axes, judged in zip(drawn, panels, strict=True):
-            here = summary[summary["judged"] == judged]
+        row_of_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+        for axes, judged in zip(row_of_axes, panels, strict=True):
+            of_panel = summary[summary["judged"] == judged]
             for measure, mark in _MARKS.items():
-                rows = here[here["measure"] == measure]
+                rows = of_panel[of_panel["measure"] == measure]
                 # Where a band has no width, rounding may put it beside its mean.
                 band = [(rows["found"] - rows["low"]).clip(lower=0), (rows["high"] - rows["found"]).clip(lower=0)]
-                place = [methods.index(method) + mark.above for method in rows["method"]]
-                drawn_as = {"color": mark.colour, "fmt": mark.shape, "label": measure}
+                heights = [methods.index(method) + mark.above for method in rows["method"]]
+                style = {"color": mark.colour, "fmt": mark.shape, "label": measure}
                 hollow = {} if mark.filled else {"markerfacecolor": "white", "elinewidth": 0.7}
-                axes.errorbar(rows["found"], place, xerr=band, **drawn_as, **hollow)
-            for share in here.loc[here["method"] == VANILLA, "found"]:
+                axes.errorbar(rows["found"], heights, xerr=band, **style, **hollow)
+            for share in of_panel.loc[of_panel["method"] == VANILLA, "found"]:
                 axes.axvline(share, color=INK, linestyle=":", linewidth=0.8, zorder=1)
             axes.set_yticks(range(len(methods)), methods)
             axes.grid(visible=False, axis="y")
             axes.set(title=f"the right answer is {_JUDGED[judged]}", xlabel="Share of queries")
             axes.set(xlim=(-0.02, 1.02), ylim=(-0.6, len(methods) - 0.4))
         # The first has marks of every measure.
-        handles, labels = drawn[0].get_legend_handles_labels()
-        used = [number for number, label in enumerate(labels) if label in set(summary["measure"])]
-        legend = [handles[number] for number in used], [labels[number] for number in used]
+        handles, labels = row_of_axes[0].get_legend_handles_labels()
+        numbers = [number for number, label in enumerate(labels) if label in set(summary["measure"])]
+        legend = [handles[number] for number in numbers], [labels[number] for number in numbers]
         figure.legend(*legend, loc="outside lower center", ncols=3)
         figure.suptitle(titled("Questions of two hops, asked plainly and by patching", on))
     return figure
@@ -86,41 +86,41 @@ def answers_heatmaps(table: pd.DataFrame, on: str = "") -> Figure:
 
 def answers_table(summary: pd.DataFrame, lengths: str) -> Table:
     """The same for a terminal: a line for every measure of every method; `lengths` says how long each may speak."""
-    shown = narrow_table(
+    table = narrow_table(
         "share of queries answered (95 % band from resampling bridges, each with all its queries; exact where all "
         "agree); scored: the right answer is the most probable of those to the same second hop, right after the prompt "
         "as it stands; said: it stands in the continuation; oracle: any pair of layers gives the answer; held-out "
         f"pair: the one that was best for queries of other bridges; {lengths}"
     )
     for heading in ("method", "measure", SCORED, SAID, "layers\n(scored)"):
-        shown.add_column(heading, justify="right" if heading in (SCORED, SAID) else "left")
+        table.add_column(heading, justify="right" if heading in (SCORED, SAID) else "left")
     previous = None
     by = summary.set_index(["method", "measure", "judged"])
     for (method, measure), rows in summary.groupby(["method", "measure"], sort=False):
-        answered = [
+        cells = [
             with_band(*by.loc[(method, measure, judged), ["found", "low", "high"]])
             if judged in set(rows["judged"])
             else ""
             for judged in (SCORED, SAID)
         ]
-        shown.add_row("" if method == previous else method, measure, *answered, _layers(rows.iloc[0]))
+        table.add_row("" if method == previous else method, measure, *cells, _layers(rows.iloc[0]))
         previous = method
-    return shown
+    return table
 
 
 def gains_table(gains: pd.DataFrame) -> Table:
     """What patching adds to the log-probability of the answer, for a terminal."""
-    shown = narrow_table(
+    table = narrow_table(
         "log-probability of the answer (its first token, unless --score says otherwise) gained over the query as it "
         "stands, in nats, and the share of queries that gain; clean target: what the target gains unpatched; at the "
         "pair of layers where those of other bridges gain most (95 % band from resampling bridges)"
     )
     for heading in ("method", "condition", "gain", "share", "layers"):
-        shown.add_column(heading, justify="right" if heading in ("gain", "share") else "left")
+        table.add_column(heading, justify="right" if heading in ("gain", "share") else "left")
     for row in gains.itertuples():
         gain = with_band(row.gain, row.low, row.high)
-        shown.add_row(row.method, row.condition, gain, f"{row.share:.2f}", _layers(row))
-    return shown
+        table.add_row(row.method, row.condition, gain, f"{row.share:.2f}", _layers(row))
+    return table
 
 
 def _layers(row: Any) -> str:
@@ -136,19 +136,19 @@ def walk_through(query: Query, table: pd.DataFrame, most: int = 8) -> Iterator[s
     if query.answers:
         yield f"answer: {literal(' / '.join(query.answers))}"
     for method, chunk in table.groupby("method", sort=False):
-        shown = Table(title=literal(method), title_justify="left")
-        shown.add_column("layers")
-        shown.add_column("continuation", overflow="fold")
+        view = Table(title=literal(method), title_justify="left")
+        view.add_column("layers")
+        view.add_column("continuation", overflow="fold")
         own = chunk[chunk["condition"] == PATCHED]
         groups = sorted(own.groupby("continuation"), key=lambda group: (not group[1]["found"].any(), -len(group[1])))
         for text, rows in groups[:most]:
             first = rows.iloc[0]
             more = f" and {len(rows) - 1} more" if len(rows) > 1 else ""
-            found = "green" if first["found"] else None
-            shown.add_row(f"{first['layer']} → {first['target_layer']}{more}", one_line(text), style=found)
+            style = "green" if first["found"] else None
+            view.add_row(f"{first['layer']} → {first['target_layer']}{more}", one_line(text), style=style)
         if len(groups) > most:
-            shown.add_row(f"… {len(groups) - most} others", "")
+            view.add_row(f"… {len(groups) - most} others", "")
         clean = chunk[chunk["condition"] == CLEAN]
         for text in clean["continuation"]:
-            shown.add_row("unpatched", one_line(text), style="green" if clean["found"].any() else "dim")
-        yield shown
+            view.add_row("unpatched", one_line(text), style="green" if clean["found"].any() else "dim")
+        yield view

@@ -61,13 +61,13 @@ def next_token_tables(summary: pd.DataFrame) -> list[Table]:
     """For each measure, layers down and the lenses side by side, each with its band where there is room for it."""
     lenses = list(dict.fromkeys(summary["lens"]))
     banded = len(lenses) <= BANDED
-    told = "mean (95 % band from resampling texts)" if banded else "mean; bands are in summary.csv"
+    caption = "mean (95 % band from resampling texts)" if banded else "mean; bands are in summary.csv"
     tables = []
     for measure, label, digits in (("precision_at_1", "precision@1", 2), ("surprisal", "surprisal in nats", 1)):
-        shown = narrow_table(f"{label}: {told}")
-        shown.add_column("layer", justify="right", no_wrap=True)
+        table = narrow_table(f"{label}: {caption}")
+        table.add_column("layer", justify="right", no_wrap=True)
         for lens in lenses:
-            shown.add_column(literal(lens), justify="right")
+            table.add_column(literal(lens), justify="right")
         columns = [f"{measure}{bound}" for bound in ("", "_low", "_high")]
         for layer, row in summary.pivot(index="layer", columns="lens", values=columns).iterrows():
             cells = []
@@ -76,6 +76,6 @@ def next_token_tables(summary: pd.DataFrame) -> list[Table]:
                 cell = with_band(mean, low if banded else float("nan"), high, digits)
                 # A lens need not read all layers.
                 cells.append(cell if mean == mean else "")
-            shown.add_row(str(layer), *cells)
-        tables.append(shown)
+            table.add_row(str(layer), *cells)
+        tables.append(table)
     return tables

@@ -50,7 +50,7 @@ def rendered(name: str, page: Mapping[str, object], data: Mapping[str, object]) 
     return template.render(page=page, style=style, script=_read(f"{name}.js"), data=_embedded(data))
 
 
-def shown(text: str) -> str:
+def as_line(text: str) -> str:
     """Text in one line, of which nothing steers a reader."""
     return visible(text).replace("\n", "⏎").replace("\t", "⇥")
 

@@ -13,7 +13,7 @@ from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.show.tables import literal
 
 _ROW = ["layer", "target_layer", "scale", "time"]
-_SHOWN = 60
+_ROOM = 60
 """Characters of a continuation."""
 
 
@@ -29,35 +29,35 @@ def _name(source: str, token: str, position: int) -> str:
 
 
 def _state(name: str, rows: pd.DataFrame) -> Table:
-    shown = _empty(name)
+    table = _empty(name)
     optional = {column: rows[column].nunique() > 1 for column in ("scale", "time")}
     for column, heading in (("layer", "ℓ"), ("target_layer", "ℓ*"), ("scale", "scale"), ("time", "time")):
         if optional.get(column, True):
-            shown.add_column(heading, justify="right")
+            table.add_column(heading, justify="right")
     for heading in ("next token", "says", "a random vector says"):
-        shown.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold")
     first = rows["rank"] == 1
     random = rows[first & (rows["condition"] == RANDOM)].fillna({"layer": -1}).set_index(_ROW)["continuation"]
-    for key, own in rows[rows["condition"] == PATCHED].fillna({"layer": -1}).groupby(_ROW, sort=False):
+    for key, patched in rows[rows["condition"] == PATCHED].fillna({"layer": -1}).groupby(_ROW, sort=False):
         layer, target, scale, time = key
         cells = ["" if layer < 0 else str(layer), str(target)]
         cells += [f"{scale:g}"] if optional["scale"] else []
         cells += [str(time)] if optional["time"] else []
-        top = "  ".join(map(_token, own["next_token"], own["probability"]))
-        said, owed = own["continuation"].iloc[0], own["relevance"].iloc[0]
-        shown.add_row(*cells, top, _cut(said) if pd.isna(owed) else _marked(owed), _cut(random[key]))
-    return shown
+        top = "  ".join(map(_token, patched["next_token"], patched["probability"]))
+        text, relevance = patched["continuation"].iloc[0], patched["relevance"].iloc[0]
+        table.add_row(*cells, top, _quote(text) if pd.isna(relevance) else _shaded(relevance), _quote(random[key]))
+    return table
 
 
 def _controls(table: pd.DataFrame) -> Table:
-    shown = _empty("nothing patched")
+    view = _empty("nothing patched")
     for heading in ("", "next token", "says"):
-        shown.add_column(heading, overflow="fold")
+        view.add_column(heading, overflow="fold")
     for condition in (CLEAN, TEXT_ONLY):
         for _, row in table[(table["condition"] == condition) & (table["rank"] == 1)].iterrows():
             name = condition if condition == CLEAN else f"{condition}: {row['source']}"
-            shown.add_row(literal(name), _token(row["next_token"], row["probability"]), _cut(row["continuation"]))
-    return shown
+            view.add_row(literal(name), _token(row["next_token"], row["probability"]), _quote(row["continuation"]))
+    return view
 
 
 def _empty(title: str) -> Table:
@@ -68,15 +68,15 @@ def _token(token: str, probability: float) -> str:
     return f"{literal(repr(token))} {probability:.2f}"
 
 
-def _cut(text: str) -> str:
-    return literal(repr(text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"))
+def _quote(text: str) -> str:
+    return literal(repr(text if len(text) <= _ROOM else f"{text[: _ROOM - 1]}…"))
 
 
-def _marked(owed: str) -> str:
+def _shaded(relevance: str) -> str:
     """What was said, the more of a token is owed to the patch, the more it stands out."""
     styles = ((0.5, "bold"), (0.1, ""), (0.0, "dim"))
     pieces = []
-    for token, share in json.loads(owed):
+    for token, share in json.loads(relevance):
         style = next(style for least, style in styles if share >= least)
         pieces.append(f"[{style}]{literal(repr(token)[1:-1])}[/{style}]" if style else literal(repr(token)[1:-1]))
     return "".join(pieces)

@@ -11,7 +11,7 @@ import pandas as pd
 from pscope.characters import visible
 from pscope.files import as_path
 from pscope.runs.folder import STAGES, TABLE, Run
-from pscope.show.page import Page, rendered, shown
+from pscope.show.page import Page, as_line, rendered
 
 HEAVY = 2**21
 """Bytes: a drawing of more is shown by its points, not its lines."""
@@ -32,28 +32,28 @@ def run_page(folder: str | Path, *, beside: bool = False) -> Page:
     run = Run(as_path(folder))
     settings = run.settings
     stages = {stage: rows for stage in _NAMES if (rows := run.rows(stage)) is not None}
-    made, told = run.notes(), {_NAMES[stage]: rows for stage, rows in stages.items()}
+    notes, named_stages = run.notes(), {_NAMES[stage]: rows for stage, rows in stages.items()}
     # What is looked at first stands first: texts, then numbers.
-    order = ["what is said", "rows of the run", *made, "what the model knows unpatched"]
-    tables = {name: rows for name in order if (rows := {**told, **made}.get(name)) is not None}
+    order = ["what is said", "rows of the run", *notes, "what the model knows unpatched"]
+    tables = {name: rows for name in order if (rows := {**named_stages, **notes}.get(name)) is not None}
     model = settings.get("model", {})
     name = model.get("name", run.folder.name) if isinstance(model, dict) else run.folder.name
     title = visible(f"{settings['command']}: {name}")
     page: dict[str, object] = {
         "title": title,
-        "made": {"run": visible(str(run.folder))} | {name: _told(settings[name]) for name in _MADE if name in settings},
-        "settings": {visible(name): _told(value) for name, value in settings.items() if name != "command_line"},
+        "made": {"run": visible(str(run.folder))} | {name: _text(settings[name]) for name in _MADE if name in settings},
+        "settings": {visible(name): _text(value) for name, value in settings.items() if name != "command_line"},
         "figures": [_figure(path) for path in sorted(run.folder.glob("*.png"))],
         "lens": beside and (run.folder / "page.html").exists(),
-        "unread": ", ".join(sorted({path.stem for path in run.folder.glob("*.csv")} - {*made})),
+        "unread": ", ".join(sorted({path.stem for path in run.folder.glob("*.csv")} - {*notes})),
     }
     data = {"tables": [_packed(name, rows) for name, rows in tables.items()]}
     return Page(rendered("run", page, data), stages.get(TABLE, pd.DataFrame()), title)
 
 
-def _told(value: object) -> str:
+def _text(value: object) -> str:
     if isinstance(value, dict):
-        return visible(", ".join(f"{name} {_told(each)}" for name, each in value.items()))
+        return visible(", ".join(f"{name} {_text(each)}" for name, each in value.items()))
     return visible(", ".join(map(str, value)) if isinstance(value, list) else str(value))
 
 
@@ -96,8 +96,8 @@ def _column(name: str, values: pd.Series) -> dict[str, object]:
     if kind == "text":
         # A list, a date, a number that no script can hold: as it is written.
         values = values.map(str, na_action="ignore")
-    codes, found = pd.factorize(values)
-    size = next(size for size in (1, 2, 4) if len(found) < 2 ** (8 * size))
+    codes, uniques = pd.factorize(values)
+    size = next(size for size in (1, 2, 4) if len(uniques) < 2 ** (8 * size))
     packed = base64.b64encode((codes + 1).astype(f"<u{size}").tobytes()).decode()
-    told = [shown(each) if isinstance(each, str) else each for each in found.tolist()]
-    return {"name": name, "kind": kind, "size": size, "values": told, "packed": packed}
+    entries = [as_line(each) if isinstance(each, str) else each for each in uniques.tolist()]
+    return {"name": name, "kind": kind, "size": size, "values": entries, "packed": packed}
