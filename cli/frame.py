@@ -339,7 +339,7 @@ class Frame(Loader):
                 share=parse_shard(self._run.shard),
                 resume=self._resuming is not None,
                 force=self._resuming is not None and self._resuming.force,
-                told=tell,
+                tell=tell,
                 progress=progress,
             )
             options = {name: _plain(name, value) for name, value in self._options.items() if name != "out"}

@@ -185,7 +185,7 @@ def test_shares_are_joined(tmp_path):
     folder = tmp_path / "run"
     experiments = [Counting() for _ in range(3)]
     told = []
-    with session(folder, share=(2, 3), told=told.append) as second:
+    with session(folder, share=(2, 3), tell=told.append) as second:
         assert len(second.stage("known", Counting(4), {})) == 4
         with pytest.raises(RunError, match="shares of .* are still being done"), session(folder, resume=True):
             pass
@@ -203,10 +203,10 @@ def test_shares_are_joined(tmp_path):
     with session(folder, resume=True) as opened:
         pd.testing.assert_frame_equal(opened.stage("table", experiments[0], {}), WHOLE)
     assert experiments[0].seen == list("0167")
-    with session(folder, share=(3, 3), told=told.append) as third:
+    with session(folder, share=(3, 3), tell=told.append) as third:
         assert third.stage("table", Counting(), {}) is None
     assert told[-1] == f"{folder} is whole already"
-    with session(tmp_path / "many", share=(9, 30), told=told.append) as ninth:
+    with session(tmp_path / "many", share=(9, 30), tell=told.append) as ninth:
         ninth.stage("table", Counting(), {})
     assert "0 of 5 parts are there, and this share has none to do" in told[-1]
     assert names(folder) == {"known.parquet", "table.parquet", "settings.json"}
@@ -247,7 +247,7 @@ def test_a_damaged_part_is_done_again(tmp_path, damage):
     part.write_bytes({"cut": content[:-9], "other": other, "empty": b""}[damage])
     (folder / "parts" / ".123.00004.parquet").write_bytes(b"half")
     again = Counting()
-    with session(folder, resume=True, told=told.append) as opened:
+    with session(folder, resume=True, tell=told.append) as opened:
         pd.testing.assert_frame_equal(opened.stage("table", again, {}), WHOLE)
     assert "part 1 was damaged, and is done again" in told
     assert again.seen == list("236789")
@@ -310,7 +310,7 @@ def test_with_less_memory_fewer_rows_share_a_pass(tmp_path, most):
 
     told = []
     hungry = Hungry()
-    with session(tmp_path / "run", told=told.append) as opened:
+    with session(tmp_path / "run", tell=told.append) as opened:
         pd.testing.assert_frame_equal(opened.stage("table", hungry, {}), WHOLE)
     halvings = {9: [5], 5: [5], 2: [5, 2]}[most]
     assert told[1:] == [f"out of memory: going on with {half} rows in a pass" for half in halvings]

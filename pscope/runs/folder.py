@@ -42,7 +42,7 @@ class Run:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
-        self._made: list[Path] = []
+        self._new_folders: list[Path] = []
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -60,7 +60,7 @@ class Run:
 
     def begin(self, settings: Mapping[str, object]) -> bool:
         """Make the folder and write its first settings, unless another process has just done so: then False."""
-        self._made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        self._new_folders = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             unfinished = beside(self.folder / SETTINGS)
@@ -167,10 +167,10 @@ class Run:
 
     def rows(self, stage: str = TABLE) -> pd.DataFrame | None:
         """What there is of a stage: the whole table, or the parts of it that are finished; None where nothing is."""
-        whole = self.table(stage)
-        paths = [] if whole is not None else sorted(self.parts(stage, []).folder.glob("[0-9]*.parquet"))
+        table = self.table(stage)
+        paths = [] if table is not None else sorted(self.parts(stage, []).folder.glob("[0-9]*.parquet"))
         try:
-            return pd.concat(map(pd.read_parquet, paths), ignore_index=True) if paths else whole
+            return pd.concat(map(pd.read_parquet, paths), ignore_index=True) if paths else table
         except (OSError, ValueError) as error:
             raise RunError(f"a part of {self.folder} is damaged ({error}); resume the run") from error
 
@@ -232,7 +232,7 @@ class Run:
                 self._clear_parts(stage)
             for path in (*self._left_over(), self.folder / SETTINGS):
                 path.unlink(missing_ok=True)
-            for path in self._made:
+            for path in self._new_folders:
                 path.rmdir()
 
     def set_aside(self) -> None:

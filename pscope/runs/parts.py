@@ -84,11 +84,11 @@ class Parts:
         try:
             table = pq.read_table(path)
             digests, rows = table.schema.metadata or {}, table.to_pandas()
-            whole = (digests.get(_UNITS), digests.get(_ROWS)) == (self._of(number), _digest(rows))
+            is_whole = (digests.get(_UNITS), digests.get(_ROWS)) == (self._of(number), _digest(rows))
         except Exception as error:
             # Damaged bytes make errors of any kind.
             raise RunError(f"{path} cannot be read: {' '.join(str(error).split())}; resume the run") from error
-        if not whole:
+        if not is_whole:
             raise RunError(f"{path} does not hold what was written; resume the run")
         return rows
 

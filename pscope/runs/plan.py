@@ -64,8 +64,8 @@ def plan(experiment: Experiment[Any]) -> Plan:
         speaking += later * (above[0] + unembedding)
     new_tokens = max(work.new_tokens for work in works)
     row_bytes = staircase_row_bytes(model, experiment.target, new_tokens)
-    fitting = max(1, experiment.memory // row_bytes)
-    per_part = experiment.rows_per_part(fitting)
+    rows_per_pass = max(1, experiment.memory // row_bytes)
+    per_part = experiment.rows_per_part(rows_per_pass)
     return Plan(
         units=len(experiment.units),
         parts=len(experiment.parts(per_part)),
@@ -74,7 +74,7 @@ def plan(experiment: Experiment[Any]) -> Plan:
         reading=reading,
         patching=patching,
         speaking=speaking,
-        pass_bytes=min(fitting, max(per_part, max(unit.rows for unit in experiment.units))) * row_bytes,
+        pass_bytes=min(rows_per_pass, max(per_part, max(unit.rows for unit in experiment.units))) * row_bytes,
         weight_bytes=sum(weight.nbytes for weight in model.hf.parameters()),
     )
 
@@ -98,10 +98,10 @@ def measured_rate(model: LanguageModel, device: str | None = None, vectors: int 
     )
     weight = torch.randn(rows, columns, dtype=model.dtype, device=on)
     inputs = torch.randn(vectors, columns, dtype=model.dtype, device=on)
-    done, began = 0, time.perf_counter()
-    while (passed := time.perf_counter() - began) < SECONDS:
+    products, began = 0, time.perf_counter()
+    while (seconds := time.perf_counter() - began) < SECONDS:
         nn.functional.linear(inputs, weight)
         if on.type == "cuda":
             torch.cuda.synchronize(on)
-        done += 1
-    return done * 2 * vectors * rows * columns / passed
+        products += 1
+    return products * 2 * vectors * rows * columns / seconds

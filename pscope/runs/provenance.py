@@ -52,14 +52,14 @@ def versions() -> dict[str, str]:
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """In what that decides over numbers a run would differ from what its settings say, each told in a few words."""
-    found = []
-    for name, told in (("model", "fingerprint"), ("versions", None), ("options", None)):
+    changes = []
+    for name, field in (("model", "fingerprint"), ("versions", None), ("options", None)):
         before, after = then.get(name), now.get(name)
         if after is None:
             continue
         before = before if isinstance(before, dict) else {}
-        keys = [told] if told else [key for key in after if key not in _NOT_THE_NUMBERS]
-        found += [f"{key} {before.get(key)} is now {after[key]}" for key in keys if before.get(key) != after[key]]
+        keys = [field] if field else [key for key in after if key not in _NOT_THE_NUMBERS]
+        changes += [f"{key} {before.get(key)} is now {after[key]}" for key in keys if before.get(key) != after[key]]
     if then.get("data_sha256") != now.get("data_sha256"):
-        found.append(DATA)
-    return found
+        changes.append(DATA)
+    return changes

@@ -32,7 +32,7 @@ def _unseen(total: int, done: int) -> AbstractContextManager[Callable[[int], Non
 class Session:
     """What one process does for a run: alone, with companions, or for one `share` of it, as (3, 16).
 
-    `told` is called with a line for the user now and then, by the first process. Raises RunError where a folder cannot
+    `tell` is called with a line for the user now and then, by the first process. Raises RunError where a folder cannot
     be written, is held by another process, or was begun with something else; with `force` that is only noted.
     """
 
@@ -44,15 +44,15 @@ class Session:
         share: tuple[int, int] | None = None,
         resume: bool = False,
         force: bool = False,
-        told: Callable[[str], None] = lambda text: None,
+        tell: Callable[[str], None] = lambda text: None,
         progress: Progress = _unseen,
     ) -> None:
         self.run = Run(processes.from_main(folder))
         self._processes, self._share = processes, share
         self._resume, self._force = resume, force
-        self._told = told if processes.main else lambda text: None
+        self._tell = tell if processes.main else lambda text: None
         self._progress = progress if processes.main else _unseen
-        self._held = ExitStack()
+        self._locks = ExitStack()
         self._began = time.monotonic()
         self._stage = ""
         self._parts: Parts | None = None
@@ -63,13 +63,13 @@ class Session:
         if self._processes.main:
             started = datetime.now(timezone.utc).isoformat()
             first = {**settings, **identity, "status": "running", "started": started}
-            begun = not self._resume and self.run.begin(first)
+            is_new = not self._resume and self.run.begin(first)
             try:
-                self._hold(begun)
-                if not begun:
+                self._hold(is_new)
+                if not is_new:
                     self._refuse_another({**identity} if self._resume else {**identity, "options": settings["options"]})
             except BaseException:
-                if begun:
+                if is_new:
                     self.run.leave_nothing()
                 raise
         self._processes.wait()
@@ -77,10 +77,10 @@ class Session:
             number = self._processes.index
             raise RunError(f"process {number} does not see {self.run.folder}; give --out in a folder that all share")
 
-    def _hold(self, begun: bool) -> None:
-        if not begun and not self._resume and not self._share:
+    def _hold(self, is_new: bool) -> None:
+        if not is_new and not self._resume and not self._share:
             raise RunError(f"{self.run.folder} was taken by another run just now; name another with --out")
-        self._held.enter_context(self.run.lock(self._lock))
+        self._locks.enter_context(self.run.lock(self._lock))
         if self._resume and self.run.is_held("share-*"):
             raise RunError(f"shares of {self.run.folder} are still being done; resume it when they have ended")
         if self._share and self.run.is_held("run"):
@@ -102,7 +102,7 @@ class Session:
             if self._processes.from_main(self.run.table(stage) is None):
                 self._read(stage, experiment, settings)
             elif self._share and shared:
-                self._told(f"{self.run.folder} is whole already")
+                self._tell(f"{self.run.folder} is whole already")
         if self._share and shared:
             return None
         return self.run.table(stage) if not last or self._processes.main else None
@@ -114,7 +114,7 @@ class Session:
             table = self.run.table()
             self.run.tell(status="complete", rows=0 if table is None else len(table), **took)
             self.run.clear()
-        self._held.close()
+        self._locks.close()
         self._processes.close()
 
     def stop(self, error: BaseException) -> str | None:
@@ -122,7 +122,7 @@ class Session:
 
         Of several processes the first says it, or, where it has died, one of the others; the rest has None to say.
         """
-        with self._held:
+        with self._locks:
             if not self._processes.main and not self._has_the_last_word():
                 return None
             # What cannot be done as asked will not be done later either.
@@ -160,29 +160,29 @@ class Session:
         run, processes, rows = self.run, self._processes, 0
         self._stage, check = stage, experiment.check
         if processes.main:
-            self._told(str(check))
+            self._tell(str(check))
             run.tell(**settings, path=str(check))
             rows = run.agree(stage, experiment.rows_per_part(experiment.rows_per_pass()))
         parts = self._parts = run.parts(stage, experiment.parts(processes.from_main(rows)))
         if processes.main and self._resume:
             for number in parts.discard_damaged():
-                self._told(f"part {number} was damaged, and is done again")
+                self._tell(f"part {number} was damaged, and is done again")
         missing = processes.from_main(parts.missing())
         if self._share and stage == TABLE:
             number, of = self._share
             missing = [part for part in missing if part % of == number - 1]
         with self._progress(parts.rows, parts.rows_finished()) as meter:
             for part in processes.mine(missing):
-                read = self._rows(experiment, parts.plan[part])
+                rows_read = self._rows(experiment, parts.plan[part])
                 if processes.main or not processes.tensor_parallel:
-                    parts.write(part, read)
+                    parts.write(part, rows_read)
                 meter(parts.rows_finished())
             processes.wait(lambda: meter(parts.rows_finished()))
         if self._share and stage == TABLE:
-            there = f"{len(parts.finished())} of {len(parts.plan)} parts are there"
+            count = f"{len(parts.finished())} of {len(parts.plan)} parts are there"
             if not any(part % of == number - 1 for part in range(len(parts.plan))):
-                there += ", and this share has none to do"
-            self._told(f"share {number} of {of} is done; {there}; `{self.again}` joins them")
+                count += ", and this share has none to do"
+            self._tell(f"share {number} of {of} is done; {count}; `{self.again}` joins them")
             return
         if processes.main:
             run.keep(experiment.join(parts.table()), stage)
@@ -190,7 +190,7 @@ class Session:
 
     def _rows(self, experiment: Experiment[Any], units: Sequence[Unit]) -> pd.DataFrame:
         if not self._processes.tensor_parallel:
-            return read_in_memory(experiment, units, self._told)
+            return read_in_memory(experiment, units, self._tell)
         # Those who hold one model together must not go different ways.
         try:
             return experiment.read(units)
@@ -199,15 +199,15 @@ class Session:
                 raise
             raise RunError(f"another process of this run has ended before its time, or failed: {error}") from error
 
-    def _refuse_another(self, now: Mapping[str, object]) -> None:
-        changed = differences(self.run.settings, now)
-        if changed and not self._force:
-            forced = "; --force goes on all the same, and notes it" if self._resume else ""
-            raise RunError(f"{self.run.folder} was begun with something else: {', '.join(changed)}{forced}")
-        if DATA in changed:
+    def _refuse_another(self, identity: Mapping[str, object]) -> None:
+        changes = differences(self.run.settings, identity)
+        if changes and not self._force:
+            hint = "; --force goes on all the same, and notes it" if self._resume else ""
+            raise RunError(f"{self.run.folder} was begun with something else: {', '.join(changes)}{hint}")
+        if DATA in changes:
             self.run.set_aside()
-        if changed:
-            self.run.tell(**now, forced=[*self.run.settings.get("forced", []), *changed])
+        if changes:
+            self.run.tell(**identity, forced=[*self.run.settings.get("forced", []), *changes])
         if self._resume:
             self.run.tell(status="running")
 
