@@ -24,8 +24,8 @@ def place(fit: Fit, texts: Sequence[str], paired: Sequence[Paired]) -> Path:
     prompt = fit.into and (fit.into.ids, fit.into.positions)
     models = (fingerprint(fit.source), fingerprint(fit.target))
     settings = (version("pscope"), fit.pairs, prompt, fit.ridge, fit.shuffled)
-    what = (*models, digest(texts), repr(positions), repr(settings))
-    return cache_folder() / "mappings" / digest(what)
+    key = (*models, digest(texts), repr(positions), repr(settings))
+    return cache_folder() / "mappings" / digest(key)
 
 
 def fitted(

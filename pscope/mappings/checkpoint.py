@@ -34,12 +34,12 @@ class Checkpoint:
             return {}
         try:
             with safe_open(self.path, framework="pt") as file:
-                kept = json.loads((file.metadata() or {}).get("of", "{}"))
+                in_file = json.loads((file.metadata() or {}).get("of", "{}"))
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError) as error:
             raise PscopeError(f"{self.path} is no checkpoint that can be read: {error}; delete it") from error
         of = json.loads(self._of)
-        if other := sorted(name for name in of.keys() | kept.keys() if of.get(name) != kept.get(name)):
+        if other := sorted(name for name in of.keys() | in_file.keys() if of.get(name) != in_file.get(name)):
             raise PscopeError(
                 f"{self.path} is a checkpoint of another fit: the {', '.join(other)} differ; delete it, or name another"
             )
@@ -51,9 +51,9 @@ class Checkpoint:
             return
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+            copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
             with written_whole(self.path) as unfinished:
-                save_file(whole, unfinished, {"of": self._of})
+                save_file(copies, unfinished, {"of": self._of})
         except (OSError, SafetensorError) as error:
             raise PscopeError(f"cannot write {self.path}: {error}") from error
 

@@ -72,22 +72,22 @@ class Fit:
         """
         self.check(paired)
         positions = sum(len(each.source.positions) for each in paired)
-        fitted = [pair for pair in self.pairs if not (self.same and pair[0] == pair[1])]
-        if not fitted:
+        pairs = [pair for pair in self.pairs if not (self.same and pair[0] == pair[1])]
+        if not pairs:
             raise PscopeError("every layer is mapped to itself, which needs no fit; name others")
-        found: dict[Pair, Fitted] = {}
+        fits: dict[Pair, Fitted] = {}
         means: dict[int, Tensor] = {}
-        groups = self._groups(fitted)
+        groups = self._groups(pairs)
         for number, group in enumerate(groups):
             moments = Moments(group, self.source.hidden_size, self.target.hidden_size, self.source.device)
             for x, y, of in self._states(paired, moments.sources, moments.targets):
                 moments.add(x, y, torch.tensor([fold_of(texts[text]) for text in of]))
                 progress((number * positions + moments.positions) // len(groups))
-            found |= {pair: _single(moments.fit(pair, self.ridge)) for pair in group}
+            fits |= {pair: _single(moments.fit(pair, self.ridge)) for pair in group}
             means |= {layer: moments.mean(layer).float().cpu() for layer in moments.targets}
             # Those of the next group would stand beside them.
             del moments
-        themselves: dict[Pair, Mapping] = {pair: IDENTITY for pair in self.pairs if pair not in found}
+        identities: dict[Pair, Mapping] = {pair: IDENTITY for pair in self.pairs if pair not in fits}
         origin = Origin(
             kind="affine",
             source=End.of(self.source),
@@ -95,13 +95,13 @@ class Fit:
             texts=len(paired),
             positions=positions,
             data_sha256=digest(texts),
-            ridge={pair: of.ridge for pair, of in found.items()},
-            r2={pair: of.r2 for pair, of in found.items()},
+            ridge={pair: of.ridge for pair, of in fits.items()},
+            r2={pair: of.r2 for pair, of in fits.items()},
             settings={"into": self.into and self.into.text, "shuffled": self.shuffled is not None},
         )
-        folds = (themselves | {pair: of.folds[fold] for pair, of in found.items()} for fold in range(FOLDS))
-        whole = themselves | {pair: of.whole for pair, of in found.items()}
-        return MappingSet(whole, origin, tuple(folds), means)
+        folds = (identities | {pair: of.folds[fold] for pair, of in fits.items()} for fold in range(FOLDS))
+        maps = identities | {pair: of.whole for pair, of in fits.items()}
+        return MappingSet(maps, origin, tuple(folds), means)
 
     def _groups(self, pairs: Sequence[Pair]) -> list[list[Pair]]:
         """The pairs in groups whose sums fit in the memory for them, those of a source layer together where they do."""
@@ -109,12 +109,12 @@ class Fit:
         groups: list[list[Pair]] = []
         room = 0
         for pair in sorted(pairs):
-            needed = theirs if groups and groups[-1][-1][0] == pair[0] else own + theirs
-            if needed > room:
+            size = theirs if groups and groups[-1][-1][0] == pair[0] else own + theirs
+            if size > room:
                 groups.append([])
-                room, needed = SUMS, own + theirs
+                room, size = SUMS, own + theirs
             groups[-1].append(pair)
-            room -= needed
+            room -= size
         return groups
 
     def _states(
@@ -161,8 +161,8 @@ def _written_into(model: LanguageModel, target: Prompt, tokens: list[int], layer
     """The states at the target's marked position with each token in its place: (tokens, layers, width)."""
     place, each = target.position, sorted(set(tokens))
     # What follows cannot be seen from there.
-    before, shown = target.ids[:place], target.tokens[:place]
-    prompts = [Prompt(target.text, (*before, token), (*shown, ""), (place,)) for token in each]
+    before, texts = target.ids[:place], target.tokens[:place]
+    prompts = [Prompt(target.text, (*before, token), (*texts, ""), (place,)) for token in each]
     states = capture(model, prompts, layers=layers)
     return states[[each.index(token) for token in tokens]]
 
@@ -179,11 +179,11 @@ def _chunks(paired: Sequence[Paired], positions: int) -> Iterator[list[Paired]]:
         yield chunk
 
 
-def _single(fitted: Fitted) -> Fitted:
+def _single(fit: Fitted) -> Fitted:
     """The same maps in single precision, on the CPU."""
 
     def single(mapping: Affine) -> Affine:
         bias = None if mapping.bias is None else mapping.bias.float().cpu()
         return Affine(mapping.weight.float().cpu(), bias)
 
-    return replace(fitted, whole=single(fitted.whole), folds=tuple(map(single, fitted.folds)))
+    return replace(fit, whole=single(fit.whole), folds=tuple(map(single, fit.folds)))

@@ -56,42 +56,42 @@ def fit_jacobian(
         raise PscopeError(
             f"{len(layers)} layers, {rows} rows at once and {sinks} sinks cannot be meant; give at least 1, 1 and 0"
         )
-    drawn = draw_positions(model, texts, None, 0, most_tokens) if texts else []
-    used = [each for each in drawn if len(each.prompt) > sinks + 1]
-    if not used:
+    sampled = draw_positions(model, texts, None, 0, most_tokens) if texts else []
+    samples = [each for each in sampled if len(each.prompt) > sinks + 1]
+    if not samples:
         raise PscopeError(f"no text has more than {sinks + 1} of at most {most_tokens} tokens; give longer ones")
 
     of = {"kind": "Jacobian lens", "layers": layers, "most_tokens": most_tokens, "sinks": sinks}
     end = End.of(model)
-    kept = Checkpoint(checkpoint, of | {"model": end.fingerprint, "texts": digest(texts)})
-    found = kept.read()
-    total = found.get("total", torch.zeros(len(layers), model.hidden_size, model.hidden_size))
-    changes = found.get("changes", torch.zeros(0, len(layers)))
-    for done in range(len(changes), len(used)):
+    store = Checkpoint(checkpoint, of | {"model": end.fingerprint, "texts": digest(texts)})
+    tensors = store.read()
+    total = tensors.get("total", torch.zeros(len(layers), model.hidden_size, model.hidden_size))
+    changes = tensors.get("changes", torch.zeros(0, len(layers)))
+    for number in range(len(changes), len(samples)):
         # No state before the last token can see it, so that it need not be run.
-        own = _jacobians(model, used[done].prompt.ids[:-1], layers, sinks, rows)
-        for layer, jacobian in zip(layers, own, strict=True):
+        jacobians = _jacobians(model, samples[number].prompt.ids[:-1], layers, sinks, rows)
+        for layer, jacobian in zip(layers, jacobians, strict=True):
             if not jacobian.isfinite().all():
                 raise PscopeError(
-                    f"the Jacobian of layer {layer} at text {used[done].text} is {not_finite(model.dtype)}"
+                    f"the Jacobian of layer {layer} at text {samples[number].text} is {not_finite(model.dtype)}"
                 )
         # (T + J) / (n + 1) - T / n, over T / n.
-        moved = (own - total / max(done, 1)).flatten(1).norm(dim=1) / (done + 1)
-        before = total.flatten(1).norm(dim=1) / max(done, 1)
-        changes = torch.cat([changes, (moved / before if done else torch.full_like(moved, torch.inf))[None]])
-        total += own
-        kept.write({"total": total, "changes": changes})
-        progress(done + 1)
+        difference = (jacobians - total / max(number, 1)).flatten(1).norm(dim=1) / (number + 1)
+        norm = total.flatten(1).norm(dim=1) / max(number, 1)
+        changes = torch.cat([changes, (difference / norm if number else torch.full_like(difference, torch.inf))[None]])
+        total += jacobians
+        store.write({"total": total, "changes": changes})
+        progress(number + 1)
 
     origin = Origin(
         kind="Jacobian lens",
         source=end,
         target=end,
-        texts=len(used),
-        positions=sum(len(each.prompt) - 1 - sinks for each in used),
+        texts=len(samples),
+        positions=sum(len(each.prompt) - 1 - sinks for each in samples),
         data_sha256=digest(texts),
         settings={
-            "n_prompts": len(used),
+            "n_prompts": len(samples),
             "settled_at": _settled_at(changes),
             "most_tokens": most_tokens,
             "sinks": sinks,
@@ -99,7 +99,7 @@ def fit_jacobian(
         },
     )
     maps: dict[Pair, Mapping] = {
-        (layer, model.n_layers): Affine(mean) for layer, mean in zip(layers, total / len(used), strict=True)
+        (layer, model.n_layers): Affine(mean) for layer, mean in zip(layers, total / len(samples), strict=True)
     }
     return MappingSet(maps, origin), _table(changes, layers)
 
@@ -125,7 +125,7 @@ def _jacobians(model: LanguageModel, ids: Sequence[int], layers: Sequence[int], 
     batch = torch.tensor(ids, device=model.device).expand(rows, -1)
     with torch.enable_grad(), editing(model, {layer: keep(layer) for layer in {*layers, last}}):
         model.hf(input_ids=batch, use_cache=False)
-    found = torch.zeros(len(layers), width, width)
+    jacobians = torch.zeros(len(layers), width, width)
     each = torch.arange(rows)
     for first in range(0, width, rows):
         number = min(rows, width - first)
@@ -135,9 +135,9 @@ def _jacobians(model: LanguageModel, ids: Sequence[int], layers: Sequence[int], 
         gradients = torch.autograd.grad(
             streams[last], [streams[layer] for layer in layers], cotangent, retain_graph=first + rows < width
         )
-        for jacobian, gradient in zip(found, gradients, strict=True):
+        for jacobian, gradient in zip(jacobians, gradients, strict=True):
             jacobian[first : first + number] = gradient[:number, sinks:].float().mean(dim=1).cpu()
-    return found
+    return jacobians
 
 
 def _settled_at(changes: Tensor) -> int | None:

@@ -50,10 +50,10 @@ class Mapping(ABC):
 
     def to(self, device: torch.device | str) -> Mapping:
         """The same mapping with its numbers on a device."""
-        own = {field.name: getattr(self, field.name) for field in fields(self)}
-        moved = {name: value.to(device) for name, value in own.items() if isinstance(value, (Tensor, Mapping))}
-        steps = {name: tuple(each.to(device) for each in value) for name, value in own.items() if _is_steps(value)}
-        return replace(self, **moved, **steps)
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        parts = {name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, Mapping))}
+        steps = {name: tuple(each.to(device) for each in value) for name, value in values.items() if _is_steps(value)}
+        return replace(self, **parts, **steps)
 
 
 @dataclass(frozen=True, eq=False)
@@ -156,8 +156,8 @@ class Composed(Mapping):
 
 
 def _of_length(states: Tensor, length: float | Tensor) -> Tensor:
-    own = states.norm(dim=-1, keepdim=True)
-    return states * (length / torch.where(own == 0, 1, own))
+    norms = states.norm(dim=-1, keepdim=True)
+    return states * (length / torch.where(norms == 0, 1, norms))
 
 
 def _of_width(states: Tensor, width: int) -> Tensor:

@@ -85,7 +85,7 @@ class MappingSet:
 
     def apply(self, states: Tensor, pairs: Sequence[Pair], texts: Sequence[str | None]) -> Tensor:
         """States (samples, pairs, width), each by a map that has not seen its text: (samples, pairs, width out)."""
-        mapped = []
+        outputs = []
         for number, pair in enumerate(pairs):
             groups: dict[int, list[int]] = {}
             for row, text in enumerate(texts):
@@ -95,8 +95,8 @@ class MappingSet:
             parts = [
                 self.at(pair, texts[group[0]]).to(states.device)(states[group, number]) for group in groups.values()
             ]
-            mapped.append(torch.cat(parts)[torch.tensor(rows).argsort()])
-        return torch.stack(mapped, dim=1)
+            outputs.append(torch.cat(parts)[torch.tensor(rows).argsort()])
+        return torch.stack(outputs, dim=1)
 
     @classmethod
     def identity(cls, model: LanguageModel, pairs: Sequence[Pair]) -> MappingSet:
@@ -113,14 +113,14 @@ class MappingSet:
     def check(self, source: LanguageModel, target: LanguageModel) -> None:
         """Raise PscopeError unless the mappings lead from one model to the other, naming what does not fit."""
         for role, end, model in (("from", self.origin.source, source), ("to", self.origin.target, target)):
-            now = End.of(model)
+            current = End.of(model)
             for what in ("layers", "width"):
-                if getattr(end, what) != getattr(now, what):
+                if getattr(end, what) != getattr(current, what):
                     raise PscopeError(
                         f"these mappings lead {role} {end.name}, with {getattr(end, what)} {what}; {model.name} has "
-                        f"{getattr(now, what)}"
+                        f"{getattr(current, what)}"
                     )
-            if end.fingerprint not in (None, now.fingerprint):
+            if end.fingerprint not in (None, current.fingerprint):
                 raise PscopeError(
                     f"these mappings lead {role} {end.name} of other weights than {model.name} has now; fit them anew"
                 )

@@ -98,18 +98,18 @@ class Moments:
         source, target = pair
         check_enough(self.positions, self._width)
         xx, xy, yy = self._xx[source], self._xy[pair], self._yy[target]
-        used = [fold for fold in range(FOLDS) if self._counts[fold]]
-        if len(used) == 1:
+        present = [fold for fold in range(FOLDS) if self._counts[fold]]
+        if len(present) == 1:
             raise PscopeError("all texts fall into one fold, so that none can be held out; give more texts")
         whole = _Solver(xx.sum(0), xy.sum(0), source)
-        apart = {fold: _Solver(xx.sum(0) - xx[fold], xy.sum(0) - xy[fold], source) for fold in used}
+        solvers = {fold: _Solver(xx.sum(0) - xx[fold], xy.sum(0) - xy[fold], source) for fold in present}
         ridges = RIDGES if ridge is None else (ridge,)
-        each = [solver.lost(xx[fold], xy[fold], yy[fold], ridges) for fold, solver in apart.items()]
-        lost = sum(each, torch.zeros_like(each[0]))
-        best = int(lost.argmin())
+        each = [solver.losses(xx[fold], xy[fold], yy[fold], ridges) for fold, solver in solvers.items()]
+        losses = sum(each, torch.zeros_like(each[0]))
+        best = int(losses.argmin())
         around_mean = yy.sum() - xy.sum(0)[-1].square().sum() / self._counts.sum()
-        folds = tuple(apart.get(fold, whole).solve(ridges[best]) for fold in range(FOLDS))
-        return Fitted(whole.solve(ridges[best]), folds, ridges[best], float(1 - lost[best] / around_mean))
+        folds = tuple(solvers.get(fold, whole).solve(ridges[best]) for fold in range(FOLDS))
+        return Fitted(whole.solve(ridges[best]), folds, ridges[best], float(1 - losses[best] / around_mean))
 
     def _parts(self, states: Tensor, layers: Sequence[int]) -> list[tuple[int, Tensor]]:
         for number, layer in enumerate(layers):
@@ -157,7 +157,7 @@ class _Solver:
         bias = self._target_mean - weight @ self._mean
         return Affine(weight, bias)
 
-    def lost(self, xx: Tensor, xy: Tensor, yy: Tensor, ridges: Sequence[float]) -> Tensor:
+    def losses(self, xx: Tensor, xy: Tensor, yy: Tensor, ridges: Sequence[float]) -> Tensor:
         """The squared error of each ridge's map on other positions, from the sums over these."""
         count, mean, target_mean = xx[-1, -1], self._mean, self._target_mean
         # The sums over what differs from the means of the fit.
@@ -168,12 +168,12 @@ class _Solver:
         basis = self._basis / self._scale[:, None]
         products, crossed = basis.T @ products @ basis, basis.T @ crossed
         overlap = self._crossed @ self._crossed.T
-        lost = []
+        losses = []
         for ridge in ridges:
             shrunk = self._shrunk(ridge)
             explained = (shrunk[:, None] * self._crossed * crossed).sum()
-            lost.append(squares - 2 * explained + shrunk @ (products * overlap) @ shrunk)
-        return torch.stack(lost)
+            losses.append(squares - 2 * explained + shrunk @ (products * overlap) @ shrunk)
+        return torch.stack(losses)
 
     def _shrunk(self, ridge: float) -> Tensor:
         if ridge == 0 and self._spread[0] <= _ACCURACY * self._spread[-1]:

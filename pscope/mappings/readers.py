@@ -46,10 +46,10 @@ def read_foreign(path: Path, model: LanguageModel) -> MappingSet | None:
     if (folder / _CONFIG).is_file() and (folder / _PARAMS).is_file():
         return read_tuned_lens(folder, model)
     files = sorted(path.iterdir()) if path.is_dir() else [path]
-    found = {file: read for file in files if (read := _reader(file)) is not None}
-    if len(found) > 1:
-        raise PscopeError(f"{path} holds several lenses; give one of {', '.join(file.name for file in found)}")
-    return next((read(file, model) for file, read in found.items()), None)
+    readers = {file: reader for file in files if (reader := _reader(file)) is not None}
+    if len(readers) > 1:
+        raise PscopeError(f"{path} holds several lenses; give one of {', '.join(file.name for file in readers)}")
+    return next((reader(file, model) for file, reader in readers.items()), None)
 
 
 def read_tuned_lens(folder: Path, model: LanguageModel) -> MappingSet:
@@ -62,11 +62,11 @@ def read_tuned_lens(folder: Path, model: LanguageModel) -> MappingSet:
     Raises DataError if a file is missing or damaged, PscopeError if the lens was trained on another model, or decodes
     what it makes by more than the final norm and the unembedding.
     """
-    described, file = folder / _CONFIG, folder / _PARAMS
-    config, state = _json(described), _keyed(_unpickled(file), file)
-    width = _count(config, "d_model", described)
-    layers = _count(config, "num_layers" if "num_layers" in config else "num_hidden_layers", described)
-    base = _keyed(config.get("model_config") or {}, described, "model_config").get("_name_or_path")
+    config_file, file = folder / _CONFIG, folder / _PARAMS
+    config, state = _json(config_file), _keyed(_unpickled(file), file)
+    width = _count(config, "d_model", config_file)
+    layers = _count(config, "num_layers" if "num_layers" in config else "num_hidden_layers", config_file)
+    base = _keyed(config.get("model_config") or {}, config_file, "model_config").get("_name_or_path")
     kind = config.get("lens_type", "linear_tuned_lens")
     if kind != "linear_tuned_lens" or config.get("extra_layers") or not config.get("reuse_unembedding", True):
         raise PscopeError(
@@ -77,8 +77,8 @@ def read_tuned_lens(folder: Path, model: LanguageModel) -> MappingSet:
 
     parts: dict[int, dict[str, Any]] = {}
     for key, numbers in state.items():
-        if found := _TRANSLATOR.fullmatch(str(key)):
-            number, of_input, after_input, part = found.groups()
+        if match := _TRANSLATOR.fullmatch(str(key)):
+            number, of_input, after_input, part = match.groups()
             layer = int(number) if number else 0 if of_input else int(after_input) + 1
             parts.setdefault(layer, {})[part] = numbers
     expected = list(range(0 if config.get("include_input", True) else 1, layers))
@@ -107,19 +107,19 @@ def read_jacobian_lens(file: Path, model: LanguageModel) -> MappingSet:
     width, prompts = _count(lens, "d_model", file), _count(lens, "n_prompts", file)
     jacobians = _keyed(lens.get("J"), file, "J")
     metadata = _keyed(lens.get("metadata") or {}, file, "metadata")
-    counted = lens.get("source_layers")
-    if not jacobians or not all(isinstance(layer, int) for layer in jacobians) or sorted(jacobians) != counted:
-        raise DataError(f"{file} has J for layers {list(jacobians)}, and its source_layers are {counted}")
+    their_layers = lens.get("source_layers")
+    if not jacobians or not all(isinstance(layer, int) for layer in jacobians) or sorted(jacobians) != their_layers:
+        raise DataError(f"{file} has J for layers {list(jacobians)}, and its source_layers are {their_layers}")
     end = _end(file, model, width, name=metadata.get("model_name"))
     target = _count({"target_layer": model.n_layers - 1, **metadata}, "target_layer", file) + 1
-    first, last = counted[0] + 1, counted[-1] + 1
+    first, last = their_layers[0] + 1, their_layers[-1] + 1
     if not 1 <= first <= last < target <= model.n_layers:
         raise PscopeError(
             f"{file} maps from layers {first} to {last}, and to layer {target}, which must come later; {model.name} "
             f"has layers 0 to {model.n_layers}"
         )
     maps: dict[Pair, Mapping] = {
-        (layer + 1, target): Affine(_numbers(jacobians, layer, (width, width), file)) for layer in counted
+        (layer + 1, target): Affine(_numbers(jacobians, layer, (width, width), file)) for layer in their_layers
     }
     settings = {"read_from": file.name, "n_prompts": prompts}
     return MappingSet(maps, Origin("Jacobian lens", end, end, settings=settings))
@@ -207,9 +207,9 @@ def _end(path: Path, model: LanguageModel, width: int, layers: int | None = None
     Raises PscopeError unless they fit. The hash of the unembedding in a tuned lens is not compared: its own package
     takes a model of another one too, with a warning.
     """
-    for what, given, own in (("layers", layers, model.n_layers), ("dimensions", width, model.hidden_size)):
-        if given not in (None, own):
-            raise PscopeError(f"{path} is for a model with {given} {what}; {model.name} has {own}")
+    for what, size, own in (("layers", layers, model.n_layers), ("dimensions", width, model.hidden_size)):
+        if size not in (None, own):
+            raise PscopeError(f"{path} is for a model with {size} {what}; {model.name} has {own}")
     local = model.name in packaged.MODELS or Path(model.name).expanduser().exists()
     names = {_name_on_hub(name), None if local or model.name == type(model.hf).__name__ else _name_on_hub(model.name)}
     if len(names - {None}) > 1:
@@ -219,9 +219,9 @@ def _end(path: Path, model: LanguageModel, width: int, layers: int | None = None
 
 def _name_on_hub(name: object) -> str | None:
     """A hub id without its owner, since copies keep it; None for what is a path, or no name."""
-    found = _HUB_ID.fullmatch(name) if isinstance(name, str) else None
+    match = _HUB_ID.fullmatch(name) if isinstance(name, str) else None
     # The hub leads from meta-llama/Meta-Llama-3.1-8B-Instruct, as adapters call it, to the name without the prefix.
-    return found and found[1].lower().removeprefix("meta-")
+    return match and match[1].lower().removeprefix("meta-")
 
 
 def _unpickled(file: Path) -> object:
@@ -268,9 +268,9 @@ def _count(values: dict[Any, Any], key: str, file: Path) -> int:
 def _numbers(values: dict[Any, Any], key: object, shape: tuple[int, ...], file: Path) -> Tensor:
     """A finite tensor, as float32: files are mostly half as precise, too coarse to add the identity."""
     value = values.get(key)
-    found = tuple(value.shape) if isinstance(value, Tensor) else None
-    if not isinstance(value, Tensor) or found != shape:
-        raise DataError(f"{file} has {found or 'nothing'} for {key}, which must be a tensor of shape {shape}")
+    actual = tuple(value.shape) if isinstance(value, Tensor) else None
+    if not isinstance(value, Tensor) or actual != shape:
+        raise DataError(f"{file} has {actual or 'nothing'} for {key}, which must be a tensor of shape {shape}")
     if not value.isfinite().all():
         raise DataError(f"{file} has numbers for {key} that are not finite")
     return value.to(torch.float32, copy=True)

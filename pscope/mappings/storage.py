@@ -99,8 +99,8 @@ def digest_of(mappings: MappingSet) -> str:
     digest = sha256()
     for group in (mappings.maps, *mappings.folds):
         tensors: dict[str, Tensor] = {}
-        told = [[_arrow(pair), _taken(group[pair], _arrow(pair), tensors)] for pair in sorted(group)]
-        digest.update(json.dumps(told).encode())
+        records = [[_arrow(pair), _record_of(group[pair], _arrow(pair), tensors)] for pair in sorted(group)]
+        digest.update(json.dumps(records).encode())
         for _, tensor in sorted(tensors.items()):
             digest.update(tensor.cpu().view(torch.uint8).numpy().data)
     return digest.hexdigest()
@@ -110,15 +110,15 @@ def _write(
     path: Path, groups: Sequence[dict[Pair, Mapping]], origin: Origin, means: Dict[int, Tensor] | None = None
 ) -> None:
     tensors = {f"mean.{layer}": mean for layer, mean in (means or {}).items()}
-    told = [
-        {_arrow(pair): _taken(mapping, f"{number}.{_arrow(pair)}", tensors) for pair, mapping in maps.items()}
+    records = [
+        {_arrow(pair): _record_of(mapping, f"{number}.{_arrow(pair)}", tensors) for pair, mapping in maps.items()}
         for number, maps in enumerate(groups)
     ]
     plain = {
         **asdict(origin),
         **{name: {_arrow(pair): value for pair, value in getattr(origin, name).items()} for name in ("ridge", "r2")},
     }
-    metadata = {"pscope": json.dumps({"format": FORMAT, "origin": plain, "maps": told})}
+    metadata = {"pscope": json.dumps({"format": FORMAT, "origin": plain, "maps": records})}
     with written_whole(path) as unfinished:
         save_file(tensors, unfinished, metadata)
 
@@ -126,15 +126,15 @@ def _write(
 def _read(path: Path) -> tuple[Origin, list[dict[Pair, Mapping]], dict[int, Tensor]]:
     try:
         with safe_open(path, "pt") as file:
-            told = json.loads((file.metadata() or {}).get("pscope", "null"))
-            if not isinstance(told, dict) or told.get("format") != FORMAT:
+            record = json.loads((file.metadata() or {}).get("pscope", "null"))
+            if not isinstance(record, dict) or record.get("format") != FORMAT:
                 raise DataError(f"{path} was not written by pscope, or by one that wrote another format than {FORMAT}")
-            plain = told["origin"]
+            plain = record["origin"]
             for name in ("source", "target"):
                 plain[name] = End(**plain[name])
             for name in ("ridge", "r2"):
                 plain[name] = {_pair(arrow): value for arrow, value in plain[name].items()}
-            groups = [{_pair(arrow): _made(each, file) for arrow, each in maps.items()} for maps in told["maps"]]
+            groups = [{_pair(arrow): _mapping(each, file) for arrow, each in maps.items()} for maps in record["maps"]]
             if len(groups) != (FOLDS if path.name == FOLD_WEIGHTS else 1):
                 raise DataError(f"{path} holds {len(groups)} groups of maps")
             means = {int(name[5:]): file.get_tensor(name) for name in file.keys() if name.startswith("mean.")}  # noqa: SIM118
@@ -147,41 +147,41 @@ def _read(path: Path) -> tuple[Origin, list[dict[Pair, Mapping]], dict[int, Tens
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 
 
-def _taken(mapping: Mapping, name: str, tensors: dict[str, Tensor]) -> dict[str, object]:
+def _record_of(mapping: Mapping, name: str, tensors: dict[str, Tensor]) -> dict[str, object]:
     """What JSON says of a mapping; its tensors go under names that begin with `name`."""
-    told: dict[str, object] = {"kind": type(mapping).__name__}
+    record: dict[str, object] = {"kind": type(mapping).__name__}
     for field in fields(mapping):
-        value, own = getattr(mapping, field.name), f"{name}.{field.name}"
+        value, key = getattr(mapping, field.name), f"{name}.{field.name}"
         if isinstance(value, Tensor):
             # Maps may share what safetensors wants to own.
-            tensors[own] = value.detach().cpu().clone().contiguous()
-            told[field.name] = {"tensor": own}
+            tensors[key] = value.detach().cpu().clone().contiguous()
+            record[field.name] = {"tensor": key}
         elif isinstance(value, Mapping):
-            told[field.name] = _taken(value, own, tensors)
+            record[field.name] = _record_of(value, key, tensors)
         elif isinstance(value, tuple):
-            told[field.name] = [_taken(each, f"{own}.{number}", tensors) for number, each in enumerate(value)]
+            record[field.name] = [_record_of(each, f"{key}.{number}", tensors) for number, each in enumerate(value)]
         else:
-            told[field.name] = value
-    return told
+            record[field.name] = value
+    return record
 
 
-def _made(told: dict[str, Any], file: safe_open) -> Mapping:
+def _mapping(record: dict[str, Any], file: safe_open) -> Mapping:
     values: dict[str, Any] = {}
-    for field, value in told.items():
+    for field, value in record.items():
         if isinstance(value, dict):
-            values[field] = file.get_tensor(value["tensor"]) if "tensor" in value else _made(value, file)
+            values[field] = file.get_tensor(value["tensor"]) if "tensor" in value else _mapping(value, file)
         else:
-            values[field] = tuple(_made(each, file) for each in value) if isinstance(value, list) else value
+            values[field] = tuple(_mapping(each, file) for each in value) if isinstance(value, list) else value
     return _KINDS[values.pop("kind")](**values)
 
 
 def _fetch(name: str) -> Path:
     """A folder of the hub, of which no more is taken than what mappings are kept in."""
-    wanted = ["*.safetensors", "*.json", "*.pt", CARD]
+    patterns = ["*.safetensors", "*.json", "*.pt", CARD]
     try:
         if not (constants.HF_HUB_OFFLINE or hub_answers(name)):
             raise DataError(f"{name} is no folder or file here, and the hub cannot be reached; check name and network")
-        return Path(snapshot_download(name, allow_patterns=wanted))
+        return Path(snapshot_download(name, allow_patterns=patterns))
     except PscopeError:
         raise
     except Exception as error:
@@ -201,7 +201,7 @@ def _pair(arrow: str) -> Pair:
 def _card(mappings: MappingSet) -> str:
     origin = mappings.origin
     base = [end.name for end in (origin.source, origin.target)]
-    listed = "".join(f"- {name}\n" for name in dict.fromkeys(base))
+    base_models = "".join(f"- {name}\n" for name in dict.fromkeys(base))
     layers = "\n".join(
         f"| {source} | {target} | {origin.r2.get((source, target), float('nan')):.3f} | "
         f"{origin.ridge.get((source, target), float('nan')):g} |"
@@ -214,7 +214,7 @@ tags:
 - patchscopes
 - {origin.kind.replace(" ", "-").lower()}
 base_model:
-{listed}---
+{base_models}---
 
 # {origin.kind.capitalize()} mappings from {origin.source.name} to {origin.target.name}
 

@@ -106,19 +106,19 @@ def fit_tuned(
     layers = sorted(source for source, _ in before if source != last)
     if not layers:
         raise PscopeError(f"there is no map to layer {last} to start from; {start.covered}")
-    held_out, train = _divided(model, texts)
+    held_out, train = _split(model, texts)
     lens = _Lens(before, layers, model)
     optimiser = recipe.prepare(lens.parameters)
     of = {"kind": "tuned lens", "recipe": asdict(recipe), "seed": seed, "layers": layers, "start": lens.sha256}
     end = End.of(model)
-    kept = Checkpoint(checkpoint, of | {"model": end.fingerprint, "texts": digest(texts)})
-    for step in range(_restore(kept.read(), lens, optimiser), recipe.steps):
+    store = Checkpoint(checkpoint, of | {"model": end.fingerprint, "texts": digest(texts)})
+    for step in range(_restore(store.read(), lens, optimiser), recipe.steps):
         batch = _batch(train, recipe.tokens, seed, step)
         positions = sum(len(each.positions) for each in batch)
-        for states, said in _read(model, batch, layers):
+        for states, targets in _read(model, batch, layers):
             for number, layer in enumerate(layers):
                 with torch.enable_grad():
-                    loss = _kl(model, lens(states[:, number], number), said, f"layer {layer} in step {step}")
+                    loss = _kl(model, lens(states[:, number], number), targets, f"layer {layer} in step {step}")
                     (loss / positions).backward(inputs=lens.at(number))
         torch.nn.utils.clip_grad_norm_(lens.parameters, recipe.clip)
         for group in optimiser.param_groups:
@@ -126,11 +126,11 @@ def fit_tuned(
         optimiser.step()
         optimiser.zero_grad()
         if (step + 1) % _EVERY == 0 or step + 1 == recipe.steps:
-            kept.write(_state(step + 1, lens, optimiser))
+            store.write(_state(step + 1, lens, optimiser))
         progress(step + 1)
 
     after: dict[Pair, Mapping] = {(layer, last): lens.mapping(number) for number, layer in enumerate(layers)}
-    table = _compared(model, held_out, layers, {"kl_before": before, "kl_after": after})
+    table = _kl_table(model, held_out, layers, {"kl_before": before, "kl_after": after})
     origin = Origin(
         kind="tuned lens",
         source=end,
@@ -177,10 +177,10 @@ def _numbers(mapping: Mapping, layer: int, width: int) -> tuple[Tensor, Tensor]:
     return mapping.weight, torch.zeros(width) if mapping.bias is None else mapping.bias
 
 
-def _divided(model: LanguageModel, texts: Sequence[str]) -> tuple[list[Sampled], list[Sampled]]:
+def _split(model: LanguageModel, texts: Sequence[str]) -> tuple[list[Sampled], list[Sampled]]:
     """The texts held out, and those to train on, with all their positions."""
-    drawn = draw_positions(model, texts, None, 0, _PASS) if texts else []
-    held_out, train = ([each for each in drawn if (fold_of(texts[each.text]) == 0) is held] for held in (True, False))
+    sampled = draw_positions(model, texts, None, 0, _PASS) if texts else []
+    held_out, train = ([each for each in sampled if (fold_of(texts[each.text]) == 0) is side] for side in (True, False))
     if not held_out or not train:
         raise PscopeError(
             f"of {len(texts)} texts {len(train)} are to be trained on, and {len(held_out)} held out; give more"
@@ -200,12 +200,12 @@ def _batch(train: Sequence[Sampled], tokens: int, seed: int, step: int) -> list[
 
 def _read(model: LanguageModel, texts: Sequence[Sampled], layers: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
     """Some positions at a time: their states (positions, layers, width), and what the model says (positions, vocab)."""
-    for some in length_batches([len(each.prompt) for each in texts], _PASS):
-        prompts, positions = zip(*((texts[index].prompt, texts[index].positions) for index in some), strict=True)
+    for batch in length_batches([len(each.prompt) for each in texts], _PASS):
+        prompts, positions = zip(*((texts[index].prompt, texts[index].positions) for index in batch), strict=True)
         states = capture(model, prompts, positions, [*layers, model.n_layers], _PASS)
         with torch.no_grad():
-            said = _tail(model, states[:, -1])
-        yield states[:, :-1], said
+            targets = _tail(model, states[:, -1])
+        yield states[:, :-1], targets
 
 
 def _tail(model: LanguageModel, states: Tensor) -> Tensor:
@@ -219,52 +219,52 @@ def _tail(model: LanguageModel, states: Tensor) -> Tensor:
     return logits[:, -1].float().log_softmax(dim=-1)
 
 
-def _kl(model: LanguageModel, mapped: Tensor, said: Tensor, where: str) -> Tensor:
+def _kl(model: LanguageModel, mapped: Tensor, targets: Tensor, where: str) -> Tensor:
     """Summed over positions, in nats. Raises PscopeError if it is not finite."""
-    loss = kl_div(_tail(model, mapped), said, reduction="sum", log_target=True)
+    loss = kl_div(_tail(model, mapped), targets, reduction="sum", log_target=True)
     if not isfinite(loss.item()):
         raise PscopeError(f"the loss of {where} is not finite; lower the learning rate, or look at the start")
     return loss
 
 
 @torch.no_grad()
-def _compared(
+def _kl_table(
     model: LanguageModel, texts: Sequence[Sampled], layers: Sequence[int], lenses: dict[str, dict[Pair, Mapping]]
 ) -> pd.DataFrame:
     """The mean KL of each layer by each lens, over all positions of texts."""
     total = {name: [0.0] * len(layers) for name in lenses}
-    for states, said in _read(model, texts, layers):
+    for states, targets in _read(model, texts, layers):
         for name, maps in lenses.items():
             for number, layer in enumerate(layers):
                 mapped = maps[layer, model.n_layers].to(states.device)(states[:, number])
-                total[name][number] += _kl(model, mapped, said, f"layer {layer} on the texts held out").item()
+                total[name][number] += _kl(model, mapped, targets, f"layer {layer} on the texts held out").item()
     positions = sum(len(each.positions) for each in texts)
     return pd.DataFrame({"layer": layers} | {name: np.array(of) / positions for name, of in total.items()})
 
 
-def _state(done: int, lens: _Lens, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _state(steps: int, lens: _Lens, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """All that the next step depends on."""
-    own = {f"parameter.{number}": each for number, each in enumerate(lens.parameters)}
+    parameters = {f"parameter.{number}": each for number, each in enumerate(lens.parameters)}
     state = {
         f"optimiser.{number}.{name}": each
         for number, of in optimiser.state_dict()["state"].items()
         for name, each in of.items()
         if isinstance(each, Tensor)
     }
-    return {"done": torch.tensor(done)} | own | state
+    return {"done": torch.tensor(steps)} | parameters | state
 
 
-def _restore(kept: dict[str, Tensor], lens: _Lens, optimiser: torch.optim.Optimizer) -> int:
+def _restore(tensors: dict[str, Tensor], lens: _Lens, optimiser: torch.optim.Optimizer) -> int:
     """Take up what `_state` told; how many steps were done."""
-    if not kept:
+    if not tensors:
         return 0
     state: dict[int, dict[str, Tensor]] = {}
-    for name, tensor in kept.items():
+    for name, tensor in tensors.items():
         if name.startswith("optimiser."):
-            _, number, own = name.split(".")
-            state.setdefault(int(number), {})[own] = tensor
+            _, number, key = name.split(".")
+            state.setdefault(int(number), {})[key] = tensor
     optimiser.load_state_dict(optimiser.state_dict() | {"state": state})
     with torch.no_grad():
         for place, parameter in enumerate(lens.parameters):
-            parameter.copy_(kept[f"parameter.{place}"])
-    return int(kept["done"])
+            parameter.copy_(tensors[f"parameter.{place}"])
+    return int(tensors["done"])
