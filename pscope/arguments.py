@@ -63,14 +63,14 @@ def as_list(kind: type[T] | tuple[type[T], ...], values: Iterable[T] | T, what: 
     """
     if isinstance(values, kind):
         return [values]
-    listed = plain(values)
-    listed = [values] if isinstance(listed, str) or not isinstance(listed, Iterable) else list(listed)
-    for each in listed:
+    items = plain(values)
+    items = [values] if isinstance(items, str) or not isinstance(items, Iterable) else list(items)
+    for each in items:
         if not isinstance(each, kind):
             raise PscopeError(f"a list of {what} is needed, and {told(each)} is none of them; {how}")
-    if not listed:
+    if not items:
         raise PscopeError(f"there are no {what}; {how}")
-    return listed
+    return items
 
 
 def as_vectors(value: Any, what: str = "states") -> Tensor:

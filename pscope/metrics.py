@@ -135,10 +135,10 @@ def same_answer(text: str, answers: Sequence[str]) -> bool:
 
 def distinct_answers(answers: Iterable[str]) -> tuple[str, ...]:
     """The first of all answers that are the same."""
-    found: dict[str, str] = {}
+    distinct: dict[str, str] = {}
     for answer in answers:
-        found.setdefault(_alike(answer), answer)
-    return tuple(found.values())
+        distinct.setdefault(_alike(answer), answer)
+    return tuple(distinct.values())
 
 
 def gives_away(text: str, answers: Sequence[str]) -> bool:
@@ -178,8 +178,8 @@ class AnswerFound(evaluate.Metric):
         )
 
     def _compute(self, predictions: list[str], references: list[list[str]]) -> dict[str, float]:
-        found = [answer_found(text, answers) for text, answers in zip(predictions, references, strict=True)]
-        return {"answer_found": float(np.mean(found))}
+        hits = [answer_found(text, answers) for text, answers in zip(predictions, references, strict=True)]
+        return {"answer_found": float(np.mean(hits))}
 
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032\u00b4`", "'"))

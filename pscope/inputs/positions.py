@@ -40,8 +40,8 @@ def draw_positions(
     left out: it has no context. Raises DataError if the texts cannot give that many.
     """
     prompts = _beginnings(model, texts, most_tokens)
-    drawn = _draw([range(1, length) for _, length in prompts], samples, seed)
-    return [_cut(text, prompts[text][0], positions) for text, positions in drawn]
+    draws = _draw([range(1, length) for _, length in prompts], samples, seed)
+    return [_cut(text, prompts[text][0], positions) for text, positions in draws]
 
 
 def draw_paired(
@@ -60,12 +60,12 @@ def draw_paired(
     ends = [tuple(_ends(*of, model) for of, model in zip(both, (source, target), strict=True)) for both in prompts]
     common = [sorted(own.keys() & theirs.keys()) for own, theirs in ends]
     available = sum(length - 1 for (_, length), _ in prompts)
-    drawn = _draw(common, samples, seed)
+    draws = _draw(common, samples, seed)
 
     def cut(text: int, side: int, characters: list[int]) -> Sampled:
         return _cut(text, prompts[text][side][0], [ends[text][side][character] for character in characters])
 
-    paired = [Paired(cut(text, 0, characters), cut(text, 1, characters)) for text, characters in drawn]
+    paired = [Paired(cut(text, 0, characters), cut(text, 1, characters)) for text, characters in draws]
     return paired, sum(map(len, common)) / max(1, available)
 
 
@@ -79,14 +79,14 @@ def _draw(places: Sequence[Sequence[int]], samples: int | None, seed: int) -> li
         )
     random = np.random.default_rng(as_seed(seed))
     orders = [random.permutation(len(each)) for each in places]
-    drawn: dict[int, list[int]] = {}
+    by_text: dict[int, list[int]] = {}
     missing, turn = samples, 0
     while missing:
         able = [text for text in random.permutation(len(places)).tolist() if len(orders[text]) > turn]
         for text in able[:missing]:
-            drawn.setdefault(text, []).append(places[text][orders[text][turn]])
+            by_text.setdefault(text, []).append(places[text][orders[text][turn]])
         missing, turn = missing - len(able[:missing]), turn + 1
-    return [(text, sorted(positions)) for text, positions in sorted(drawn.items())]
+    return [(text, sorted(positions)) for text, positions in sorted(by_text.items())]
 
 
 def _beginnings(model: LanguageModel, texts: Sequence[str], most_tokens: int) -> list[tuple[Prompt, int]]:

@@ -172,20 +172,20 @@ def _parse_tsv(content: str, source: str, name: str) -> tuple[Relation, list[str
             continue
         by_text = Nearest(subject, index, _cropped_end(row, prompt))
         marked = Marked(prompt, by_text if subject in prompt else Ending(subject, index))
-        known, seen = answers.setdefault(subject, []), sources.setdefault(subject, [])
-        if answer in known and marked in seen:
+        subject_answers, subject_sources = answers.setdefault(subject, []), sources.setdefault(subject, [])
+        if answer in subject_answers and marked in subject_sources:
             counts["that repeat others"] += 1
-        if answer not in known:
-            if known:
+        if answer not in subject_answers:
+            if subject_answers:
                 counts["with a further object, accepted too"] += 1
-            known.append(answer)
-        if marked not in seen:
-            seen.append(marked)
-    told = f"{source}: rows " + ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
+            subject_answers.append(answer)
+        if marked not in subject_sources:
+            subject_sources.append(marked)
+    summary = f"{source}: rows " + ", ".join(f"{reason}: {count:,}" for reason, count in counts.items())
     if not sources:
-        raise DataError(f"{told}; no row is left" if counts else f"{source} holds no row")
+        raise DataError(f"{summary}; no row is left" if counts else f"{source} holds no row")
     samples = tuple(Sample(subject, tuple(answers[subject]), tuple(marked)) for subject, marked in sources.items())
-    return Relation(name, "unknown", targets.pop(), samples), [told] if counts else []
+    return Relation(name, "unknown", targets.pop(), samples), [summary] if counts else []
 
 
 def _cropped_end(row: dict[str, str], prompt: str) -> int | None:

@@ -26,10 +26,10 @@ class Target:
 @cache
 def shipped_targets() -> dict[str, Target]:
     """The targets that come with pscope, by name."""
-    listed = [
+    targets = [
         Target(**record) for record in json.loads(files("pscope.data").joinpath("targets.json").read_text("utf-8"))
     ]
-    listed += [
+    targets += [
         Target(
             relation.name.replace(" ", "-"),
             relation.target.text,
@@ -39,7 +39,7 @@ def shipped_targets() -> dict[str, Target]:
         )
         for relation in shipped_relations()
     ]
-    return {target.name: target for target in listed}
+    return {target.name: target for target in targets}
 
 
 def named_target(name: str) -> Target | None:

@@ -23,8 +23,8 @@ def layer_bytes(cache: Cache) -> list[int]:
 def other_kinds(cache: Cache) -> list[str]:
     """The kinds of its layers that keep more than keys and values of each token, recurrent states for example."""
     # By name, since older releases of transformers lack some of them.
-    known = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
-    return sorted({type(layer).__name__ for layer in cache.layers} - known)
+    plain_kinds = {"DynamicLayer", "DynamicSlidingWindowLayer", "DummyLayer"}
+    return sorted({type(layer).__name__ for layer in cache.layers} - plain_kinds)
 
 
 def joined(caches: Sequence[Cache]) -> Cache:
@@ -51,8 +51,8 @@ def grown(prefix: Cache, rows: int, room: int = 0) -> Cache:
     if prefix.layers:
         return Cache(layers=[GrowingLayer(layer, rows, room) for layer in cast(list[DynamicLayer], prefix.layers)])
     # Some models keep more cache layers than they have decoder layers, so they are made as they are asked for.
-    made = partial(GrowingLayer, DynamicLayer(), rows, room)
-    return Cache(layer_class_to_replicate=cast(type[DynamicLayer], made))
+    layer_factory = partial(GrowingLayer, DynamicLayer(), rows, room)
+    return Cache(layer_class_to_replicate=cast(type[DynamicLayer], layer_factory))
 
 
 class GrowingLayer(DynamicLayer):

@@ -31,7 +31,7 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, name: str, messages: Sequence[
     if not tokenizer.chat_template:
         raise PromptError(f"{name} has no chat template; give a text instead")
     goes_on = begin and messages[-1]["role"] == "assistant"
-    filled: list[str] = []
+    texts: list[str] = []
     fault = f"it did not end within {TEMPLATE_SECONDS} seconds"
 
     def fill() -> None:
@@ -44,17 +44,17 @@ def chat_text(tokenizer: PreTrainedTokenizerBase, name: str, messages: Sequence[
                 continue_final_message=goes_on,
             )
             # Only where it is not tokenised is it one text.
-            filled.append(cast(str, text))
+            texts.append(cast(str, text))
         except Exception as error:
             fault = " ".join(str(error).split())
 
     # A template is a program that comes with a checkpoint, and may have loops that nobody sees the end of.
-    filling = Thread(target=fill, daemon=True)
-    filling.start()
-    filling.join(TEMPLATE_SECONDS)
-    if not filled:
+    thread = Thread(target=fill, daemon=True)
+    thread.start()
+    thread.join(TEMPLATE_SECONDS)
+    if not texts:
         raise PromptError(f"the chat template of {name} cannot be filled in: {fault}; ask without it")
-    return filled[0]
+    return texts[0]
 
 
 def _is_message(message: object) -> bool:

@@ -118,7 +118,7 @@ def load(
         if "gguf_file" in options:
             # The blocks are unpacked at load time, so that a GGUF file becomes a model like any other.
             options["quantization_config"] = GgufConfig(dequantize=True)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        model_and_info: Any = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=dtype,
             trust_remote_code=False,
@@ -130,8 +130,8 @@ def load(
             **options,
         )
         # With what is told of the loading.
-        hf, found = loaded
-        _refuse_incomplete(LanguageModel(hf, tokenizer, str(model)), found)
+        hf, info = model_and_info
+        _refuse_incomplete(LanguageModel(hf, tokenizer, str(model)), info)
         if tensor_parallel and not hf.supports_tp_plan:
             raise ModelError(f"transformers has no plan to split {type(hf).__name__} over processes; try a device_map")
         if device_map is None and not tensor_parallel:
@@ -145,10 +145,10 @@ def load(
         raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
     if adapter is None:
         return _checked(LanguageModel(hf, tokenizer, str(model)))
-    return _checked(LanguageModel(_adapted(hf, Path(adapter)), tokenizer, f"{model} with {adapter}"))
+    return _checked(LanguageModel(_with_adapter(hf, Path(adapter)), tokenizer, f"{model} with {adapter}"))
 
 
-def _adapted(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def _with_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
     """The model within an adapter. Raises ModelError."""
     missing = [name for name in ("adapter_config.json", "adapter_model.safetensors") if not (folder / name).is_file()]
     if missing:
@@ -163,8 +163,8 @@ def _adapted(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
             warnings.simplefilter("ignore")
             adapted = PeftModel.from_pretrained(hf, str(folder)).eval()
         with safe_open(folder / "adapter_model.safetensors", "pt") as file:
-            there, own = set(file.keys()), set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
-        if astray := sorted(own - there) or sorted(name for name in there - own if "lora" in name):
+            in_file, own = set(file.keys()), set(get_peft_model_state_dict(adapted, save_embedding_layers=False))
+        if astray := sorted(own - in_file) or sorted(name for name in in_file - own if "lora" in name):
             raise ModelError(f"the adapter {folder} is of another model: {astray[0]} has no counterpart")
         if adapted.active_peft_config.is_prompt_learning:
             raise ModelError(f"{folder} puts tokens of its own before a text, so that positions would be others")
@@ -187,9 +187,9 @@ def outline(model: str | Path, *, dtype: str = "auto", revision: str | None = No
             _refuse_other_than_causal(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, **options)
-        kind = {} if dtype == "auto" else {"dtype": DTYPES[dtype]}
+        dtype_option = {} if dtype == "auto" else {"dtype": DTYPES[dtype]}
         with torch.device("meta"):
-            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **kind)
+            hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype_option)
     except Exception as error:
         raise ModelError(f"cannot read the config of {model}: {_first_line(error)}") from error
     return LanguageModel(hf.eval(), tokenizer, str(model))
@@ -305,27 +305,27 @@ def _refuse_absurd_sizes(config: dict[str, Any]) -> None:
 def _refuse_miscounted(gguf: Path) -> None:
     """Raise ModelError unless a GGUF file holds as many blocks as its header counts, by which transformers goes."""
     reader = GGUFReader(gguf)
-    found = (re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors)
-    held = len({block[1] for block in found if block})
-    counted = next((field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")), held)
-    if counted != held:
-        raise ModelError(f"its header counts {counted} blocks, and it holds {held}; give the whole file")
+    matches = (re.match(r"blk\.(\d+)\.", tensor.name) for tensor in reader.tensors)
+    blocks = len({block[1] for block in matches if block})
+    count = next((field.contents() for name, field in reader.fields.items() if name.endswith(".block_count")), blocks)
+    if count != blocks:
+        raise ModelError(f"its header counts {count} blocks, and it holds {blocks}; give the whole file")
 
 
-def _refuse_incomplete(model: LanguageModel, found: dict[str, set[Any]]) -> None:
+def _refuse_incomplete(model: LanguageModel, info: dict[str, set[Any]]) -> None:
     """Raise ModelError unless the checkpoint gave every weight of the model, and all weights of its decoder layers.
 
-    `found` is what transformers tells of the loading. What a checkpoint need not give (tied weights, buffers) and what
+    `info` is what transformers tells of the loading. What a checkpoint need not give (tied weights, buffers) and what
     it may hold besides (buffers of older releases, layers that predict further tokens) it has left out already.
     Weights beside the decoder layers, of a vision tower or a value head, take nothing from the language model.
     """
-    if missing := found["missing_keys"]:
+    if missing := info["missing_keys"]:
         raise ModelError(
             f"the checkpoint lacks {_some(missing)}, which would be random; give one that is whole, of a causal model"
         )
-    if mismatched := {f"{key} {tuple(given)} for {tuple(meant)}" for key, given, meant in found["mismatched_keys"]}:
+    if mismatched := {f"{key} {tuple(given)} for {tuple(meant)}" for key, given, meant in info["mismatched_keys"]}:
         raise ModelError(f"the checkpoint has other shapes than its config says: {_some(mismatched)}")
-    if dropped := {key for key in found["unexpected_keys"] if _of_a_decoder_layer(model, key)}:
+    if dropped := {key for key in info["unexpected_keys"] if _of_a_decoder_layer(model, key)}:
         raise ModelError(f"the checkpoint has {_some(dropped)}, for which its config has no place; correct the config")
 
 
@@ -346,9 +346,9 @@ def _of_a_decoder_layer(model: LanguageModel, key: str) -> bool:
     return kind == "weight" or (kind == "bias" and f"{owner}.weight" in weights)
 
 
-def _some(keys: set[str], shown: int = 3) -> str:
-    names = ", ".join(sorted(keys)[:shown])
-    return f"{names} and {len(keys) - shown} more" if len(keys) > shown else names
+def _some(keys: set[str], most: int = 3) -> str:
+    names = ", ".join(sorted(keys)[:most])
+    return f"{names} and {len(keys) - most} more" if len(keys) > most else names
 
 
 def _first_line(error: Exception) -> str:

@@ -129,12 +129,12 @@ class LanguageModel:
         It is 0, but for models that look positions up in a table of embeddings whose first entries are those of
         padding, as RoBERTa and its kin do.
         """
-        found = (
+        numbers = (
             module.padding_idx + 1
             for name, module in self.hf.named_modules()
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
         )
-        return next(found, 0)
+        return next(numbers, 0)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -202,11 +202,11 @@ class LanguageModel:
     @cached_property
     def end_tokens(self) -> frozenset[int]:
         """The token ids after which the model has nothing more to say."""
-        found: set[int] = set()
+        tokens: set[int] = set()
         for holder in (self.hf.generation_config, self.hf.config, self.tokenizer):
             ids = getattr(holder, "eos_token_id", None)
-            found.update([ids] if isinstance(ids, int) else ids or [])
-        return frozenset(found)
+            tokens.update([ids] if isinstance(ids, int) else ids or [])
+        return frozenset(tokens)
 
     def prompt(self, text: str, at: At = -1) -> Prompt:
         """Tokenise `text` and mark one or several positions in it; see `pscope.models.prompts.tokenize`.

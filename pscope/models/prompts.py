@@ -167,7 +167,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
             raise PromptError(f"{told(mark)} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
-        raise PromptError(f"the positions {marks} of {text!r} are none, or one of them twice: {_listed(tokens)}")
+        raise PromptError(f"the positions {marks} of {text!r} are none, or one of them twice: {_listing(tokens)}")
     return Prompt(text, ids, tokens, positions, tuple(map(tuple, offsets or ())))
 
 
@@ -192,10 +192,10 @@ def written_out(prompt: Prompt, words: str) -> str:
     places: list[tuple[int, int]] = []
     for position in sorted(prompt.positions):
         start, end = prompt.spans[position] if prompt.spans else (0, 0)
-        marked = prompt.text[start:end].strip()
-        if not marked:
+        word = prompt.text[start:end].strip()
+        if not word:
             raise PromptError(f"nothing can be written in the place of token {position}, {prompt.tokens[position]!r}")
-        start = prompt.text.index(marked, start)
+        start = prompt.text.index(word, start)
         if places and not prompt.text[places[-1][1] : start].strip():
             start, _ = places.pop()
         places.append((start, end))
@@ -250,7 +250,7 @@ def _places(
     """The positions that `at` marks: one, or as many as `Every` finds."""
     if isinstance(at, int):
         if not -len(tokens) <= at < len(tokens):
-            raise PromptError(f"position {at} is outside the prompt's {len(tokens)} tokens: {_listed(tokens)}")
+            raise PromptError(f"position {at} is outside the prompt's {len(tokens)} tokens: {_listing(tokens)}")
         return [at % len(tokens)]
     if isinstance(at, Ending):
         (index,) = _places(at.index, text, tokens, offsets, tokenizer)
@@ -269,30 +269,30 @@ def _places(
             return [end]
         raise PromptError(
             f"'last' is a word of the prompt{f', at {words}' if words else ''}; give the index of that word, or -1 for "
-            f"the last token: {_listed(tokens)}"
+            f"the last token: {_listing(tokens)}"
         )
     if offsets is None:
         raise PromptError(
             f"the tokenizer {type(tokenizer).__name__} tells no offsets, so {piece!r} cannot be looked up; "
-            f"give an index from 0 to {len(tokens) - 1}: {_listed(tokens)}"
+            f"give an index from 0 to {len(tokens) - 1}: {_listing(tokens)}"
         )
     matches = _whole_token_matches(piece, text, offsets)
-    found = [begin if isinstance(at, First) else end for begin, end in matches]
-    if not found:
+    places = [begin if isinstance(at, First) else end for begin, end in matches]
+    if not places:
         where = "only inside longer tokens of" if piece and piece in text else "nowhere in"
-        raise PromptError(f"{piece!r} stands {where} the prompt; its tokens are {_listed(tokens)}")
+        raise PromptError(f"{piece!r} stands {where} the prompt; its tokens are {_listing(tokens)}")
     if isinstance(at, Nearest):
-        return [at.choose(found, offsets)]
+        return [at.choose(places, offsets)]
     if repeated := _repeated(piece):
         raise PromptError(
-            f"{piece!r} is one word repeated; mark {_all_of(repeated)}, or give the indices: {_listed(tokens)}"
+            f"{piece!r} is one word repeated; mark {_all_of(repeated)}, or give the indices: {_listing(tokens)}"
         )
-    if len(found) > 1 and not isinstance(at, Every):
+    if len(places) > 1 and not isinstance(at, Every):
         raise PromptError(
-            f"{piece!r} stands {len(found)} times in the prompt, at {found}; give one of these indices, or mark "
-            f"{_all_of(piece)}: {_listed(tokens)}"
+            f"{piece!r} stands {len(places)} times in the prompt, at {places}; give one of these indices, or mark "
+            f"{_all_of(piece)}: {_listing(tokens)}"
         )
-    return found
+    return places
 
 
 def _all_of(piece: str) -> str:
@@ -323,6 +323,6 @@ def _whole_token_matches(piece: str, text: str, offsets: Sequence[tuple[int, int
     return matches
 
 
-def _listed(tokens: tuple[str, ...], most: int = 40) -> str:
-    shown = " ".join(f"{index}:{token!r}" for index, token in enumerate(tokens[:most]))
-    return shown if len(tokens) <= most else f"{shown} … and {len(tokens) - most} more"
+def _listing(tokens: tuple[str, ...], most: int = 40) -> str:
+    listing = " ".join(f"{index}:{token!r}" for index, token in enumerate(tokens[:most]))
+    return listing if len(tokens) <= most else f"{listing} … and {len(tokens) - most} more"

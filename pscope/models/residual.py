@@ -203,7 +203,7 @@ def capture(
     positions = as_positions(prompts, positions)
     batch_tokens = whole(batch_tokens, "batch_tokens")
 
-    picked: dict[int, list[Tensor]] = {layer: [] for layer in layers}
+    reads: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     read_order: list[int] = []
     # A GPU is not busy with as few tokens as a CPU is.
     most_padding = MOST_PADDING if model.device.type == "cpu" else 1.0
@@ -214,12 +214,12 @@ def capture(
             ids[row, : len(prompts[index])] = torch.tensor(prompts[index].ids)
         rows = [row for row, index in enumerate(batch) for _ in positions[index]]
         columns = [position for index in batch for position in positions[index]]
-        with editing(model, {layer: _pick(picked[layer], rows, columns, model.device) for layer in layers}):
+        with editing(model, {layer: _pick(reads[layer], rows, columns, model.device) for layer in layers}):
             model.next_token_logits(ids.to(model.device))
         read_order += batch
 
-    states = torch.stack([torch.cat(picked[layer]) for layer in layers], dim=1)  # (reads, layers, hidden), as run
-    first_read = list(accumulate((len(read) for read in positions), initial=0))
+    states = torch.stack([torch.cat(reads[layer]) for layer in layers], dim=1)  # (reads, layers, hidden), as run
+    first_read = list(accumulate((len(places) for places in positions), initial=0))
     slots = [slot for index in read_order for slot in range(first_read[index], first_read[index + 1])]
     return states[torch.tensor(slots).argsort().to(states.device)]
 
@@ -290,18 +290,18 @@ def as_positions(prompts: Sequence[Prompt], positions: Iterable[Iterable[int]] |
     """
     if positions is None:
         return [list(prompt.positions) for prompt in prompts]
-    listed = [plain(read) for read in positions] if isinstance(positions, Iterable) else []
-    if len(listed) != len(prompts) or any(isinstance(read, str) or not isinstance(read, Iterable) for read in listed):
+    lists = [plain(each) for each in positions] if isinstance(positions, Iterable) else []
+    if len(lists) != len(prompts) or any(isinstance(each, str) or not isinstance(each, Iterable) for each in lists):
         raise PscopeError(
             f"positions are a list for each of the {len(prompts)} prompts, as [[-1]]; not {told(positions)}"
         )
-    found = []
-    for prompt, read in zip(prompts, listed, strict=True):
-        read = [plain(position) for position in read]
-        if not all(is_whole(position) and -len(prompt) <= position < len(prompt) for position in read):
-            raise PscopeError(f"positions {told(read)} do not lie within a prompt of {len(prompt)} tokens")
-        found.append([int(position) % len(prompt) for position in read])
-    return found
+    numbers = []
+    for prompt, each in zip(prompts, lists, strict=True):
+        each = [plain(position) for position in each]
+        if not all(is_whole(position) and -len(prompt) <= position < len(prompt) for position in each):
+            raise PscopeError(f"positions {told(each)} do not lie within a prompt of {len(prompt)} tokens")
+        numbers.append([int(position) % len(prompt) for position in each])
+    return numbers
 
 
 def _pick(into: list[Tensor], rows: list[int], columns: list[int], device: torch.device) -> Edit:
@@ -366,8 +366,8 @@ def _register(model: LanguageModel, layer: int, edit: StreamEdit, *, knows_posit
             )
         edited = edit(stream)
         if edited is not None and not (isinstance(edited, Tensor) and edited.shape[1:] == stream.shape[1:]):
-            given = f"a tensor {tuple(edited.shape)}" if isinstance(edited, Tensor) else told(edited)
-            raise PscopeError(f"the edit of layer {layer} gave {given} for a stream {tuple(stream.shape)}")
+            result = f"a tensor {tuple(edited.shape)}" if isinstance(edited, Tensor) else told(edited)
+            raise PscopeError(f"the edit of layer {layer} gave {result} for a stream {tuple(stream.shape)}")
         return edited
 
     if layer == 0:

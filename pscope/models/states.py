@@ -78,8 +78,8 @@ class States:
             vectors = capture(model, prompts, positions, layers)  # (reads, layers, hidden)
         labels = tuple(
             Label(prompt.text, prompt.tokens[position], position, layer)
-            for prompt, read in zip(prompts, positions, strict=True)
-            for position in read
+            for prompt, places in zip(prompts, positions, strict=True)
+            for position in places
             for layer in layers
         )
         return cls(vectors.flatten(0, 1), labels)
@@ -167,8 +167,8 @@ class States:
         import pandas as pd
 
         table = pd.DataFrame(list(self.labels), columns=list(Label._fields))
-        whole = {"position": "Int64", "layer": "Int64"}
-        return table.astype(whole).assign(norm=self.vectors.float().norm(dim=1).tolist())
+        types = {"position": "Int64", "layer": "Int64"}
+        return table.astype(types).assign(norm=self.vectors.float().norm(dim=1).tolist())
 
     def map(self, mapping: Callable[[Tensor], Tensor]) -> States:
         """What a mapping of `pscope.mappings`, or any function of (rows, hidden), makes of the vectors."""
@@ -257,7 +257,7 @@ def _from_safetensors(path: Path, name: str | None) -> tuple[Tensor, tuple[Label
     """A tensor, its labels if the file is ours, and what it is called."""
     try:
         with safe_open(path, "pt") as file:
-            names, kept = list(file.keys()), (file.metadata() or {}).get(_LABELS)
+            names, labels = list(file.keys()), (file.metadata() or {}).get(_LABELS)
             if name is None and len(names) != 1:
                 raise DataError(f"{path} holds {', '.join(names) or 'no tensor'}; name one of them")
             name = names[0] if name is None else name
@@ -268,9 +268,9 @@ def _from_safetensors(path: Path, name: str | None) -> tuple[Tensor, tuple[Label
         raise DataError(f"cannot read {path}: {error.strerror or 'it is not there'}") from error
     except SafetensorError as error:
         raise DataError(f"{path} is damaged, or no safetensors file") from error
-    if kept is None or name != _TENSOR:
+    if labels is None or name != _TENSOR:
         return vectors, None, f"{path.stem}:{name}" if len(names) > 1 else path.stem
     try:
-        return vectors, tuple(Label(*label) for label in json.loads(kept)), name
+        return vectors, tuple(Label(*label) for label in json.loads(labels)), name
     except (ValueError, TypeError) as error:
         raise DataError(f"the labels of {path} are damaged") from error

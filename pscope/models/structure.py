@@ -41,9 +41,9 @@ def check_structure(model: LanguageModel) -> LanguageModel:
     token = model.config.vocab_size // 2
     if not hasattr(model.hf(input_ids=torch.tensor([[token]], device=model.device)), "logits"):
         raise ModelError(f"{what} has no head that gives logits; give the causal LM that it is part of")
-    last = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
-    moved = ((last[0] - last[1]).abs().amax(dim=-1) / last[0].std(dim=-1))[:-1].max()
-    if moved > CAUSAL.get(model.dtype, 0.05):
+    tops = [_top(model, [token, token + 1, token + 1 + more]) for more in (0, 1)]
+    shift = ((tops[0] - tops[1]).abs().amax(dim=-1) / tops[0].std(dim=-1))[:-1].max()
+    if shift > CAUSAL.get(model.dtype, 0.05):
         if model.quantised:
             raise ModelError(
                 f"{what} is quantised so that the states of tokens depend on later ones, as LLM.int8() does; load it "
@@ -66,8 +66,8 @@ def _ask_the_model(model: LanguageModel, ids: Tensor) -> None:
     """Raise ModelError unless our passes give the logits of the model's own forward pass, for one row and for two."""
     for rows in (ids[:1], ids):
         rows = rows.to(model.device)
-        own = model.hf(input_ids=rows).logits[:, -1].float()
-        difference = ((model.next_token_logits(rows).float() - own).abs().amax(dim=-1) / own.std(dim=-1)).max()
+        logits = model.hf(input_ids=rows).logits[:, -1].float()
+        difference = ((model.next_token_logits(rows).float() - logits).abs().amax(dim=-1) / logits.std(dim=-1)).max()
         if difference > OWN.get(model.dtype, 0.2):
             raise ModelError(
                 f"{type(model.hf).__name__}, called as it is, gives other logits than in pscope's passes, by "
@@ -78,7 +78,7 @@ def _ask_the_model(model: LanguageModel, ids: Tensor) -> None:
 def _top(model: LanguageModel, ids: list[int]) -> Tensor:
     """The states of layer L, (tokens, hidden), of a pass in which each layer ran once and read what the last wrote."""
     what = type(model.hf).__name__
-    ran: list[int] = []
+    order: list[int] = []
     streams: list[Tensor] = []
 
     def follow(layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:
@@ -95,7 +95,7 @@ def _top(model: LanguageModel, ids: list[int]) -> Tensor:
 
     def look(layer: int) -> Edit:
         def edit(stream: Tensor) -> None:
-            ran.append(layer)
+            order.append(layer)
             streams[:] = [stream]
 
         return edit
@@ -105,9 +105,9 @@ def _top(model: LanguageModel, ids: list[int]) -> Tensor:
         calling(model, follow),
     ):
         logits = model.next_token_logits(torch.tensor([ids], device=model.device))
-    if ran != list(range(1, model.n_layers + 1)):
+    if order != list(range(1, model.n_layers + 1)):
         raise ModelError(
-            f"{what} runs its {model.n_layers} decoder layers in the order {ran}: layers that are shared or skipped "
+            f"{what} runs its {model.n_layers} decoder layers in the order {order}: layers that are shared or skipped "
             "cannot be patched one by one; give a model that runs each once"
         )
     if not logits.isfinite().all():
