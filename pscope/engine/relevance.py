@@ -16,20 +16,20 @@ from pscope.models.prompts import Prompt
 
 @torch.no_grad()
 def relevance_of(
-    model: LanguageModel, target: Prompt, writes: Writes, spoken: Sequence[Sequence[int]], memory: int
+    model: LanguageModel, target: Prompt, writes: Writes, continuations: Sequence[Sequence[int]], memory: int
 ) -> Tensor:
     """|p(patched) − p(clean)| of each token that a row has said, with those before it forced: (rows, tokens).
 
     Rows that have said less have NaN in the places of the rest. Every row has a tail of its own, so that whole prompts
     are run, in about `memory` bytes. Raises RowError if the logits of a row are not finite.
     """
-    most = max(map(len, spoken))
-    tokens = torch.tensor([[*row, *[0] * (most - len(row))] for row in spoken], device=model.device)
+    most = max(map(len, continuations))
+    tokens = torch.tensor([[*row, *[0] * (most - len(row))] for row in continuations], device=model.device)
     path, tails = PlainPath(model, target), tokens[:, :-1]
     together = max(1, memory // (2 * model.activation_bytes(len(target) + most, last=most)))
-    relevance = torch.full((len(spoken), most), torch.nan)
-    for start in range(0, len(spoken), together):
-        rows = torch.arange(start, min(start + together, len(spoken)))
+    relevance = torch.full((len(continuations), most), torch.nan)
+    for start in range(0, len(continuations), together):
+        rows = torch.arange(start, min(start + together, len(continuations)))
         # What follows the clean row is not looked at.
         logits = path.read(writes[rows], most, torch.cat([tails[rows[:1]], tails[rows]]))[1:]  # (rows, most, vocab)
         for place in range(most):
@@ -39,5 +39,5 @@ def relevance_of(
         own_tokens = tokens[rows, :, None]
         probabilities = [each.float().softmax(dim=-1).gather(2, own_tokens).squeeze(2) for each in (logits, clean)]
         relevance[rows] = (probabilities[0] - probabilities[1]).abs().cpu()
-    lengths = torch.tensor([len(row) for row in spoken])
+    lengths = torch.tensor([len(row) for row in continuations])
     return relevance.masked_fill(torch.arange(most) >= lengths[:, None], torch.nan)

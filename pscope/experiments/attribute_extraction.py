@@ -246,16 +246,16 @@ class AttributeScores(_Attributes[Source | Probing]):
     def _probe(self, unit: Probing) -> pd.DataFrame:
         """A logistic regression per layer, and the majority class, each fitted on the other folds."""
         question, (layers, _) = unit.question, source_layers(self._pairs)
-        read = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
-        prompts = [question.sources[sample][context] for sample, context in read]
+        keys = [(sample, context) for sample, sources in enumerate(question.sources) for context in range(len(sources))]
+        prompts = [question.sources[sample][context] for sample, context in keys]
         probed = probe_elsewhere(
             capture(self.model, prompts, layers=layers).float().cpu().numpy(),
-            [question.samples[sample].object for sample, _ in read],
-            np.array([unit.folds[sample] for sample, _ in read]),
-            lambda number, answer: same_answer(answer, question.samples[read[number][0]].answers),
+            [question.samples[sample].object for sample, _ in keys],
+            np.array([unit.folds[sample] for sample, _ in keys]),
+            lambda number, answer: same_answer(answer, question.samples[keys[number][0]].answers),
         )
         rows = []
-        for number, (sample, context) in enumerate(read):
+        for number, (sample, context) in enumerate(keys):
             base = {**_about(question, sample, unit.folds, context), "nameable": probed.nameable[number]}
             columns = {"answer": probed.majority[number], "found": probed.majority_right[number]}
             rows.append({**base, "condition": MAJORITY, **columns})

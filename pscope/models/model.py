@@ -303,5 +303,5 @@ def as_prompt(model: LanguageModel, prompt: Prompt) -> Prompt:
 
 def as_prompts(model: LanguageModel, prompts: Iterable[Prompt] | Prompt) -> list[Prompt]:
     """Prompts that the model can read; one alone is a list of one. Raises PscopeError for others, and for none."""
-    listed = as_list(Prompt, prompts, "prompts", "make them with model.prompt(text)")
-    return [as_prompt(model, prompt) for prompt in listed]
+    items = as_list(Prompt, prompts, "prompts", "make them with model.prompt(text)")
+    return [as_prompt(model, prompt) for prompt in items]

@@ -276,10 +276,10 @@ def as_layer(model: LanguageModel, layer: int) -> int:
 
 def as_pairs(source: LanguageModel, target: LanguageModel, pairs: Iterable[Pair]) -> list[Pair]:
     """Source layers, each with a target layer. Raises PscopeError for others, and for none."""
-    listed = [tuple(plain(pair)) if isinstance(plain(pair), (list, tuple)) else () for pair in pairs or ()]
-    if not listed or any(len(pair) != 2 for pair in listed):
+    items = [tuple(plain(pair)) if isinstance(plain(pair), (list, tuple)) else () for pair in pairs or ()]
+    if not items or any(len(pair) != 2 for pair in items):
         raise PscopeError(f"pairs are a source and a target layer each, as [(8, 8), (8, 4)], not {told(pairs)}")
-    sources, targets = zip(*listed, strict=True)
+    sources, targets = zip(*items, strict=True)
     return list(zip(as_layers(source, sources), as_layers(target, targets), strict=True))
 
 

@@ -192,14 +192,14 @@ def live(model: LanguageModel) -> gr.Blocks:
         new_tokens: int,
     ) -> tuple[str, Any]:
         into = layer if same else target_layer
-        chosen = gr.HTML(position=position, layer=layer)
+        cell = gr.HTML(position=position, layer=layer)
         try:
             spoken = demo.say(text or "", position, layer, target or "", at or "", into, new_tokens)
         except Exception as error:
             # It is this page's alone, and the others go on.
             gr.Warning(escape(visible(reason := _reason(error))), duration=5)
-            return refused_html(reason), chosen
-        return said_html(spoken, position, layer, into), chosen
+            return refused_html(reason), cell
+        return said_html(spoken, position, layer, into), cell
 
     def choose(event: Any) -> tuple[int, int, Any]:
         return event.position, event.layer, gr.HTML(position=event.position, layer=event.layer)
@@ -218,7 +218,7 @@ def live(model: LanguageModel) -> gr.Blocks:
     layers = partial(gr.Slider, 0, model.n_layers, value=start, step=1)
     with gr.Blocks(title="pscope", analytics_enabled=False) as page:
         gr.HTML(_template("live_head.html").render(model=model.name))
-        drawn = gr.State(TEXT)
+        drawn_text = gr.State(TEXT)
         with gr.Row(equal_height=True):
             text = gr.Textbox(TEXT, label="Text", max_lines=4, max_length=MOST_CHARACTERS, scale=9, elem_id="text")
             look = gr.Button("Read", variant="primary", scale=1, min_width=90, elem_id="look")
@@ -260,15 +260,15 @@ def live(model: LanguageModel) -> gr.Blocks:
                     apply_default_css=False,
                 )
             with gr.Column(min_width=340):
-                said = gr.HTML(elem_id="said", apply_default_css=False)
+                answer = gr.HTML(elem_id="said", apply_default_css=False)
 
         # All that runs the model stands in one line, and of what a page asks for meanwhile the last is done.
         private = {"api_visibility": "private"}
         asking = {"concurrency_id": "model", "trigger_mode": "always_last", "show_progress": "minimal", **private}
         aside = {"queue": False, "show_progress": "hidden", **private}
-        asked = [drawn, token, layer, target, at, same, target_layer, new_tokens]
-        reading = {"fn": read, "inputs": asked, "outputs": [said, grid], **asking}
-        gr.on([page.load, text.submit, look.click], draw, text, [drawn, grid, token], **asking).then(**reading)
+        inputs = [drawn_text, token, layer, target, at, same, target_layer, new_tokens]
+        reading = {"fn": read, "inputs": inputs, "outputs": [answer, grid], **asking}
+        gr.on([page.load, text.submit, look.click], draw, text, [drawn_text, grid, token], **asking).then(**reading)
         grid.select(choose, None, [token, layer, grid], **aside).then(**reading)
         named.input(take, [named, target, at], [target, at], **aside).then(**reading)
         target.input(lambda: OWN, None, named, **aside)
