@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from numbers import Integral
-from typing import Any, TypeVar
+from numbers import Integral, Real
+from typing import Any, TypeGuard, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -34,6 +34,11 @@ def is_whole(value: object) -> bool:
     """Whether a value, made `plain`, is a whole number. True and False are none."""
     # Of most values this is all there is to ask.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
+
+
+def is_number(value: object) -> TypeGuard[float]:
+    """Whether a value, made `plain`, is a real number. True and False are none."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def whole(value: object, name: str, least: int = 1, most: int | None = None) -> int:

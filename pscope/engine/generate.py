@@ -7,14 +7,13 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import lru_cache
-from numbers import Real
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
-from pscope.arguments import as_seed, plain, told, whole
+from pscope.arguments import as_seed, is_number, plain, told, whole
 from pscope.errors import PscopeError, RowError
 from pscope.models.caches import joined, keep
 from pscope.models.model import LanguageModel, not_finite
@@ -55,7 +54,7 @@ class Decoding:
         stop, temperature = plain(self.stop), plain(self.temperature)
         if not isinstance(stop, (list, tuple)) or not all(isinstance(each, str) and each for each in stop):
             raise PscopeError(f"stop is {told(stop)}; it is a tuple of strings, none of them empty")
-        if isinstance(temperature, bool) or not isinstance(temperature, Real) or not 0 <= temperature < math.inf:
+        if not is_number(temperature) or not 0 <= temperature < math.inf:
             raise PscopeError(f"temperature is {told(temperature)}; 0 is greedy, a number above 0 samples")
         new_tokens, seed = whole(self.new_tokens, "new_tokens"), as_seed(self.seed)
         values = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop)}

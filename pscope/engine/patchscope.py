@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -374,7 +374,7 @@ class Patchscope:
         return Continuations(patched, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
 
-def _as_key(continuation: object) -> object:
+def _as_key(continuation: Any) -> Any:
     """A continuation that can be looked up: tokens as a tuple of Python's own numbers, a text as it is."""
     continuation = plain(continuation)
     return tuple(plain(token) for token in continuation) if isinstance(continuation, (list, tuple)) else continuation

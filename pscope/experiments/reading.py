@@ -7,14 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
-from numbers import Real
 from typing import Literal
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_seed, plain, told, whole
+from pscope.arguments import as_seed, is_number, plain, told, whole
 from pscope.engine.generate import GREEDY, Decoding, check_decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.unpatched import continue_prompts
@@ -64,7 +63,7 @@ class Writing:
     def __post_init__(self) -> None:
         scales, hold = plain(self.scales), plain(self.hold)
         scales = tuple(map(plain, scales)) if isinstance(scales, (list, tuple)) else (scales,)
-        if not scales or not all(isinstance(scale, Real) and abs(scale) < float("inf") for scale in scales):
+        if not scales or not all(is_number(scale) and abs(scale) < float("inf") for scale in scales):
             raise PscopeError(f"scales are finite numbers, one at least; not {told(self.scales)}")
         object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "hold", tuple(hold) if isinstance(hold, list) else hold)

@@ -90,7 +90,7 @@ def load(
         raise ModelError(f"a model is named by a text or a path, or is one of transformers; not {told(model)}")
     if dtype not in [*DTYPES, *DTYPES.values()]:
         raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
-    dtype = DTYPES.get(dtype, dtype)
+    dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
 
     if adapter is not None and tensor_parallel:
         raise ModelError("adapter and tensor_parallel were both given; merge the adapter into the weights first")

@@ -179,8 +179,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_sp
 
 def places_of(at: At) -> list[Place]:
     """The positions that are given: several, or one alone."""
-    at = plain(at)
-    return [*map(plain, at)] if isinstance(at, Sequence) and not isinstance(at, (str, bytes)) else [at]
+    places: Any = plain(at)
+    several = isinstance(places, Sequence) and not isinstance(places, (str, bytes))
+    return [*map(plain, places)] if several else [places]
 
 
 def written_out(prompt: Prompt, words: str) -> str:

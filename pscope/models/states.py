@@ -218,7 +218,7 @@ class States:
             )
         return other if isinstance(other, (int, float)) else numbers
 
-    def _beside(self, other: States | Tensor) -> Tensor:
+    def _beside(self, other: States | Tensor) -> float | Tensor:
         """The vectors of others in the order of these rows, or one for all."""
         if not isinstance(other, States):
             return self._factor(other)
