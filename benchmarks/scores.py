@@ -53,7 +53,8 @@ def scores_compared(sweep: Sweep, new_tokens: int, samples: int, seconds: float)
 
 def _hooked(sweep: Sweep, rows: tuple[Tensor, list[int]], tokens: tuple[int, ...]) -> Tensor:
     """Log-probabilities of the tokens after every row, (rows, tokens), by whole prompts."""
-    target = replace(sweep.target, ids=sweep.target.ids + tokens[:-1])
+    forced, target = tokens[:-1], sweep.target
+    target = replace(target, ids=target.ids + forced, tokens=target.tokens + ("",) * len(forced))
     ids = torch.tensor(tokens)[None, :, None]
 
     def forward(prompts: Tensor) -> Tensor:

@@ -10,7 +10,22 @@ from importlib.metadata import version
 from typing import Annotated, Any, NoReturn, cast
 
 import typer
-from pscope.cli import check, fig1, fig2, fig3, fig4, fit, lens, live, read, resume, show, table2, table3, targets
+from pscope.cli import (
+    check,
+    fig1,
+    fig2,
+    fig3,
+    fig4,
+    fit,
+    lens,
+    live,
+    read,
+    resume,
+    show,
+    table2,
+    table3,
+    targets,
+)
 from pscope.cli.console import rank
 from pscope.cli.frame import kept_by
 from typer.core import TyperCommand, TyperGroup
@@ -29,7 +44,10 @@ class OneLineErrors(TyperGroup):
         try:
             exit_code = super().main(*args, **{**kwargs, "standalone_mode": False})
         except typer.TyperException as error:
-            exit_code = _tell(error.format_message(), 2)
+            message = error.format_message()
+            # Most of them are the further words of a text.
+            hint = "; put a text of several words in quotes" if "unexpected extra argument" in message else ""
+            exit_code = _tell(message + hint, 2)
         sys.exit(exit_code)
 
     def make_context(self, *args: Any, **kwargs: Any) -> Any:

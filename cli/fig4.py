@@ -60,7 +60,7 @@ def fig4(
     ] = None,
     seed: Annotated[int, seed_option("queries, folds, random vectors and bands")] = 0,
 ) -> None:
-    """Figure 4: questions of two hops, asked plainly, step by step, and by Patchscopes of three wirings.
+    """Figure 4: questions of two hops, asked plainly, step by step, and by patching in three ways.
 
     cot: the state of "the company that created X" over the last token of "The current CEO of"; placeholder: the same
     over the x of "The current CEO of x is"; backpatch: a later layer of the whole question over an earlier one. An

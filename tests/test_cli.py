@@ -811,3 +811,10 @@ def test_layers():
     assert parse_layers(None) is None
     assert [parse_shard(text) for text in ("3/16", "16/16", None)] == [(3, 16), (16, 16), None]
     assert [parse_target_layers(text) for text in ("same", "all", "0-2,4", None)] == ["same", "all", [0, 1, 2, 4], None]
+
+
+def test_a_text_without_quotes_is_told_to_need_them():
+    for words in (["lens", "Two", "and", "two"], ["table3", "Diana", "Princess", "of", "Wales"]):
+        result = run(*words)
+        assert result.exit_code == 2
+        assert result.stderr.strip().endswith("put a text of several words in quotes")

@@ -224,9 +224,9 @@ def test_a_failing_row_ends_the_run_with_its_name(tiny):
         experiment = EntityDescriptions(tiny, target, ENTITIES, [(1, 1)], Decoding(2))
         with pytest.raises(PscopeError, match="'one two Beyoncé' failed: its logits are not finite"):
             experiment.read([unit for unit in experiment.units if isinstance(unit, Plain)])
-        with pytest.raises(PscopeError, match=r"'Beyoncé' \(patched\) failed at layer 1, target layer 2: its logits"):
+        with pytest.raises(PscopeError, match=r"'Beyoncé' \(patched\) failed at layer 1, target layer 2: its states"):
             table_of(tiny, target, ENTITIES, [(1, 2)], Decoding(2))
-    with pytest.raises(PscopeError, match="no entity"):
+    with pytest.raises(PscopeError, match="there are no entities"):
         table_of(tiny, target, [], [(1, 1)], Decoding(2))
 
 

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 import pscope
 from pscope import RunError
 from pscope.runs.folder import Run
+from pscope.show.page import as_line
 
 HOSTILE = "</script><script>alert(1)</script>\u202e\x1b[31m"
 
@@ -173,3 +174,7 @@ def test_the_command_writes_the_page_beside_the_run(tmp_path):
         assert refused.exit_code == 2
         assert told in refused.stderr
         assert refused.stderr.count("\n") == 1
+
+
+def test_blanks_are_seen():
+    assert [as_line(text) for text in (" the", "\n", " ", "  ", "")] == [" the", "⏎", "␣", "␣␣", ""]

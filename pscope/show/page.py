@@ -52,7 +52,8 @@ def rendered(name: str, page: Mapping[str, object], data: Mapping[str, object]) 
 
 def as_line(text: str) -> str:
     """Text in one line, of which nothing steers a reader."""
-    return visible(text).replace("\n", "⏎").replace("\t", "⇥")
+    line = visible(text).replace("\n", "⏎").replace("\t", "⇥")
+    return line if line.strip() else "␣" * len(line)
 
 
 def _read(name: str) -> str:
