@@ -1,6 +1,7 @@
 """Mappings: what each does to a state, what a set of them says of itself, and what is on disk."""
 
 import json
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -207,3 +208,17 @@ def test_damaged_mappings_are_told(whole, tmp_path, unhashed):
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"holds neither mappings\.safetensors nor a lens"):
         read_mappings(tmp_path / "empty", Model())
+
+
+def test_a_mapping_of_the_users_may_hold_anything():
+    @dataclass(frozen=True, eq=False)
+    class Named(Mapping):
+        name: str
+        factor: "float"
+
+        def __call__(self, states):
+            return self.factor * states
+
+    assert Named("twice", 2.0)(STATES).equal(2 * STATES)
+    with pytest.raises(PscopeError, match="the factor of Named is a float, not 'two'"):
+        Named("twice", "two")

@@ -25,7 +25,7 @@ _HOLDS: dict[str, Any] = {
     "Mapping": Callable,
     "tuple[Mapping, ...]": tuple,
 }
-"""By its annotation, what a field of a mapping may hold."""
+"""By its annotation, what a field of a mapping may hold; one with another annotation is its author's own."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Mapping(ABC):
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
-            if not isinstance(value, tuple(_HOLDS[kind] for kind in str(field.type).split(" | "))):
+            if not isinstance(value, tuple(_HOLDS.get(kind, object) for kind in str(field.type).split(" | "))):
                 raise PscopeError(f"the {field.name} of {type(self).__name__} is a {field.type}, not {told(value)}")
 
     @abstractmethod
