@@ -26,7 +26,7 @@ def cross_model_figure(
         condition: each.set_index(["layer", "target_layer"])[measure]
         for condition, each in rows.groupby("condition", sort=False)
     }
-    return layer_heatmaps(cells, f"{_MEASURES[measure]}: {reader}", on, columns=4)
+    return layer_heatmaps(cells, _MEASURES[measure], ", ".join(filter(None, (reader, on))), columns=4)
 
 
 def best_pairs_table(best: pd.DataFrame, summary: pd.DataFrame, reader: str) -> Table:
