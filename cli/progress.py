@@ -35,7 +35,9 @@ def progress(total: int, done: int = 0, what: str = "rows") -> Iterator[Meter]:
 
 
 class _Lines:
-    """The first line comes with the first rows, so that it is soon known how long all will take."""
+    """The first line comes with the first rows, so that it is soon known how long all will take; the last, if there was
+    one before, with all of them.
+    """
 
     def __init__(self, total: int, done: int, what: str) -> None:
         self._total, self._before, self._what = total, done, what
@@ -44,10 +46,15 @@ class _Lines:
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
+        seconds = now - self._began
+        if done == self._total and self._next > self._began:
+            self._next = self._began
+            took = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
+            tell(f"all {self._total} {self._what}, in {took}")
         if done in (self._before, self._total) or now < self._next:
             return
         self._next = now + PERIOD
-        rate = (done - self._before) / max(now - self._began, 1e-9)
+        rate = (done - self._before) / max(seconds, 1e-9)
         minutes = (self._total - done) / rate / 60
         left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"
         share = f"{done} of {self._total} {self._what} ({done / self._total:.0%})"

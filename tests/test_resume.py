@@ -277,11 +277,21 @@ def test_progress_without_a_terminal_is_a_line_a_minute(capsys, monkeypatch):
     now = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
     with progress.progress(1000, 100) as meter:
-        for seconds, done_rows in ((0, 100), (10, 150), (40, 300), (75, 475), (100, 600), (181, 999), (182, 1000)):
+        for seconds, done_rows in (
+            (0, 100),
+            (10, 150),
+            (40, 300),
+            (75, 475),
+            (100, 600),
+            (181, 999),
+            (182, 1000),
+            (183, 1000),
+        ):
             now[0] = seconds
             meter(done_rows)
     assert capsys.readouterr().err.splitlines() == [
         "150 of 1000 rows (15%), 5 rows a second, about 3 min left",
         "475 of 1000 rows (48%), 5 rows a second, about 2 min left",
         "999 of 1000 rows (100%), 4.97 rows a second, less than a minute left",
+        "all 1000 rows, in 3 min",
     ]
