@@ -10,7 +10,7 @@ from reference import hidden_states, patched_continuation, patched_logits
 from test_unpatched import greedy
 from transformers import MambaConfig, MambaForCausalLM
 
-from pscope import Decoding, LanguageModel, Patchscope, Prompt, PscopeError
+from pscope import Decoding, LanguageModel, Patchscope, Prompt, PromptError, PscopeError
 from pscope.engine.generate import GREEDY
 from pscope.engine.selfcheck import PATHS, SelfCheck
 from pscope.experiments.attribute_extraction import plain_questions, question_of
@@ -164,6 +164,10 @@ def test_what_is_chosen_among(tiny):
     assert {unit.candidates for unit in units if unit.about["query"] == 0} == {("yen", "peso")}
     with pytest.raises(PscopeError, match="all queries have one answer, so that there is nothing to choose among"):
         MultiHopScores(tiny, QUERIES[:1], [(3, 1)])
+    # This tokenizer passes over a byte that it does not know.
+    twin = Query("the land of sushi, too", "A city in", ("Tokyo\x16",), ("Japan",))
+    with pytest.raises(PromptError, match=r"' Tokyo' and ' Tokyo\\x16' have the same tokens; leave one out"):
+        MultiHopScores(tiny, [*QUERIES, twin], [(3, 1)])
 
 
 def test_words_are_heard_where_scores_are_best_for_others(tiny):

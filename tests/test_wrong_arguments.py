@@ -75,7 +75,7 @@ WRONG = [
     ('scope.choose(vectors, 1, " a")', "candidates are a list of texts, not ' a'"),
     ("scope.choose(vectors, 1, None)", "a list of candidates is needed, and None is none"),
     ('scope.choose(vectors, 1, [" a", ""])', "a continuation is a text with something in it,"),
-    ('scope.choose(vectors, 1, [" a", " a"])', "some of the candidates [' a', ' a'] have the same"),
+    ('scope.choose(vectors, 1, [" a", " a"])', "the candidates ' a' and ' a' have the same"),
     ('scope.choose(vectors, 1, [" a", " b"], by="best")', "there is no measure 'best'; one of start, whole,"),
     ("scope.writes(vectors, 1, hold=[9])", "layer 9 is out of range: LlamaForCausalLM has"),
     ("scope.writes(vectors, 1, hold=3)", "layers are given as a list of numbers, as [0, 4,"),

@@ -34,7 +34,7 @@ from pscope.engine.staircase import Staircase
 from pscope.engine.writes import NOWHERE, Writes, over_clean, spread_over
 from pscope.errors import PromptError, PscopeError, RowError
 from pscope.models.model import LanguageModel, as_prompt
-from pscope.models.prompts import Prompt, continuing_tokens
+from pscope.models.prompts import Prompt, candidate_tokens, continuing_tokens
 from pscope.models.residual import as_layers, capture, others_intervene
 from pscope.models.states import States
 
@@ -219,17 +219,15 @@ class Patchscope:
         are only told apart in rows where their beginning is more probable than all others, and elsewhere have the score
         of what they share.
 
-        Raises PscopeError if there are no candidates, some with the same tokens, or no such measure; PromptError for
-        one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
+        Raises PscopeError if there are no candidates, or no such measure; PromptError for two with the same tokens, and
+        for one whose tokens do not follow those of the target; RowError if the logits of a row are not finite.
         """
         writes = self._as_writes(states, target_layers)
         check_name(by, MEASURES, "measure")
         if isinstance(candidates, (str, Set)):
             raise PscopeError(f"candidates are a list of texts, not {told(candidates)}")
         candidates = as_list(str, candidates, "candidates", "give texts")
-        tokens = [self._following(text) for text in candidates]
-        if len(set(tokens)) < len(tokens):
-            raise PscopeError(f"some of the candidates {list(candidates)} have the same tokens")
+        tokens = [self._following(each) for each in candidate_tokens(self.model.tokenizer, self.target, candidates)]
         return Choices(*choose_rows(partial(self._read, writes), len(writes), tokens, by), tuple(candidates))
 
     def relevance(self, states: Patch, target_layers: TargetLayers, spoken: Sequence[Sequence[int]]) -> Tensor:

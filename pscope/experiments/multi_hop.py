@@ -20,7 +20,7 @@ from pscope.experiments.experiment import Experiment, Work, of_kind, tidy
 from pscope.experiments.grid import source_prompt
 from pscope.experiments.held_out import draw_folds
 from pscope.experiments.known import Inquiry, Plain, answer_plainly, by_length
-from pscope.experiments.scored_sweep import SCORED_TYPES, scored_plainly, scored_sweep
+from pscope.experiments.scored_sweep import SCORED_TYPES, check_candidates, scored_plainly, scored_sweep
 from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_rows, sweep
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import PLACEHOLDER
@@ -109,7 +109,7 @@ class MultiHopScores(Experiment[Source | Plain]):
     - "backpatch": the whole query's last token at layer ℓ, patched over itself at a lower ℓ*.
 
     The condition is "patched", "random vector" (a random direction of the same norm), or "clean target" for what is not
-    patched. Raises PscopeError if all queries have one answer.
+    patched. Raises PscopeError if all queries have one answer, or two have answers of the same tokens.
     """
 
     def __init__(
@@ -134,6 +134,7 @@ class MultiHopScores(Experiment[Source | Plain]):
             replace(source, candidates=self._candidates[queries[source.about["query"]].second])
             for source in _all_wired(model, queries, about, {wiring: pairs_of(wiring, pairs) for wiring in WIRINGS})
         ]
+        check_candidates(model, wired)
         self.units = [*by_length(vanilla), *wired]
         super().__init__(model, max(prompts, key=len), memory)
         self._seconds = [query.second for query in queries]

@@ -18,7 +18,8 @@ from pscope.errors import PscopeError, RowError
 from pscope.experiments.held_out import best_elsewhere, found_at
 from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Source, as_rows, naming_rows, read_states, rows_of
 from pscope.metrics import same_answer
-from pscope.models.prompts import Prompt, spoken_after
+from pscope.models.model import LanguageModel
+from pscope.models.prompts import Prompt, candidate_tokens, spoken_after
 from pscope.models.residual import Pair
 
 SCORED_TYPES = {**PATCH_TYPES, "answer": "string", "found": "bool", "log_probability": "Float64"}
@@ -65,6 +66,12 @@ def scored_plainly(
     except RowError as error:
         raise PscopeError(f"{scope.target.text!r} failed: {error.reason}") from error
     return _Judge(candidates, answers, by)(choices.clean, 0)
+
+
+def check_candidates(model: LanguageModel, sources: Sequence[Source]) -> None:
+    """Raise PromptError if some candidates cannot be chosen among after a target: before a run, not within it."""
+    for target, candidates in dict.fromkeys((source.target, source.candidates) for source in sources):
+        candidate_tokens(model.tokenizer, target, [spoken_after(target, candidate) for candidate in candidates])
 
 
 def _candidate_texts(scope: Patchscope, candidates: Sequence[str]) -> list[str]:

@@ -228,6 +228,22 @@ def continuing_tokens(tokenizer: PreTrainedTokenizerBase, prompt: Prompt, text: 
     return ids[len(prompt) :]
 
 
+def candidate_tokens(
+    tokenizer: PreTrainedTokenizerBase, prompt: Prompt, candidates: Sequence[str]
+) -> list[tuple[int, ...]]:
+    """The tokens of each of some texts among which one is chosen to go on after the prompt.
+
+    Raises PromptError as `continuing_tokens` does, and for two with the same tokens, which nothing could tell apart.
+    """
+    by_tokens: dict[tuple[int, ...], str] = {}
+    for text in candidates:
+        tokens = continuing_tokens(tokenizer, prompt, text)
+        if tokens in by_tokens:
+            raise PromptError(f"the candidates {by_tokens[tokens]!r} and {text!r} have the same tokens; leave one out")
+        by_tokens[tokens] = text
+    return [*by_tokens]
+
+
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> Mapping[str, Any]:
     options = {"return_offsets_mapping": tokenizer.is_fast, "return_attention_mask": False}
     bare = tokenizer(text, add_special_tokens=False, **options)
