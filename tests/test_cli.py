@@ -338,6 +338,15 @@ def test_table2_on_the_users_relations(relations, tmp_path):
     assert summary.loc[("capital", "said"), "held_out"] == heard["found"].mean()
 
 
+def test_table2_tells_how_alike_scores_and_words_rank(relations, tmp_path):
+    grid = ("--layers", "2,4", "--target-layers", "1,8", "--new-tokens", 8, "--said-at", "all")
+    result = run("table2", relations, *grid, "--out", tmp_path / "run")
+    assert result.exit_code == 0, result.output
+    agreement = pd.read_csv(tmp_path / "run" / "agreement.csv")
+    assert agreement[["relation", "ranked", "count"]].values.tolist() == [["capital", "pairs of layers", 4]]
+    assert "rank correlation (Spearman)" in result.stdout
+
+
 def test_table2_skips_what_the_model_does_not_know(tiny_folder, relations, tmp_path):
     (relations / "more.tsv").write_text(
         "subject\tobject\tprompt_source\tprompt_target\tposition_source\tposition_target\n"
@@ -818,3 +827,9 @@ def test_a_text_without_quotes_is_told_to_need_them():
         result = run(*words)
         assert result.exit_code == 2
         assert result.stderr.strip().endswith("put a text of several words in quotes")
+
+
+def test_fig4_without_a_query_whose_hops_are_known(tiny_folder, relations):
+    result = run("fig4", relations, "--model", tiny_folder, "--no-chat", "--new-tokens", 2)
+    assert result.exit_code == 2
+    assert "the model answers both hops of none; --keep all asks them anyway" in " ".join(result.stderr.split())

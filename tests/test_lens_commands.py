@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 from pathlib import Path
 
@@ -171,6 +172,7 @@ def test_another_model_reads(tiny_folder, other_folder):
         (["fit", "--ridge", "-1"], "--ridge -1: auto, or a number from 0 on"),
         (["fit", "--ridge", "nan"], "--ridge nan: auto, or a number from 0 on"),
         (["fit", "--tuned", "--jacobian"], "are two lenses; choose one"),
+        (["fit", "--to", "prompt", "--target-model", "OTHER"], "so that --target-model cannot read it"),
         (["fit", "--tuned", "--to", "3"], "lead to the last layer of the same model"),
         (["fit", "--target", "a x"], "--target is for --to prompt"),
         (["fit", "--positions", "20"], "20 positions are too few for a map from width 32: 64 are needed"),
@@ -204,6 +206,15 @@ def test_bad_input_is_one_line(arguments, message, tiny_folder, other_folder):
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1), result.output
     assert message in result.stderr
     assert sorted(os.listdir()) == before
+
+
+def test_two_lenses_of_one_name_are_refused(tiny_folder):
+    done("fit", "--model", tiny_folder, "--layers", "1,2", "--out", "one/maps")
+    shutil.copytree("one/maps", "two/maps")
+    for command in (["lens", "one two"], ["fig2", "--no-fit", "--samples", 4]):
+        result = run(*command, "--model", tiny_folder, "--lens", "one/maps", "--lens", "two/maps")
+        assert result.exit_code == 2
+        assert "give their folders different names" in " ".join(result.stderr.split())
 
 
 def test_read_goes_through_maps(tiny_folder, other_folder, tiny):

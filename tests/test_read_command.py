@@ -241,6 +241,7 @@ def test_targets_are_listed_and_marked(smollm2):
         (["--text", "a", "--minus", ""], "the prompt is empty"),
         (["--text", "a", "--minus", "words.csv"], "--minus 'words.csv' is no file, and looks like one"),
         (["--text", "a", "--minus", "a"], "nothing is left to read"),
+        (["--text", "a", "--minus", "v.npy", "--minus", "v.npy"], "give one file of them"),
         (["--vectors", "v.npy", "--layers", "1,2"], "vectors are of one layer, or of none"),
         (["--vectors", "v.npy", "--layers", "9"], "layer 9 is out of range"),
         (["--text", "a", "--target-adapter", "v"], "is no adapter of peft's"),
