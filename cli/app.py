@@ -110,7 +110,7 @@ def _tell_versions(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
+@app.callback(epilog='For example: `pscope lens "The Eiffel Tower stands in the city of"`')
 def pscope(
     ctx: typer.Context,
     _: Annotated[

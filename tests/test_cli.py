@@ -630,6 +630,7 @@ def test_help_names_every_option_and_command(monkeypatch):
     assert len(commands) == 14
     shown = run()
     assert shown.exit_code == 0
+    assert shown.stdout.strip().endswith('For example: pscope lens "The Eiffel Tower stands in the city of"')
     for name, command in commands.items():
         assert f"│ {name} " in shown.stdout
         told = run(name, "--help")
