@@ -4,6 +4,7 @@ import re
 import shlex
 from pathlib import Path
 
+import gradio
 import pytest
 import typer
 from pscope.cli.app import app
@@ -50,6 +51,15 @@ def test_a_command_that_is_shown_has_these_options(arguments):
     with group.context_class(group) as context:
         name, command, rest = group.resolve_command(context, arguments)
         command.make_context(name, rest, parent=context)
+
+
+@pytest.mark.usefixtures("loaded_once")
+def test_the_space_that_is_shown_is_launched(monkeypatch):
+    launched = []
+    monkeypatch.setattr(gradio.Blocks, "launch", lambda page, **how: launched.append(page))
+    (block,) = blocks(ROOT / "docs" / "space.md", "python")
+    exec(compile(block, "app.py", "exec"), {})
+    assert len(launched) == 1
 
 
 def test_the_files_that_are_shown_are_read(tmp_path):
