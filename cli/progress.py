@@ -42,18 +42,18 @@ class _Lines:
     def __init__(self, total: int, done: int, what: str) -> None:
         self._total, self._before, self._what = total, done, what
         self._began = time.monotonic()
-        self._next = self._began
+        self._next, self._unfinished = self._began, False
 
     def __call__(self, done: int) -> None:
         now = time.monotonic()
         seconds = now - self._began
-        if done == self._total and self._next > self._began:
-            self._next = self._began
+        if done == self._total and self._unfinished:
+            self._unfinished = False
             took = f"{seconds / 60:.0f} min" if seconds >= 60 else f"{seconds:.0f} s"
             tell(f"all {self._total} {self._what}, in {took}")
         if done in (self._before, self._total) or now < self._next:
             return
-        self._next = now + PERIOD
+        self._next, self._unfinished = now + PERIOD, True
         rate = (done - self._before) / max(seconds, 1e-9)
         minutes = (self._total - done) / rate / 60
         left = f"about {minutes:.0f} min" if minutes >= 1 else "less than a minute"

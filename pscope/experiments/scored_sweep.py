@@ -44,7 +44,7 @@ def _scored_rows(scope: Patchscope, sources: Sequence[Source], seed: int, by: Me
     pairs, candidates = sources[0].pairs, sources[0].candidates
     batch = read_states(scope.model, sources, seed)
     with naming_rows(batch, pairs):
-        choices = scope.choose(*as_rows(batch, pairs), _candidate_texts(scope, candidates), by=by)
+        choices = scope.choose(*as_rows(batch, pairs), _candidate_texts(scope.target, candidates), by=by)
     judges = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
     yield from rows_of(
         batch,
@@ -62,7 +62,7 @@ def scored_plainly(
     # A row that is patched at the very top is as good as none.
     state = torch.ones(1, scope.model.hidden_size)
     try:
-        choices = scope.choose(state, scope.model.n_layers, _candidate_texts(scope, candidates), by=by)
+        choices = scope.choose(state, scope.model.n_layers, _candidate_texts(scope.target, candidates), by=by)
     except RowError as error:
         raise PscopeError(f"{scope.target.text!r} failed: {error.reason}") from error
     return _Judge(candidates, answers, by)(choices.clean, 0)
@@ -71,11 +71,11 @@ def scored_plainly(
 def check_candidates(model: LanguageModel, sources: Sequence[Source]) -> None:
     """Raise PromptError if some candidates cannot be chosen among after a target: before a run, not within it."""
     for target, candidates in dict.fromkeys((source.target, source.candidates) for source in sources):
-        candidate_tokens(model.tokenizer, target, [spoken_after(target, candidate) for candidate in candidates])
+        candidate_tokens(model.tokenizer, target, _candidate_texts(target, candidates))
 
 
-def _candidate_texts(scope: Patchscope, candidates: Sequence[str]) -> list[str]:
-    return [spoken_after(scope.target, candidate) for candidate in candidates]
+def _candidate_texts(target: Prompt, candidates: Sequence[str]) -> list[str]:
+    return [spoken_after(target, candidate) for candidate in candidates]
 
 
 def best_pairs(scores: pd.DataFrame, key: str, unit: list[str]) -> dict[str, dict[int, Pair]]:
