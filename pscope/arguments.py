@@ -9,18 +9,18 @@ from typing import Any, TypeGuard, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pscope.errors import PscopeError, RowError
+from pscope.errors import ModelError, PscopeError, RowError, first_line
 from pscope.memory import out_of_memory
 
 T = TypeVar("T")
 
 
-def plain(value: Any) -> Any:
+def as_python(value: Any) -> Any:
     """What numpy, pandas and torch hold, as numbers and lists of Python's own; anything else as it is."""
     return value.tolist() if hasattr(value, "tolist") else value
 
 
-def told(value: object) -> str:
+def excerpt(value: object) -> str:
     """What a message shows of an argument: one line of it."""
     if isinstance(value, nn.Module):
         return type(value).__name__
@@ -30,29 +30,37 @@ def told(value: object) -> str:
     return text if len(text) <= 80 else f"{text[:60]} …"
 
 
-def is_whole(value: object) -> bool:
-    """Whether a value, made `plain`, is a whole number. True and False are none."""
+def is_int(value: object) -> bool:
+    """Whether a value that `as_python` has made is a whole number. True and False are none."""
     # Of most values this is all there is to ask.
     return type(value) is int or (isinstance(value, Integral) and not isinstance(value, bool))
 
 
 def is_number(value: object) -> TypeGuard[float]:
-    """Whether a value, made `plain`, is a real number. True and False are none."""
+    """Whether a value that `as_python` has made is a real number. True and False are none."""
     return isinstance(value, Real) and not isinstance(value, bool)
 
 
-def whole(value: object, name: str, least: int = 1, most: int | None = None) -> int:
+def as_int(value: object, name: str, least: int = 1, most: int | None = None) -> int:
     """A whole number, numpy's and torch's too. Raises PscopeError for others, and outside the range."""
-    number = plain(value)
-    if not is_whole(number) or number < least or (most is not None and number > most):
+    number = as_python(value)
+    if not is_int(number) or number < least or (most is not None and number > most):
         fits = f"from {least} on" if most is None else f"from {least} to {most}"
-        raise PscopeError(f"{name} is {told(value)}; a whole number {fits} is needed")
+        raise PscopeError(f"{name} is {excerpt(value)}; a whole number {fits} is needed")
     return int(number)
 
 
 def as_seed(value: object) -> int:
     """A seed: equal numbers of any kind draw the same. Raises PscopeError."""
-    return whole(value, "the seed", 0, 2**64 - 1)
+    return as_int(value, "the seed", 0, 2**64 - 1)
+
+
+def as_device(device: str | torch.device) -> torch.device:
+    """A device on which numbers can be held. Raises ModelError."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError) as error:
+        raise ModelError(f"the device {str(device)!r} cannot be used: {first_line(error)}") from error
 
 
 def check_name(name: object, names: Iterable[str], what: str) -> None:
@@ -68,11 +76,11 @@ def as_list(kind: type[T] | tuple[type[T], ...], values: Iterable[T] | T, what: 
     """
     if isinstance(values, kind):
         return [values]
-    items = plain(values)
+    items = as_python(values)
     items = [values] if isinstance(items, str) or not isinstance(items, Iterable) else list(items)
     for each in items:
         if not isinstance(each, kind):
-            raise PscopeError(f"a list of {what} is needed, and {told(each)} is none of them; {how}")
+            raise PscopeError(f"a list of {what} is needed, and {excerpt(each)} is none of them; {how}")
     if not items:
         raise PscopeError(f"there are no {what}; {how}")
     return items
@@ -90,7 +98,7 @@ def as_vectors(value: Any, what: str = "states") -> Tensor:
         except (TypeError, ValueError, RuntimeError) as error:
             if out_of_memory(error):
                 raise
-            raise PscopeError(f"{what} are a tensor (rows, hidden), not {told(value)}") from error
+            raise PscopeError(f"{what} are a tensor (rows, hidden), not {excerpt(value)}") from error
     if not value.is_floating_point():
         raise PscopeError(f"{what} of {value.dtype} are no hidden states; give real floating-point numbers")
     if value.layout != torch.strided:

@@ -1,6 +1,11 @@
 """What pscope raises. All are ValueErrors whose message is one line: what was given, what fits, what to do."""
 
 
+def first_line(error: Exception) -> str:
+    """What somebody else's error says, in one line."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
 class PscopeError(ValueError):
     """Something was asked for that cannot be done as asked."""
 

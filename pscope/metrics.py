@@ -19,7 +19,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from rouge_score.tokenizers import Tokenizer
 from torch import Tensor
 
-from pscope.arguments import as_list, told
+from pscope.arguments import as_list, excerpt
 from pscope.errors import PscopeError
 
 _CITATION = "Ghandeharioun et al., Patchscopes, ICML 2024, arXiv 2401.06102, section {}"
@@ -29,8 +29,14 @@ def surprisal(decoded: Tensor, model_logits: Tensor) -> Tensor:
     """−log p_model(decoded token), in nats, for token ids (samples, decodings) and logits (samples, vocab).
 
     The probability is the model's own, of the tokens that were decoded; the lower, the better were they told.
-    Returns (samples, decodings).
+    Returns (samples, decodings). Raises PscopeError for what has not these shapes, and for ids without a logit.
     """
+    shapes = decoded.ndim == model_logits.ndim == 2 and len(decoded) == len(model_logits)
+    if not shapes or decoded.is_floating_point():
+        given = f"{excerpt(decoded)} of {decoded.dtype} and {excerpt(model_logits)}"
+        raise PscopeError(f"token ids (samples, decodings) and logits (samples, vocab) are needed, not {given}")
+    if decoded.numel() and not 0 <= int(decoded.min()) <= int(decoded.max()) < model_logits.shape[1]:
+        raise PscopeError(f"tokens are numbered from 0 to {model_logits.shape[1] - 1}, not as all that were decoded")
     log_p = model_logits.float().log_softmax(dim=-1)
     return -log_p.gather(1, decoded.to(log_p.device))
 
@@ -149,7 +155,7 @@ def gives_away(text: str, answers: Sequence[str]) -> bool:
 def _stands(text: str, answers: Sequence[str], after: str) -> bool:
     answers = [answers] if isinstance(answers, str) else answers
     if not isinstance(answers, Iterable) or not all(isinstance(each, str) for each in (text, *answers)):
-        raise PscopeError(f"answers are texts that may stand in one, not {told(answers)} in {told(text)}")
+        raise PscopeError(f"answers are texts that may stand in one, not {excerpt(answers)} in {excerpt(text)}")
     text = _plain(text)
     return any(_pattern(answer, after).search(text) for answer in answers)
 

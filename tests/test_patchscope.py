@@ -16,7 +16,7 @@ from transformers import (
 
 from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens
 from pscope.engine.staircase import Staircase
-from pscope.models.caches import GrowingLayer
+from pscope.models.internals.caches import GrowingLayer
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
 PATHS = ["staircase", "plain", "uncached"]

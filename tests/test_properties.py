@@ -21,8 +21,9 @@ from pscope.inputs.records import parse_csv, parse_json, parse_jsonl
 from pscope.inputs.relations import read_relations
 from pscope.inputs.targets import named_target, shipped_targets
 from pscope.inputs.texts import read_texts
+from pscope.models.internals.calls import stream_of
 from pscope.models.prompts import tokenize, written_out
-from pscope.models.residual import calling, stream_of
+from pscope.models.residual import calling
 
 few = settings(
     max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -6,7 +6,7 @@ from conftest import rows_for_every_layer
 from reference import patched_logits
 
 from pscope import Patchscope, PromptError, PscopeError, RowError, capture, editing
-from pscope.models.caches import GrowingLayer
+from pscope.models.internals.caches import GrowingLayer
 
 TARGET = "The capital city of x is"
 PATHS = ["staircase", "plain", "uncached"]

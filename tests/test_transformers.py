@@ -1,11 +1,20 @@
-"""What pscope stands on that transformers and torch do not promise: where a test fails, its name tells what changed."""
+"""What pscope stands on that transformers and others do not promise: where a test fails, its name tells what changed.
 
+It stands in `pscope.models.internals`, and nowhere else.
+"""
+
+import ast
+from copy import deepcopy
 from inspect import signature
+from pathlib import Path
 
+import accelerate
 import pytest
 import torch
 from conftest import random_model
+from peft import LoraConfig, get_peft_model
 from transformers import (
+    AutoConfig,
     Cache,
     DynamicCache,
     EosTokenCriteria,
@@ -14,11 +23,16 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    RobertaConfig,
+    RobertaForCausalLM,
     StoppingCriteriaList,
 )
 
-from pscope.models.caches import grown, joined, layer_bytes, other_kinds
-from pscope.models.residual import calling, others_intervene, stream_of
+from pscope.models.internals.caches import grown, joined, layer_bytes, other_kinds
+from pscope.models.internals.calls import first_position, given_cache, parameters, stream_of, unwrapped
+from pscope.models.internals.configs import attends_eagerly, lasting
+from pscope.models.internals.hooks import is_offloaded
+from pscope.models.residual import calling, others_intervene
 
 ROWS, HEADS, TOKENS, WIDTH = SHAPE = (2, 3, 5, 4)
 
@@ -88,7 +102,7 @@ def test_kinds_of_cache_layers_have_the_names_that_are_known(tokenizer):
 
 def test_a_model_takes_a_cache_positions_and_the_logits_to_keep_by_known_names(tiny):
     assert tiny._cache_parameter in signature(LlamaForCausalLM.forward).parameters
-    assert {"position_ids", "logits_to_keep"} <= tiny._forward_parameters
+    assert {"position_ids", "logits_to_keep"} <= parameters(tiny.hf)
     ids = torch.tensor([[1, 2, 3]])
     everything = tiny.hf(input_ids=ids, use_cache=False).logits
     assert tiny.hf(input_ids=ids, logits_to_keep=torch.tensor([1, 2])).logits.shape[1] == 2
@@ -107,8 +121,68 @@ def test_a_decoder_layer_reads_the_residual_stream_first_or_as_hidden_states(tin
     assert called == [(1, 3, tiny.hidden_size)] * tiny.n_layers
 
 
+def test_a_model_hands_its_cache_on_by_a_known_name(tiny):
+    cache, handed = tiny.own_cache(), []
+
+    def look(module, args, kwargs):
+        handed.append(given_cache(kwargs))
+
+    handle = tiny.hf.get_decoder().register_forward_pre_hook(look, with_kwargs=True)
+    try:
+        tiny.logits(torch.tensor([[1, 2, 3]]), cache)
+    finally:
+        handle.remove()
+    assert handed == [cache]
+
+
+def test_positions_begin_after_that_of_padding_where_they_are_looked_up(tokenizer, tiny):
+    roberta = random_model(RobertaForCausalLM, RobertaConfig, tokenizer, is_decoder=True, pad_token_id=1)
+    assert (first_position(tiny.hf), first_position(roberta.hf)) == (0, 2)
+
+
 def test_a_config_tells_how_attention_is_computed(tiny):
-    assert tiny.hf.config._attn_implementation in ("sdpa", "eager")
+    told = []
+    for attention in ("sdpa", "eager"):
+        config = deepcopy(tiny.hf.config)
+        config._attn_implementation = attention
+        told.append(attends_eagerly(LlamaForCausalLM(config).config))
+    assert told == [False, True]
+
+
+def test_a_config_that_was_saved_and_read_differs_by_its_history_alone(tiny, tmp_path):
+    tiny.hf.save_pretrained(tmp_path)
+    read = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16).config
+    assert read.to_dict() != tiny.hf.config.to_dict()
+    assert lasting(read) == lasting(tiny.hf.config) == lasting(AutoConfig.from_pretrained(tmp_path))
+
+
+def test_peft_hands_out_the_model_within(tiny):
+    hf = deepcopy(tiny.hf)
+    adapted = get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert unwrapped(adapted) is hf
+    assert unwrapped(hf) is hf
+    assert parameters(adapted) == parameters(hf)
+
+
+def test_accelerate_leaves_word_on_modules_whose_weights_are_elsewhere(tiny):
+    hf = deepcopy(tiny.hf)
+    assert not is_offloaded(hf)
+    accelerate.cpu_offload(hf, execution_device=torch.device("cpu"))
+    assert is_offloaded(hf)
+
+
+def test_nothing_private_of_others_is_touched_elsewhere():
+    root = Path(__file__).parents[1]
+    paths = [path for folder in ("pscope", "cli") for path in (root / folder).rglob("*.py")]
+    files = [path for path in paths if "internals" not in path.parts]
+    trees = [ast.parse(path.read_text("utf-8")) for path in files]
+    nodes = [node for tree in trees for node in ast.walk(tree)]
+    kinds = (ast.FunctionDef, ast.ClassDef)
+    own = {node.name for node in nodes if isinstance(node, kinds)} | {"_asdict", "_exit", "_fields", "_replace"}
+    own |= {node.id for node in nodes if isinstance(node, ast.Name)}
+    own |= {node.attr for node in nodes if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Store)}
+    used = {node.attr for node in nodes if isinstance(node, ast.Attribute) if node.attr.startswith("_")}
+    assert {name for name in used - own if not name.startswith("__")} == set()
 
 
 def test_a_class_tells_whether_it_can_be_split_over_processes(tiny):

@@ -19,16 +19,30 @@ from pscope.inputs.entities import Entity, read_entities
 from pscope.inputs.positions import draw_positions
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import read_relations
+from pscope.inputs.targets import named_target
 from pscope.inputs.texts import read_texts
-from pscope.mappings.mapping import Composed, Constant, KeepNorm, LowRank, Norm, Scale
+from pscope.mappings.mapping import Affine, Composed, Constant, KeepNorm, LowRank, Norm, Scale
 from pscope.mappings.mapping_set import MappingSet
-from pscope.metrics import answer_found, rouge_l
+from pscope.metrics import answer_found, rouge_l, surprisal
 from pscope.models.states import Label
 
 CALLED = (
     *(AttributeScores, CrossModel, EntityDescriptions, EntityLayers, LayerReadout, MultiHop, MultiHopScores, NextToken),
     *(TokenGrid, GridLens, Lens, draw_positions, layer_pairs, source_prompt, read_entities, read_relations, read_texts),
-    *(Composed, Constant, KeepNorm, LowRank, Norm, Scale, answer_found, rouge_l, Label),
+    *(
+        Affine,
+        Composed,
+        Constant,
+        KeepNorm,
+        LowRank,
+        Norm,
+        Scale,
+        answer_found,
+        rouge_l,
+        surprisal,
+        Label,
+        named_target,
+    ),
 )
 """What cases call beside the public names."""
 
@@ -120,6 +134,17 @@ WRONG = [
     ("model.most_probable(vectors, 0)", "count is 0; a whole number from 1 on is needed"),
     ('model.most_probable(vectors, "x")', "count is 'x'; a whole number from 1 on is needed"),
     ('model.logits("x")', "ids are a tensor (batch, tokens) of whole"),
+    ("model.logits(torch.ones(1, 0, dtype=torch.long))", "ids are a tensor (batch, tokens) of whole"),
+    ("model.logits(torch.tensor([[99999999]]))", "go from 0 to"),
+    ("model.next_token_logits(torch.tensor([[1, -1]]))", "some of these are others"),
+    ('model.check_window("x")', "the number of tokens is 'x'; a whole number"),
+    ("surprisal(torch.tensor([[9]]), vectors[:1, :9])", "tokens are numbered from 0 to 8"),
+    ("surprisal(torch.tensor([[-1]]), vectors[:1, :9])", "tokens are numbered from 0 to 8"),
+    ("surprisal(torch.tensor([1, 2]), vectors)", "token ids (samples, decodings) and logits"),
+    ("surprisal(vectors, vectors)", "of torch.float32 and a Tensor of shape (2, 32)"),
+    ("surprisal(torch.tensor([[1]]), vectors)", "token ids (samples, decodings) and logits"),
+    ("named_target(None)", "a target is named by a text, not by None"),
+    ('Reading(model, prompt, states, words=["one"])', "words are those for each text, as {text: words}"),
     ("Writes.of([])", "a row has one write at least"),
     ("Writes.of(None)", "rows are lists of Write(layer, position, vector),"),
     ('Writes.of([[Write("1", 1, vectors[0])]])', "the layer of a write is '1'; a whole number from"),
@@ -255,6 +280,15 @@ WRONG = [
     ("Constant(None)(vectors)", "the state of Constant is a Tensor, not None"),
     ("KeepNorm(None)(vectors)", "the mapping of KeepNorm is a Mapping, not None"),
     ("Composed(None)(vectors)", "the steps of Composed is a tuple[Mapping, ...],"),
+    ("Composed((None,))", "the steps of Composed is a tuple[Mapping, ...],"),
+    ("Norm(1.0).then(None)", "the steps of Composed is a tuple[Mapping, ...],"),
+    ('Norm(1.0).to("tpu")', "the device 'tpu' cannot be used"),
+    ("Affine(vectors[0])", "the weight of Affine is (width out, width in), and"),
+    ("Affine(eye, eye[0, :3])", "the bias of Affine is (width out), and a tensor of shape (3,)"),
+    ("LowRank(eye[:, :2], eye[:3])", "the down of LowRank is (rank, width in), and a"),
+    ("LowRank(eye[:, :2], eye[:2], None, eye[0, :3])", "the scale of LowRank is (width out), and a"),
+    ("Scale(eye)", "the factor of Scale is (width), and a tensor of"),
+    ("Constant(vectors)", "the state of Constant is (width out), and a tensor"),
     ("MappingSet({}, None)", "there is a mapping for each pair of layers, as"),
     ("maps.at((2, 2))", "there is no map for the layers (2, 2); these map"),
     ("MappingSet.identity(model, [1, 2])", "pairs are a source and a target layer each, as"),

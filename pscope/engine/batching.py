@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from pscope.models.internals.calls import Args, Kwargs, stream_of
 from pscope.models.model import LanguageModel
-from pscope.models.residual import Args, Kwargs, calling, stream_of
+from pscope.models.residual import calling
 
 Place = tuple[object, ...]
 """Where a tensor stands: the number of the decoder layer, and the way to it among the arguments of its call."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 from transformers import Cache, EosTokenCriteria, PreTrainedTokenizerBase, StoppingCriteriaList, StopStringCriteria
 
-from pscope.arguments import as_seed, is_number, plain, told, whole
+from pscope.arguments import as_int, as_python, as_seed, excerpt, is_number
 from pscope.errors import PscopeError, RowError
-from pscope.models.caches import joined, keep
+from pscope.models.internals.caches import joined, keep
 from pscope.models.model import LanguageModel, not_finite
 from pscope.models.prompts import Prompt, decode
 from pscope.notebook import table_in_frame
@@ -51,12 +51,12 @@ class Decoding:
     stop: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        stop, temperature = plain(self.stop), plain(self.temperature)
+        stop, temperature = as_python(self.stop), as_python(self.temperature)
         if not isinstance(stop, (list, tuple)) or not all(isinstance(each, str) and each for each in stop):
-            raise PscopeError(f"stop is {told(stop)}; it is a tuple of strings, none of them empty")
+            raise PscopeError(f"stop is {excerpt(stop)}; it is a tuple of strings, none of them empty")
         if not is_number(temperature) or not 0 <= temperature < math.inf:
-            raise PscopeError(f"temperature is {told(temperature)}; 0 is greedy, a number above 0 samples")
-        new_tokens, seed = whole(self.new_tokens, "new_tokens"), as_seed(self.seed)
+            raise PscopeError(f"temperature is {excerpt(temperature)}; 0 is greedy, a number above 0 samples")
+        new_tokens, seed = as_int(self.new_tokens, "new_tokens"), as_seed(self.seed)
         values = {"new_tokens": new_tokens, "temperature": temperature, "seed": seed, "stop": tuple(stop)}
         for name, value in values.items():
             object.__setattr__(self, name, value)
@@ -114,9 +114,9 @@ class Decoding:
 def check_decoding(decoding: Decoding, model: LanguageModel, prompt: Prompt, settled: Settled | None = None) -> None:
     """Raise PscopeError for what is no Decoding, PromptError where the window has no room for a prompt that goes on."""
     if settled is not None and not callable(settled):
-        raise PscopeError(f"settled is a function of a row and what it said, not {told(settled)}")
+        raise PscopeError(f"settled is a function of a row and what it said, not {excerpt(settled)}")
     if not isinstance(decoding, Decoding):
-        raise PscopeError(f"how rows go on is a Decoding, as Decoding(20), not {told(decoding)}")
+        raise PscopeError(f"how rows go on is a Decoding, as Decoding(20), not {excerpt(decoding)}")
     model.check_window(len(prompt) + decoding.new_tokens)
 
 

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_list, as_vectors, check_name, check_numbers, is_whole, plain, told, whole
+from pscope.arguments import as_int, as_list, as_python, as_vectors, check_name, check_numbers, excerpt, is_int
 from pscope.engine.generate import (
     GREEDY,
     Continuations,
@@ -84,7 +84,7 @@ class Patchscope:
         path: PathName | Literal["auto"] = "auto",
     ) -> None:
         self.model, self.target = model, as_prompt(model, target)
-        self.memory = whole(memory, "the memory in bytes")
+        self.memory = as_int(memory, "the memory in bytes")
         check_name(path, ("auto", *PATHS), "path")
         self._override = None if path == "auto" else SelfCheck(path, "asked for, not checked")
         self._checks: dict[int, SelfCheck] = {}
@@ -118,7 +118,7 @@ class Patchscope:
         try:
             scales = torch.as_tensor(scale, dtype=states.dtype, device=states.device).reshape(-1, 1, 1)
         except (TypeError, ValueError, RuntimeError) as error:
-            raise PscopeError(f"scale is {told(scale)}; give a number, or a list of one for each state") from error
+            raise PscopeError(f"scale is {excerpt(scale)}; give a number, or a list of one for each state") from error
         if len(scales) not in (1, len(states)):
             raise PscopeError(f"{len(states)} states came with {len(scales)} scales; give one for all, or for each")
         if not (norm or add):
@@ -192,7 +192,7 @@ class Patchscope:
         target, RowError if the logits of a row are not finite.
         """
         writes = self._as_writes(states, target_layers)
-        listed = plain(continuation)
+        listed = as_python(continuation)
         continuations = list(listed) if isinstance(listed, (list, tuple)) else [continuation] * len(writes)
         if len(continuations) != len(writes):
             raise PscopeError(
@@ -225,7 +225,7 @@ class Patchscope:
         writes = self._as_writes(states, target_layers)
         check_name(by, MEASURES, "measure")
         if isinstance(candidates, (str, Set)):
-            raise PscopeError(f"candidates are a list of texts, not {told(candidates)}")
+            raise PscopeError(f"candidates are a list of texts, not {excerpt(candidates)}")
         candidates = as_list(str, candidates, "candidates", "give texts")
         tokens = [self._following(each) for each in candidate_tokens(self.model.tokenizer, self.target, candidates)]
         return Choices(*choose_rows(partial(self._read, writes), len(writes), tokens, by), tuple(candidates))
@@ -237,13 +237,15 @@ class Patchscope:
         """
         writes = self._as_writes(states, target_layers)
         if not isinstance(spoken, Sequence) or len(spoken) != len(writes):
-            raise PscopeError(f"{len(writes)} states came with {told(spoken)}; give the tokens that each row has said")
+            raise PscopeError(
+                f"{len(writes)} states came with {excerpt(spoken)}; give the tokens that each row has said"
+            )
         spoken = [self._following(_as_key(row)) for row in spoken]
         return relevance_of(self.model, self.target, writes, spoken, self.memory)
 
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
-        return max(1, self.memory // self._now()[0].row_bytes(whole(new_tokens, "new_tokens", 0)))
+        return max(1, self.memory // self._now()[0].row_bytes(as_int(new_tokens, "new_tokens", 0)))
 
     @property
     def check(self) -> SelfCheck:
@@ -279,8 +281,10 @@ class Patchscope:
         """The tokens of a text that follows the target, or those given. Raises PromptError."""
         tokens = continuing_tokens(self.model.tokenizer, self.target, text) if isinstance(text, str) else text
         most = self.model.embeddings
-        if not isinstance(tokens, tuple) or not tokens or not all(is_whole(id) and 0 <= id < most for id in tokens):
-            raise PromptError(f"{told(tokens)} is neither a text nor tokens of {self.model.name}: numbers below {most}")
+        if not isinstance(tokens, tuple) or not tokens or not all(is_int(id) and 0 <= id < most for id in tokens):
+            raise PromptError(
+                f"{excerpt(tokens)} is neither a text nor tokens of {self.model.name}: numbers below {most}"
+            )
         # What comes after its last token is not asked.
         self.model.check_window(len(self.target) + len(tokens) - 1)
         return tokens
@@ -320,8 +324,8 @@ class Patchscope:
             )
         if len(states) == 0:
             raise PscopeError("there is no state to patch")
-        one = plain(target_layers)
-        layers = as_layers(self.model, [one] * len(states) if is_whole(one) else one, least=0)
+        one = as_python(target_layers)
+        layers = as_layers(self.model, [one] * len(states) if is_int(one) else one, least=0)
         if len(layers) != len(states):
             raise PscopeError(f"{len(states)} states came with {len(layers)} target layers; each state has one")
         if states.ndim == 2:
@@ -374,5 +378,7 @@ class Patchscope:
 
 def _as_key(continuation: Any) -> Any:
     """A continuation that can be looked up: tokens as a tuple of Python's own numbers, a text as it is."""
-    continuation = plain(continuation)
-    return tuple(plain(token) for token in continuation) if isinstance(continuation, (list, tuple)) else continuation
+    continuation = as_python(continuation)
+    return (
+        tuple(as_python(token) for token in continuation) if isinstance(continuation, (list, tuple)) else continuation
+    )

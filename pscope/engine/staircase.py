@@ -19,7 +19,7 @@ from pscope.engine.batching import find_batch_axes, fitting
 from pscope.engine.generate import CachedRows
 from pscope.engine.writes import LayerWrites, Writes
 from pscope.errors import ModelError
-from pscope.models.caches import grown, keep, other_kinds
+from pscope.models.internals.caches import grown, keep, other_kinds
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
 from pscope.models.residual import editing

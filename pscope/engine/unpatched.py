@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from pscope.arguments import check_name, whole
+from pscope.arguments import as_int, check_name
 from pscope.engine.generate import (
     GREEDY,
     CachedRows,
@@ -49,7 +49,7 @@ def continue_prompts(
     Raises PscopeError for what is no list of prompts, for an empty one, and for a `path` that there is none of,
     PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite.
     """
-    prompts, memory = as_prompts(model, prompts), whole(memory, "the memory in bytes")
+    prompts, memory = as_prompts(model, prompts), as_int(memory, "the memory in bytes")
     for prompt in prompts:
         check_decoding(decoding, model, prompt, settled)
     check_name(path, ("auto", *PATHS), "path")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_vectors, told, whole
+from pscope.arguments import as_int, as_vectors, excerpt
 from pscope.errors import PscopeError
 
 NOWHERE = -1
@@ -30,7 +30,10 @@ class Write(NamedTuple):
 
     def checked(self) -> Write:
         """The same, of Python's own numbers and a tensor. Raises PscopeError for others."""
-        layer, position = whole(self.layer, "the layer of a write", 0), whole(self.position, "its position", 0)
+        layer, position = (
+            as_int(self.layer, "the layer of a write", 0),
+            as_int(self.position, "its position", 0),
+        )
         return Write(layer, position, as_vectors(self.vector, "vectors"))
 
 
@@ -65,7 +68,9 @@ class Writes:
         """The writes of each row, in any layers and positions. Raises PscopeError for a row without any, or others."""
         are_lists = isinstance(rows, (list, tuple)) and all(type(row) in (list, tuple) for row in rows)
         if not are_lists or not all(isinstance(write, Write) for row in rows for write in row):
-            raise PscopeError(f"rows are lists of Write(layer, position, vector), as [[Write(…)], …], not {told(rows)}")
+            raise PscopeError(
+                f"rows are lists of Write(layer, position, vector), as [[Write(…)], …], not {excerpt(rows)}"
+            )
         if not all(rows) or not rows:
             raise PscopeError("a row has one write at least")
         rows = [[write.checked() for write in row] for row in rows]

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 import numpy as np
 import pandas as pd
 
-from pscope.arguments import whole
+from pscope.arguments import as_int
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.engine.selfcheck import PathName, SelfCheck
 from pscope.models.model import LanguageModel, as_prompt
@@ -82,7 +82,11 @@ class Experiment(ABC, Generic[U]):
     units: Sequence[U]
 
     def __init__(self, model: LanguageModel, target: Prompt, memory: int = MEMORY) -> None:
-        self.model, self.target, self.memory = model, as_prompt(model, target), whole(memory, "the memory in bytes")
+        self.model, self.target, self.memory = (
+            model,
+            as_prompt(model, target),
+            as_int(memory, "the memory in bytes"),
+        )
         self._scopes: dict[Prompt, Patchscope] = {}
         self._paths: dict[tuple[int, tuple[int, ...]], PathName] = {}
 

@@ -9,7 +9,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.arguments import whole
+from pscope.arguments import as_int
 from pscope.engine.generate import Decoding, check_decoding
 from pscope.engine.lens import logit_lens
 from pscope.engine.patchscope import MEMORY
@@ -44,7 +44,7 @@ class LayerReadout(Experiment[Unit]):
     ) -> None:
         super().__init__(model, target, memory)
         self._layers, self._decoding = as_layers(model, layers), Decoding(new_tokens)
-        self._top_k = whole(top_k, "top_k", 1, model.config.vocab_size)
+        self._top_k = as_int(top_k, "top_k", 1, model.config.vocab_size)
         check_decoding(self._decoding, model, target)
         self._source = replace(as_prompt(model, source), positions=(source.position,))
         self.units = [Unit(source.text, len(self._layers), target)]

@@ -15,7 +15,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_list, whole
+from pscope.arguments import as_int, as_list
 from pscope.engine.lens import ANY_TOKEN, logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
@@ -104,7 +104,7 @@ class NextToken(Experiment[SampledText]):
             if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
                 raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
         self._lenses, self._texts, self._layers = lenses, texts, layers
-        self._batch_tokens = whole(batch_tokens, "batch_tokens")
+        self._batch_tokens = as_int(batch_tokens, "batch_tokens")
         prompt_lenses = [lens for lens in lenses if lens.target is not None]
         rows = sum(len(lens.pairs(layers, model.n_layers)) for lens in prompt_lenses)
         # Of one length side by side: those share a pass without padding.

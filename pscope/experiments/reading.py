@@ -13,7 +13,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_seed, is_number, plain, told, whole
+from pscope.arguments import as_int, as_python, as_seed, excerpt, is_number
 from pscope.engine.generate import GREEDY, Decoding, check_decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.unpatched import continue_prompts
@@ -61,10 +61,10 @@ class Writing:
     hold: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
-        scales, hold = plain(self.scales), plain(self.hold)
-        scales = tuple(map(plain, scales)) if isinstance(scales, (list, tuple)) else (scales,)
+        scales, hold = as_python(self.scales), as_python(self.hold)
+        scales = tuple(map(as_python, scales)) if isinstance(scales, (list, tuple)) else (scales,)
         if not scales or not all(is_number(scale) and abs(scale) < float("inf") for scale in scales):
-            raise PscopeError(f"scales are finite numbers, one at least; not {told(self.scales)}")
+            raise PscopeError(f"scales are finite numbers, one at least; not {excerpt(self.scales)}")
         object.__setattr__(self, "scales", scales)
         object.__setattr__(self, "hold", tuple(hold) if isinstance(hold, list) else hold)
         if len(set(self.scales)) < len(self.scales):
@@ -136,16 +136,16 @@ class Reading(Experiment[Vector | Plain]):
         super().__init__(model, target, memory)
         check_decoding(decoding, model, target)
         if not isinstance(states, States):
-            raise PscopeError(f"States are read, not {told(states)}; vectors become some by States(vectors, names)")
+            raise PscopeError(f"States are read, not {excerpt(states)}; vectors become some by States(vectors, names)")
         if not len(states):
             raise PscopeError("there is no state to read")
-        times, seed = whole(times, "times"), as_seed(seed)
+        times, seed = as_int(times, "times"), as_seed(seed)
         if times > 1 and not decoding.temperature:
             raise PscopeError(f"{times} times are asked for; once is always the same without a temperature")
-        top_k = whole(top_k, "top_k", 1, model.config.vocab_size)
+        top_k = as_int(top_k, "top_k", 1, model.config.vocab_size)
         self._writing = Writing() if writing is None else writing
         if not isinstance(self._writing, Writing):
-            raise PscopeError(f"how vectors are written is a Writing, as Writing(norm=True), not {told(writing)}")
+            raise PscopeError(f"how vectors are written is a Writing, as Writing(norm=True), not {excerpt(writing)}")
         as_layers(model, self._writing.hold, least=0)
         if not isinstance(target_layers, str) or target_layers != "same":
             target_layers = as_layers(model, () if target_layers is None else target_layers)
@@ -161,6 +161,8 @@ class Reading(Experiment[Vector | Plain]):
             duplicate = next(name for name in names if names.count(name) > 1)
             raise PscopeError(f"{duplicate} is read twice")
         self._check_states()
+        if not isinstance(words, Mapping | None):
+            raise PscopeError(f"words are those for each text, as {{text: words}}, not {excerpt(words)}")
         self.units += by_length([self._plain(None), *map(self._plain, (words or {}).items())])
 
     def _unit(self, number: int, label: Label, target_layers: tuple[int, ...]) -> Vector:
@@ -176,7 +178,7 @@ class Reading(Experiment[Vector | Plain]):
             return Plain(CLEAN, self._times, CLEAN, self.target, {"condition": CLEAN})
         source, text = words
         if not isinstance(text, str) or not text.strip():
-            raise PscopeError(f"the words for {source!r} are {told(text)}; give a text")
+            raise PscopeError(f"the words for {source!r} are {excerpt(text)}; give a text")
         prompt = self.model.prompt(written_out(self.target, text))
         check_decoding(self._decoding, self.model, prompt)
         about = {"source": source, "condition": TEXT_ONLY}
@@ -207,8 +209,8 @@ class Reading(Experiment[Vector | Plain]):
         return Work(0, suffix, layers, new_tokens=self._decoding.new_tokens)
 
     def read(self, units: Sequence[Vector | Plain]) -> pd.DataFrame:
-        vectors, plain = of_kind(units, Vector), of_kind(units, Plain)
-        return tidy(pd.DataFrame(self._patched_rows(vectors) if vectors else self._plain_rows(plain)), TYPES)
+        vectors, prompts = of_kind(units, Vector), of_kind(units, Plain)
+        return tidy(pd.DataFrame(self._patched_rows(vectors) if vectors else self._plain_rows(prompts)), TYPES)
 
     def _patched_rows(self, units: Sequence[Vector]) -> Iterator[dict[str, object]]:
         scope, how, rows = self.scope(self.target), self._writing, list(self._rows(units))

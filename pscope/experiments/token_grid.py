@@ -11,7 +11,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.arguments import as_list, told, whole
+from pscope.arguments import as_int, as_list, excerpt
 from pscope.engine.generate import Decoding, check_decoding
 from pscope.engine.lens import ANY_TOKEN, logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
@@ -97,7 +97,7 @@ class TokenGrid(Experiment[Column | Unpatched]):
         prompt, layers = as_prompt(model, prompt), as_layers(model, layers)
         self._targets = [each.lens.target for each in lenses if each.lens.target is not None]
         super().__init__(model, self._targets[0] if self._targets else ANY_TOKEN, memory)
-        top_k = whole(top_k, "top_k", 1, model.config.vocab_size)
+        top_k = as_int(top_k, "top_k", 1, model.config.vocab_size)
         names = [each.lens.name for each in lenses]
         if len(set(names)) < len(names) or len(set(layers)) < len(layers):
             raise PscopeError(f"one of the lenses {names}, or of the layers {list(layers)}, is given twice")
@@ -232,7 +232,7 @@ def grid_of(
     """
     check_model(model)
     if mappings is not None and not isinstance(mappings, Mapping):
-        raise PscopeError(f"mappings are given by name, as {{'tuned': read_mappings(…)}}, not {told(mappings)}")
+        raise PscopeError(f"mappings are given by name, as {{'tuned': read_mappings(…)}}, not {excerpt(mappings)}")
     identity = model.prompt(IDENTITY_PROMPT)
     lenses = [GridLens(Lens(LOGIT_LENS))]
     lenses += [GridLens(lens_of(name, own, identity, model.n_layers)) for name, own in (mappings or {}).items()]

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from pscope.arguments import as_list, as_seed, whole
+from pscope.arguments import as_int, as_list, as_seed
 from pscope.errors import DataError
 from pscope.models.model import LanguageModel, check_model
 from pscope.models.prompts import Prompt, tokenize
@@ -72,7 +72,7 @@ def draw_paired(
 def _draw(places: Sequence[Sequence[int]], samples: int | None, seed: int) -> list[tuple[int, list[int]]]:
     """The texts that give some of their places, and which, in ascending order."""
     available = sum(map(len, places))
-    samples = available if samples is None else whole(samples, "the number of samples")
+    samples = available if samples is None else as_int(samples, "the number of samples")
     if samples > available:
         raise DataError(
             f"{samples} samples were asked for, but the {len(places)} texts have only {available} positions to give"
@@ -92,7 +92,7 @@ def _draw(places: Sequence[Sequence[int]], samples: int | None, seed: int) -> li
 def _beginnings(model: LanguageModel, texts: Sequence[str], most_tokens: int) -> list[tuple[Prompt, int]]:
     """The prompts of texts, and how many tokens of each are there to be read."""
     check_model(model)
-    most_tokens = min(whole(most_tokens, "most_tokens"), model.window or most_tokens)
+    most_tokens = min(as_int(most_tokens, "most_tokens"), model.window or most_tokens)
     texts = as_list(str, texts, "texts", "give strings")
     prompts = [_beginning(model.tokenizer, text, most_tokens) for text in texts]
     return [(prompt, min(len(prompt), most_tokens)) for prompt in prompts]

@@ -8,6 +8,7 @@ from difflib import get_close_matches
 from functools import cache
 from importlib.resources import files
 
+from pscope.arguments import excerpt
 from pscope.errors import DataError
 from pscope.inputs.relations import PLACEHOLDER, shipped_relations
 
@@ -45,6 +46,8 @@ def shipped_targets() -> dict[str, Target]:
 def named_target(name: str) -> Target | None:
     """The target of that name, if there is one. Raises DataError for what is nearly a name."""
     targets = shipped_targets()
+    if not isinstance(name, str):
+        raise DataError(f"a target is named by a text, not by {excerpt(name)}")
     if name not in targets and (near := get_close_matches(name, targets, n=1, cutoff=0.8)):
         raise DataError(f"there is no target {name!r}; did you mean {near[0]}? `pscope targets` lists all")
     return targets.get(name)

@@ -9,13 +9,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from numbers import Real
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pscope.arguments import as_vectors, told
+from pscope.arguments import as_device, as_vectors, excerpt
 from pscope.errors import PscopeError
 
 _HOLDS: dict[str, Any] = {
@@ -27,6 +27,9 @@ _HOLDS: dict[str, Any] = {
 }
 """By its annotation, what a field of a mapping may hold; one with another annotation is its author's own."""
 
+Axes = dict[str, tuple[str, ...]]
+"""By the name of a field, those of its tensor: axes of one name are equally long in all of a mapping's tensors."""
+
 
 @dataclass(frozen=True, eq=False)
 class Mapping(ABC):
@@ -35,11 +38,24 @@ class Mapping(ABC):
     Raises PscopeError for states of a width that it was not made for, and where it is made of what it cannot be.
     """
 
+    axes: ClassVar[Axes] = {}
+
     def __post_init__(self) -> None:
+        kind, lengths = type(self).__name__, dict[str, int]()
         for field in fields(self):
-            value = getattr(self, field.name)
-            if not isinstance(value, tuple(_HOLDS.get(kind, object) for kind in str(field.type).split(" | "))):
-                raise PscopeError(f"the {field.name} of {type(self).__name__} is a {field.type}, not {told(value)}")
+            value, types = getattr(self, field.name), str(field.type).split(" | ")
+            fits = isinstance(value, tuple(_HOLDS.get(name, object) for name in types))
+            if not fits or (types == ["tuple[Mapping, ...]"] and not all(map(callable, value))):
+                raise PscopeError(f"the {field.name} of {kind} is a {field.type}, not {excerpt(value)}")
+            # One number stands for all.
+            if isinstance(value, Tensor) and field.name in self.axes and not (value.ndim == 0 and "float" in types):
+                axes = self.axes[field.name]
+                pairs = zip(axes, value.shape, strict=False)
+                if value.ndim != len(axes) or any(lengths.setdefault(axis, size) != size for axis, size in pairs):
+                    raise PscopeError(
+                        f"the {field.name} of {kind} is ({', '.join(axes)}), and a tensor of shape "
+                        f"{tuple(value.shape)} does not fit that, or not the rest"
+                    )
 
     @abstractmethod
     def __call__(self, states: Tensor) -> Tensor: ...
@@ -49,7 +65,8 @@ class Mapping(ABC):
         return Composed((self, after))
 
     def to(self, device: torch.device | str) -> Mapping:
-        """The same mapping with its numbers on a device."""
+        """The same mapping with its numbers on a device. Raises ModelError for one that cannot be used."""
+        device = as_device(device)
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         parts = {name: value.to(device) for name, value in values.items() if isinstance(value, (Tensor, Mapping))}
         steps = {name: tuple(each.to(device) for each in value) for name, value in values.items() if _is_steps(value)}
@@ -71,6 +88,8 @@ IDENTITY = Identity()
 class Affine(Mapping):
     """f(h) = W h + b, with `weight` (width out, width in) and `bias` (width out,), if there is one."""
 
+    axes: ClassVar[Axes] = {"weight": ("width out", "width in"), "bias": ("width out",)}
+
     weight: Tensor
     bias: Tensor | None = None
 
@@ -85,6 +104,13 @@ class LowRank(Mapping):
 
     The `scale` s of what is kept of h itself is a number, or one for each dimension; with 0 nothing is.
     """
+
+    axes: ClassVar[Axes] = {
+        "up": ("width out", "rank"),
+        "down": ("rank", "width in"),
+        "bias": ("width out",),
+        "scale": ("width out",),
+    }
 
     up: Tensor
     down: Tensor
@@ -101,6 +127,8 @@ class LowRank(Mapping):
 class Scale(Mapping):
     """f(h) = s h + b: `factor` is a number, or one for each dimension, as is `bias`."""
 
+    axes: ClassVar[Axes] = {"factor": ("width",), "bias": ("width",)}
+
     factor: float | Tensor
     bias: float | Tensor = 0.0
 
@@ -116,6 +144,8 @@ class Scale(Mapping):
 @dataclass(frozen=True, eq=False)
 class Constant(Mapping):
     """f(h) = c: the same `state` (width out,) whatever goes in. A control."""
+
+    axes: ClassVar[Axes] = {"state": ("width out",)}
 
     state: Tensor
 

@@ -9,7 +9,7 @@ from hashlib import sha256
 import torch
 from torch import Tensor
 
-from pscope.arguments import told
+from pscope.arguments import excerpt
 from pscope.errors import PscopeError
 from pscope.mappings.mapping import IDENTITY, Constant, Mapping
 from pscope.models.fingerprint import fingerprint
@@ -71,7 +71,7 @@ class MappingSet:
     def __post_init__(self) -> None:
         maps = self.maps.items() if isinstance(self.maps, dict) else []
         if not maps or not all(type(pair) is tuple and isinstance(mapping, Mapping) for pair, mapping in maps):
-            raise PscopeError(f"there is a mapping for each pair of layers, as {{(8, 8): f}}, not {told(self.maps)}")
+            raise PscopeError(f"there is a mapping for each pair of layers, as {{(8, 8): f}}, not {excerpt(self.maps)}")
 
     def at(self, pair: Pair, text: str | None = None) -> Mapping:
         """The mapping between two layers: for a state of `text`, one that was not fitted on that text.
@@ -80,7 +80,7 @@ class MappingSet:
         """
         maps = self.folds[fold_of(text)] if text is not None and self.folds else self.maps
         if pair not in maps:
-            raise PscopeError(f"there is no map for the layers {told(pair)}; {self.covered}")
+            raise PscopeError(f"there is no map for the layers {excerpt(pair)}; {self.covered}")
         return maps[pair]
 
     def apply(self, states: Tensor, pairs: Sequence[Pair], texts: Sequence[str | None]) -> Tensor:
@@ -143,7 +143,7 @@ class MappingSet:
 def check_mappings(mappings: MappingSet) -> None:
     """Raise PscopeError for what are no mappings that belong together, as a single one."""
     if not isinstance(mappings, MappingSet):
-        raise PscopeError(f"a MappingSet, as read_mappings gives, is needed, not {told(mappings)}")
+        raise PscopeError(f"a MappingSet, as read_mappings gives, is needed, not {excerpt(mappings)}")
 
 
 def fold_of(text: str) -> int:

@@ -9,10 +9,8 @@ from collections.abc import Iterable
 import torch
 from torch.distributed.tensor import DTensor
 
+from pscope.models.internals.configs import lasting
 from pscope.models.model import LanguageModel
-
-_NOT_THE_MODEL = {"_name_or_path", "architectures", "distributed_config", "dtype", "transformers_version"}
-"""What a config says of where the model came from, and how it was saved or loaded; the weights' dtype is looked at."""
 
 
 def fingerprint(model: LanguageModel, most: int = 4096) -> str:
@@ -21,8 +19,7 @@ def fingerprint(model: LanguageModel, most: int = 4096) -> str:
     Two checkpoints of one architecture differ in it; reading a few values keeps it instant for a model of any size.
     Weights that are offloaded count by name, shape and dtype. Of those that processes share, all must call it.
     """
-    config = {key: value for key, value in model.hf.config.to_dict().items() if key not in _NOT_THE_MODEL}
-    digest = hashlib.sha256(json.dumps(config, sort_keys=True, default=str).encode())
+    digest = hashlib.sha256(json.dumps(lasting(model.hf.config), sort_keys=True, default=str).encode())
     for name, weight in sorted(model.hf.state_dict().items()):
         weight = weight.full_tensor() if isinstance(weight, DTensor) else weight
         digest.update(f"{name} {tuple(weight.shape)} {weight.dtype}".encode())

@@ -31,8 +31,8 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from pscope.arguments import told
-from pscope.errors import ModelError
+from pscope.arguments import as_device, excerpt
+from pscope.errors import ModelError, first_line
 from pscope.memory import out_of_memory
 from pscope.models import packaged
 from pscope.models.hub import hub_answers
@@ -82,12 +82,11 @@ def load(
         if model.training:
             raise ModelError(f"{type(model).__name__} is in training mode; call its eval() first")
         if not isinstance(tokenizer, PreTrainedTokenizerBase) or not hasattr(model, "get_input_embeddings"):
-            raise ModelError(
-                f"a model and a tokenizer of transformers are needed, not {type(model).__name__} and {told(tokenizer)}"
-            )
+            given = f"{type(model).__name__} and {excerpt(tokenizer)}"
+            raise ModelError(f"a model and a tokenizer of transformers are needed, not {given}")
         return _checked(LanguageModel(model, tokenizer, model.name_or_path or type(model).__name__))
     if isinstance(model, LanguageModel) or not isinstance(model, (str, Path)) or not str(model):
-        raise ModelError(f"a model is named by a text or a path, or is one of transformers; not {told(model)}")
+        raise ModelError(f"a model is named by a text or a path, or is one of transformers; not {excerpt(model)}")
     if dtype not in [*DTYPES, *DTYPES.values()]:
         raise ModelError(f"unknown dtype {dtype!r}; one of {', '.join(DTYPES)}")
     dtype = DTYPES[dtype] if isinstance(dtype, str) else dtype
@@ -99,7 +98,7 @@ def load(
     if device_map is not None and device is not None:
         raise ModelError("device and device_map were both given; device is for the whole model, device_map spreads it")
     if device_map is None:
-        device = _usable(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        device = as_device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     folder, options = _locate(str(model), revision)
     placement: dict[str, Any] = {} if device_map is None else {"device_map": device_map}
     if tensor_parallel:
@@ -142,7 +141,7 @@ def load(
                 f"the weights of {model} do not fit into the memory of {device or 'the devices'}; try bfloat16, a "
                 'device_map ("auto"), or a smaller model'
             ) from error
-        raise ModelError(f"cannot load {model}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load {model}: {first_line(error)}") from error
     if adapter is None:
         return _checked(LanguageModel(hf, tokenizer, str(model)))
     return _checked(LanguageModel(_with_adapter(hf, Path(adapter)), tokenizer, f"{model} with {adapter}"))
@@ -173,7 +172,7 @@ def _with_adapter(hf: PreTrainedModel, folder: Path) -> PreTrainedModel:
     except ModelError:
         raise
     except Exception as error:
-        raise ModelError(f"cannot load the adapter {folder}: {_first_line(error)}") from error
+        raise ModelError(f"cannot load the adapter {folder}: {first_line(error)}") from error
 
 
 def outline(model: str | Path, *, dtype: str = "auto", revision: str | None = None) -> LanguageModel:
@@ -191,7 +190,7 @@ def outline(model: str | Path, *, dtype: str = "auto", revision: str | None = No
         with torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(config, trust_remote_code=False, **dtype_option)
     except Exception as error:
-        raise ModelError(f"cannot read the config of {model}: {_first_line(error)}") from error
+        raise ModelError(f"cannot read the config of {model}: {first_line(error)}") from error
     return LanguageModel(hf.eval(), tokenizer, str(model))
 
 
@@ -209,13 +208,6 @@ def _checked(model: LanguageModel) -> LanguageModel:
             "give the tokenizer that belongs to the model"
         )
     return model
-
-
-def _usable(device: str | torch.device) -> torch.device:
-    try:
-        return torch.empty(0, device=device).device
-    except (RuntimeError, AssertionError, TypeError) as error:
-        raise ModelError(f"the device {str(device)!r} cannot be used: {_first_line(error)}") from error
 
 
 def _locate(name: str, revision: str | None, *, weights: bool = True) -> tuple[str, dict[str, Any]]:
@@ -268,7 +260,7 @@ def _fetch_from_hub(name: str, revision: str | None, *, weights: bool) -> str:
         ) from error
     except Exception as error:
         # A proxy that refuses, a connection that breaks, a disk that is full: each says what it is.
-        raise ModelError(f"cannot fetch {name}: {_first_line(error)}") from error
+        raise ModelError(f"cannot fetch {name}: {first_line(error)}") from error
 
 
 def _refuse_indivisible(folder: str, name: str) -> None:
@@ -349,7 +341,3 @@ def _of_a_decoder_layer(model: LanguageModel, key: str) -> bool:
 def _some(keys: set[str], most: int = 3) -> str:
     names = ", ".join(sorted(keys)[:most])
     return f"{names} and {len(keys) - most} more" if len(keys) > most else names
-
-
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)

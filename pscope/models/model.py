@@ -8,7 +8,6 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from inspect import signature
 from threading import RLock
 from typing import NamedTuple, cast
 from weakref import WeakKeyDictionary
@@ -17,11 +16,14 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, DynamicCache, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from pscope.arguments import as_list, told, whole
+from pscope.arguments import as_int, as_list, excerpt
 from pscope.errors import ModelError, PromptError, PscopeError
 from pscope.memory import out_of_memory
-from pscope.models.caches import layer_bytes
 from pscope.models.chats import Message, chat_text
+from pscope.models.internals import calls
+from pscope.models.internals.caches import layer_bytes
+from pscope.models.internals.configs import attends_eagerly
+from pscope.models.internals.hooks import is_offloaded
 from pscope.models.prompts import At, Prompt, decode, tokenize
 
 
@@ -81,12 +83,6 @@ class LanguageModel:
         return _LOCKS.setdefault(self.layers, RLock())
 
     @property
-    def unwrapped(self) -> PreTrainedModel:
-        """The model of transformers, within what peft or the like may have wrapped around it."""
-        wrapped = getattr(self.hf, "get_base_model", None)
-        return wrapped() if wrapped else self.hf
-
-    @property
     def config(self) -> PreTrainedConfig:
         """The config of the language model, which may be part of a model that also sees or hears."""
         return self.hf.config.get_text_config()
@@ -104,7 +100,7 @@ class LanguageModel:
     @property
     def offloaded(self) -> bool:
         """Whether weights are elsewhere until they are used, as accelerate keeps them."""
-        return any(hasattr(module, "_hf_hook") for module in self.hf.modules())
+        return is_offloaded(self.hf)
 
     @property
     def hidden_size(self) -> int:
@@ -124,17 +120,8 @@ class LanguageModel:
 
     @cached_property
     def first_position(self) -> int:
-        """The number that the model gives the position of a text's first token.
-
-        It is 0, but for models that look positions up in a table of embeddings whose first entries are those of
-        padding, as RoBERTa and its kin do.
-        """
-        numbers = (
-            module.padding_idx + 1
-            for name, module in self.hf.named_modules()
-            if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None
-        )
-        return next(numbers, 0)
+        """The number that the model gives the position of a text's first token: 0, but for RoBERTa and its kin."""
+        return calls.first_position(self.hf)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -162,7 +149,7 @@ class LanguageModel:
         # The logits stand there up to three times: as they come, what is made of them, and those of the pass before.
         values = tokens * (4 * self.hidden_size + 4 * width + 3 * intermediate) + 3 * last * config.vocab_size
         scores = 0
-        if getattr(self.hf.config, "_attn_implementation", None) == "eager":
+        if attends_eagerly(self.hf.config):
             # As they come, masked, and, in single precision, as probabilities.
             scores = heads * tokens * (tokens + attended) * (2 * self.dtype.itemsize + 4)
         return values * self.dtype.itemsize + scores
@@ -225,25 +212,22 @@ class LanguageModel:
 
     def check_window(self, tokens: int) -> None:
         """Raise PromptError if that many tokens are more than the model can attend to."""
-        if self.window is not None and tokens > self.window:
+        if self.window is not None and as_int(tokens, "the number of tokens", 0) > self.window:
             raise PromptError(
                 f"{tokens} tokens are more than the window of {self.name}, which is {self.window}; use fewer"
             )
 
     @cached_property
     def _forward_parameters(self) -> frozenset[str]:
-        # The forward pass of a wrapper such as peft's takes anything, and hands it to that of the model inside.
-        return frozenset(signature(self.unwrapped.forward).parameters)
+        return calls.parameters(self.hf)
 
     @cached_property
     def _cache_parameter(self) -> str | None:
-        # transformers 5.24 gave those of all models one name.
-        names = ("cache", "past_key_values", "cache_params")
-        return next((name for name in names if name in self._forward_parameters), None)
+        return next((name for name in calls.CACHE_NAMES if name in self._forward_parameters), None)
 
     def most_probable(self, logits: Tensor, count: int) -> list[list[tuple[str, float]]]:
         """The `count` most probable next tokens of each row of logits (rows, vocab), with their probabilities."""
-        top = logits.float().softmax(dim=-1).topk(min(whole(count, "count"), logits.shape[-1]))
+        top = logits.float().softmax(dim=-1).topk(min(as_int(count, "count"), logits.shape[-1]))
         return [
             [(decode(self.tokenizer, [token]), value) for token, value in zip(tokens, values, strict=True)]
             for tokens, values in zip(top.indices.tolist(), top.values.tolist(), strict=True)
@@ -260,8 +244,10 @@ class LanguageModel:
         `ids` is (batch, tokens); with a `cache`, they follow what it holds, and it is extended by them. Raises
         ModelError if a cache is given to a model that takes none, PscopeError for ids that are no such tensor.
         """
-        if not isinstance(ids, Tensor) or ids.ndim != 2 or ids.is_floating_point():
-            raise PscopeError(f"ids are a tensor (batch, tokens) of whole numbers, not {told(ids)}")
+        if not isinstance(ids, Tensor) or ids.ndim != 2 or not ids.numel() or ids.is_floating_point():
+            raise PscopeError(f"ids are a tensor (batch, tokens) of whole numbers, not {excerpt(ids)}")
+        if not ids.is_meta and not 0 <= int(ids.min()) <= int(ids.max()) < self.embeddings:
+            raise PscopeError(f"ids of {self.name} go from 0 to {self.embeddings - 1}; some of these are others")
         options: dict[str, object] = {"use_cache": cache is not None}
         if cache is not None:
             if self._cache_parameter is None:
@@ -282,7 +268,7 @@ def check_model(model: LanguageModel) -> None:
     """Raise ModelError for what is no model of pscope's, as transformers' own."""
     if not isinstance(model, LanguageModel):
         raise ModelError(
-            f"a model is what pscope.load gives, not {told(model)}; load it, if in memory with its tokenizer"
+            f"a model is what pscope.load gives, not {excerpt(model)}; load it, if in memory with its tokenizer"
         )
 
 
@@ -290,7 +276,7 @@ def as_prompt(model: LanguageModel, prompt: Prompt) -> Prompt:
     """A prompt that the model can read. Raises ModelError and PromptError for what is none."""
     check_model(model)
     if not isinstance(prompt, Prompt):
-        raise PromptError(f"a prompt is needed, not {told(prompt)}; make one with model.prompt(text)")
+        raise PromptError(f"a prompt is needed, not {excerpt(prompt)}; make one with model.prompt(text)")
     model.check_window(len(prompt))
     if not 0 <= min(prompt.ids) <= max(prompt.ids) < model.embeddings:
         token = next(token for token in prompt.ids if not 0 <= token < model.embeddings)

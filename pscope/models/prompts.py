@@ -14,7 +14,7 @@ from typing import Any, cast
 
 from transformers import PreTrainedTokenizerBase
 
-from pscope.arguments import is_whole, plain, told
+from pscope.arguments import as_python, excerpt, is_int
 from pscope.characters import has_surrogates
 from pscope.errors import PromptError
 
@@ -38,7 +38,7 @@ class _Piece:
 
     def __post_init__(self) -> None:
         if not isinstance(self.piece, str):
-            raise PromptError(f"{type(self).__name__} takes a piece of the prompt's text, not {told(self.piece)}")
+            raise PromptError(f"{type(self).__name__} takes a piece of the prompt's text, not {excerpt(self.piece)}")
 
 
 class Every(_Piece):
@@ -103,12 +103,14 @@ class Prompt:
     spans: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
-        if not isinstance(self.text, str) or not self.ids or not all(map(is_whole, self.ids)):
-            raise PromptError(f"a prompt has a text and the ids of its tokens, not {self.text!r} and {told(self.ids)}")
+        if not isinstance(self.text, str) or not self.ids or not all(map(is_int, self.ids)):
+            raise PromptError(
+                f"a prompt has a text and the ids of its tokens, not {self.text!r} and {excerpt(self.ids)}"
+            )
         if len(self.tokens) != len(self.ids):
             raise PromptError(f"a prompt has one text for each token; {len(self.ids)} ids came with {len(self.tokens)}")
-        if not self.positions or not all(is_whole(each) and 0 <= each < len(self) for each in self.positions):
-            raise PromptError(f"positions {told(self.positions)} do not lie within a prompt of {len(self)} tokens")
+        if not self.positions or not all(is_int(each) and 0 <= each < len(self) for each in self.positions):
+            raise PromptError(f"positions {excerpt(self.positions)} do not lie within a prompt of {len(self)} tokens")
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -145,7 +147,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
     or cannot be resolved.
     """
     if not isinstance(text, str):
-        raise PromptError(f"a prompt is one text, and {told(text)} is a {type(text).__name__}")
+        raise PromptError(f"a prompt is one text, and {excerpt(text)} is a {type(text).__name__}")
     if not text.strip():
         raise PromptError("the prompt is empty; give some text")
     if has_surrogates(text):
@@ -163,8 +165,8 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
         )
     marks = places_of(at)
     for mark in marks:
-        if not (is_whole(mark) or isinstance(mark, (str, Every, First, Nearest, Ending))):
-            raise PromptError(f"{told(mark)} is no position; give text of the prompt, an index, or a list of such")
+        if not (is_int(mark) or isinstance(mark, (str, Every, First, Nearest, Ending))):
+            raise PromptError(f"{excerpt(mark)} is no position; give text of the prompt, an index, or a list of such")
     positions = tuple(place for mark in marks for place in _places(mark, text, tokens, offsets, tokenizer))
     if not positions or len(set(positions)) < len(positions):
         raise PromptError(f"the positions {marks} of {text!r} are none, or one of them twice: {_listing(tokens)}")
@@ -179,9 +181,9 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int], *, skip_sp
 
 def places_of(at: At) -> list[Place]:
     """The positions that are given: several, or one alone."""
-    places: Any = plain(at)
+    places: Any = as_python(at)
     several = isinstance(places, Sequence) and not isinstance(places, (str, bytes))
-    return [*map(plain, places)] if several else [places]
+    return [*map(as_python, places)] if several else [places]
 
 
 def written_out(prompt: Prompt, words: str) -> str:

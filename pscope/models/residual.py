@@ -18,8 +18,19 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from pscope.arguments import as_vectors, check_numbers, is_whole, plain, told, whole
+from pscope.arguments import as_int, as_python, as_vectors, check_numbers, excerpt, is_int
 from pscope.errors import ModelError, PscopeError
+from pscope.models.internals.calls import (
+    Args,
+    Kwargs,
+    given_cache,
+    stream_in,
+    stream_of,
+    unwrapped,
+    with_stream,
+    with_stream_in,
+)
+from pscope.models.internals.hooks import hands_in
 from pscope.models.model import LanguageModel, as_prompts, check_model
 from pscope.models.prompts import Prompt
 
@@ -34,10 +45,6 @@ Edit = StreamEdit | PlacedEdit
 """Gets the residual stream (batch, tokens, hidden) of one forward pass and, if it needs a second argument, where
 its tokens stand in the text, a range; what it returns, unless None, replaces the stream."""
 
-
-Args = tuple[Any, ...]
-Kwargs = dict[str, Any]
-
 Rewrite = Callable[[int, Args, Kwargs], tuple[Args, Kwargs]]
 """Gets the number of a decoder layer and the arguments it is called with; what it returns replaces them."""
 
@@ -47,8 +54,6 @@ WORTH_A_PASS = 128
 MOST_PADDING = 1 / 16
 
 _OWN = "_pscope_edit_knows_positions"
-_MACHINERY = ("accelerate", "transformers", "torch", "peft", "bitsandbytes")
-"""Packages whose hooks are part of how a model runs, and change nothing of what it computes for a token."""
 
 
 @contextmanager
@@ -66,7 +71,7 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     pass for what is no stream.
     """
     if not isinstance(edits, Mapping) or not all(map(callable, edits.values())):
-        raise PscopeError(f"edits are functions by layer, as {{8: double}}, not {told(edits)}")
+        raise PscopeError(f"edits are functions by layer, as {{8: double}}, not {excerpt(edits)}")
     edits = {as_layer(model, layer): edit for layer, edit in edits.items()}
     with ExitStack() as stack:
         stack.enter_context(model.lock)
@@ -139,7 +144,7 @@ def overwriting(model: LanguageModel, layer: int, position: int, vectors: Tensor
     a negative position before its first token.
     """
     layer = as_layer(model, layer)
-    position, vectors = whole(position, "the position", -(2**63)), as_vectors(vectors, "vectors")
+    position, vectors = as_int(position, "the position", -(2**63)), as_vectors(vectors, "vectors")
     if vectors.ndim not in (1, 2) or vectors.shape[-1] != model.hidden_size:
         raise PscopeError(f"vectors of shape {tuple(vectors.shape)} do not fit {model.name}: ({model.hidden_size},)")
     check_numbers(vectors.reshape(-1, model.hidden_size), "numbers")
@@ -164,24 +169,8 @@ def others_intervene(model: LanguageModel) -> bool:
     place of a module's own, or hooks on all modules; ours that are told where tokens stand, and those by which
     libraries run a model, do not count.
     """
-    everywhere = torch.nn.modules.module
     with model.lock:
-        return bool(everywhere._global_forward_pre_hooks or everywhere._global_forward_hooks) or any(
-            not getattr(hand, _OWN, False) and not _is_machinery(hand)
-            for module in model.hf.modules()
-            for hand in (
-                *module._forward_pre_hooks.values(),
-                *module._forward_hooks.values(),
-                *([module.forward] if "forward" in vars(module) else []),
-            )
-        )
-
-
-def _is_machinery(hand: Callable[..., Any]) -> bool:
-    while isinstance(hand, partial):
-        hand = hand.func
-    # A module that serves as a hook is somebody's, whoever wrote its class.
-    return not isinstance(hand, nn.Module) and (getattr(hand, "__module__", None) or "").split(".")[0] in _MACHINERY
+        return any(not getattr(hand, _OWN, False) for hand in hands_in(model.hf))
 
 
 @torch.no_grad()
@@ -201,7 +190,7 @@ def capture(
     """
     prompts, layers = as_prompts(model, prompts), as_layers(model, layers)
     positions = as_positions(prompts, positions)
-    batch_tokens = whole(batch_tokens, "batch_tokens")
+    batch_tokens = as_int(batch_tokens, "batch_tokens")
 
     reads: dict[int, list[Tensor]] = {layer: [] for layer in layers}
     read_order: list[int] = []
@@ -243,11 +232,6 @@ def length_batches(lengths: Sequence[int], batch_tokens: int, most_padding: floa
         yield batch
 
 
-def stream_of(args: Args, kwargs: Kwargs) -> Tensor:
-    """The residual stream among the arguments that a decoder layer is called with."""
-    return args[0] if args else kwargs["hidden_states"]
-
-
 def as_layers(model: LanguageModel, layers: Iterable[int] | None, *, least: int = 1) -> list[int]:
     """Numbers of the model's residual streams, from a list, an array, a range; None is all of 0..L.
 
@@ -256,10 +240,10 @@ def as_layers(model: LanguageModel, layers: Iterable[int] | None, *, least: int 
     check_model(model)
     if layers is None:
         return list(range(model.n_layers + 1))
-    numbers = plain(layers)
-    numbers = list(map(plain, numbers)) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else None
-    if numbers is None or not all(map(is_whole, numbers)):
-        raise PscopeError(f"layers are given as a list of numbers, as [0, 4, 8] or range(16), not as {told(layers)}")
+    numbers = as_python(layers)
+    numbers = list(map(as_python, numbers)) if isinstance(numbers, Iterable) and not isinstance(numbers, str) else None
+    if numbers is None or not all(map(is_int, numbers)):
+        raise PscopeError(f"layers are given as a list of numbers, as [0, 4, 8] or range(16), not as {excerpt(layers)}")
     if len(numbers) < least:
         raise PscopeError("no layer is asked for")
     last = model.n_layers
@@ -276,9 +260,9 @@ def as_layer(model: LanguageModel, layer: int) -> int:
 
 def as_pairs(source: LanguageModel, target: LanguageModel, pairs: Iterable[Pair]) -> list[Pair]:
     """Source layers, each with a target layer. Raises PscopeError for others, and for none."""
-    items = [tuple(plain(pair)) if isinstance(plain(pair), (list, tuple)) else () for pair in pairs or ()]
+    items = [tuple(as_python(pair)) if isinstance(as_python(pair), (list, tuple)) else () for pair in pairs or ()]
     if not items or any(len(pair) != 2 for pair in items):
-        raise PscopeError(f"pairs are a source and a target layer each, as [(8, 8), (8, 4)], not {told(pairs)}")
+        raise PscopeError(f"pairs are a source and a target layer each, as [(8, 8), (8, 4)], not {excerpt(pairs)}")
     sources, targets = zip(*items, strict=True)
     return list(zip(as_layers(source, sources), as_layers(target, targets), strict=True))
 
@@ -290,16 +274,16 @@ def as_positions(prompts: Sequence[Prompt], positions: Iterable[Iterable[int]] |
     """
     if positions is None:
         return [list(prompt.positions) for prompt in prompts]
-    lists = [plain(each) for each in positions] if isinstance(positions, Iterable) else []
+    lists = [as_python(each) for each in positions] if isinstance(positions, Iterable) else []
     if len(lists) != len(prompts) or any(isinstance(each, str) or not isinstance(each, Iterable) for each in lists):
         raise PscopeError(
-            f"positions are a list for each of the {len(prompts)} prompts, as [[-1]]; not {told(positions)}"
+            f"positions are a list for each of the {len(prompts)} prompts, as [[-1]]; not {excerpt(positions)}"
         )
     numbers = []
     for prompt, each in zip(prompts, lists, strict=True):
-        each = [plain(position) for position in each]
-        if not all(is_whole(position) and -len(prompt) <= position < len(prompt) for position in each):
-            raise PscopeError(f"positions {told(each)} do not lie within a prompt of {len(prompt)} tokens")
+        each = [as_python(position) for position in each]
+        if not all(is_int(position) and -len(prompt) <= position < len(prompt) for position in each):
+            raise PscopeError(f"positions {excerpt(each)} do not lie within a prompt of {len(prompt)} tokens")
         numbers.append([int(position) % len(prompt) for position in each])
     return numbers
 
@@ -334,8 +318,7 @@ class _PassStart:
         """Look at each module that may be called with a cache: the model, one that it wraps, and the decoder within."""
 
         def before(module: nn.Module, args: Args, kwargs: Kwargs) -> None:
-            cache = kwargs.get("cache", kwargs.get("past_key_values"))
-            if cache is not None:
+            if (cache := given_cache(kwargs)) is not None:
                 try:
                     self._start = cache.get_seq_length()
                 except ValueError as error:
@@ -349,7 +332,8 @@ class _PassStart:
 
         for hook in (before, after):
             setattr(hook, _OWN, True)
-        for module in {model.hf, model.unwrapped, model.unwrapped.get_decoder()}:
+        inside = unwrapped(model.hf)
+        for module in {model.hf, inside, inside.get_decoder()}:
             yield module.register_forward_pre_hook(before, with_kwargs=True)
             yield module.register_forward_hook(after, always_call=True)
 
@@ -366,7 +350,7 @@ def _register(model: LanguageModel, layer: int, edit: StreamEdit, *, knows_posit
             )
         edited = edit(stream)
         if edited is not None and not (isinstance(edited, Tensor) and edited.shape[1:] == stream.shape[1:]):
-            result = f"a tensor {tuple(edited.shape)}" if isinstance(edited, Tensor) else told(edited)
+            result = f"a tensor {tuple(edited.shape)}" if isinstance(edited, Tensor) else excerpt(edited)
             raise PscopeError(f"the edit of layer {layer} gave {result} for a stream {tuple(stream.shape)}")
         return edited
 
@@ -374,19 +358,14 @@ def _register(model: LanguageModel, layer: int, edit: StreamEdit, *, knows_posit
 
         def before(module: nn.Module, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs] | None:
             edited = checked(stream_of(args, kwargs))
-            if edited is None:
-                return None
-            return ((edited, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": edited})
+            return None if edited is None else with_stream(args, kwargs, edited)
 
         setattr(before, _OWN, knows_positions)
         return model.layers[0].register_forward_pre_hook(before, with_kwargs=True)
 
     def after(module: nn.Module, args: Args, output: Any) -> Any:
-        alone = isinstance(output, Tensor)
-        edited = checked(output if alone else output[0])
-        if edited is None or alone:
-            return edited
-        return type(output)((edited, *output[1:]))
+        edited = checked(stream_in(output))
+        return None if edited is None else with_stream_in(output, edited)
 
     setattr(after, _OWN, knows_positions)
     return model.layers[layer - 1].register_forward_hook(after)

@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from pscope.arguments import as_list, as_vectors, plain, told
+from pscope.arguments import as_list, as_python, as_vectors, excerpt
 from pscope.errors import DataError, PscopeError
 from pscope.files import as_path, written_whole
 from pscope.models.model import LanguageModel, as_prompts
@@ -135,9 +135,9 @@ class States:
     def __getitem__(self, rows: int | slice | Sequence[int] | Tensor) -> States:
         """Some of the rows: one, a slice, a list of them, or a mask. Raises PscopeError for rows that are not there."""
         try:
-            numbers = torch.arange(len(self))[rows if isinstance(rows, slice) else torch.as_tensor(plain(rows))]
+            numbers = torch.arange(len(self))[rows if isinstance(rows, slice) else torch.as_tensor(as_python(rows))]
         except (IndexError, TypeError, ValueError, RuntimeError) as error:
-            raise PscopeError(f"{told(rows)} are no rows of {self!r}; give numbers below {len(self)}") from error
+            raise PscopeError(f"{excerpt(rows)} are no rows of {self!r}; give numbers below {len(self)}") from error
         numbers = numbers.reshape(-1)
         return States(self.vectors[numbers.to(self.vectors.device)], tuple(self.labels[n] for n in numbers.tolist()))
 
@@ -173,7 +173,7 @@ class States:
     def map(self, mapping: Callable[[Tensor], Tensor]) -> States:
         """What a mapping of `pscope.mappings`, or any function of (rows, hidden), makes of the vectors."""
         if not callable(mapping):
-            raise PscopeError(f"states are mapped by a function of (rows, hidden), not by {told(mapping)}")
+            raise PscopeError(f"states are mapped by a function of (rows, hidden), not by {excerpt(mapping)}")
         return replace(self, vectors=mapping(self.vectors))
 
     def mean(self) -> States:
@@ -214,7 +214,7 @@ class States:
         if not fits:
             shape = tuple(self.vectors.shape)
             raise PscopeError(
-                f"states {shape} are combined with states, numbers, or vectors that fit, not {told(other)}"
+                f"states {shape} are combined with states, numbers, or vectors that fit, not {excerpt(other)}"
             )
         return other if isinstance(other, (int, float)) else numbers
 

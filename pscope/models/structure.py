@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from pscope.errors import ModelError
+from pscope.models.internals.calls import Args, Kwargs, stream_of
 from pscope.models.model import LanguageModel, not_finite
-from pscope.models.residual import Args, Edit, Kwargs, calling, editing, stream_of
+from pscope.models.residual import Edit, calling, editing
 
 COUNTS = ("num_hidden_layers", "num_layers")
 """Where a config says how many decoder layers there are."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from pscope.arguments import told
+from pscope.arguments import excerpt
 from pscope.errors import DataError
 from pscope.experiments import attribute_summary, cross_model, entity_resolution, multi_hop_summary, next_token
 from pscope.show.attribute_extraction import accuracy_figure
@@ -37,7 +37,7 @@ def figure(table: pd.DataFrame, on: str = "", *, seed: int = 0) -> Figure:
     `pandas.read_parquet("RUN/table.parquet")`. Raises DataError for a table that no figure belongs to.
     """
     if not isinstance(table, pd.DataFrame):
-        raise DataError(f"a figure is drawn of a table, a pandas.DataFrame, not of {told(table)}")
+        raise DataError(f"a figure is drawn of a table, a pandas.DataFrame, not of {excerpt(table)}")
     if table.empty:
         raise DataError("a table without rows has no figure")
     for columns, summarise, draw in _KINDS:

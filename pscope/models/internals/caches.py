@@ -1,4 +1,4 @@
-"""What is known of the inside of transformers' caches: no other file looks into one.
+"""Caches of keys and values: what their layers hold, and layers of our own in their place.
 
 A cache has a layer for each module that keeps anything: of a `DynamicLayer`, keys and values of every token, each
 (rows, heads, tokens, width).
