@@ -191,6 +191,8 @@ class CachedRows:
         return cls(parts[0]._model, cache, torch.cat([part.logits for part in parts]))
 
     def step(self, tokens: Tensor) -> None:
+        # So that those of two steps are never there at once.
+        del self.logits
         self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
 
     def keep(self, indices: Tensor) -> None:

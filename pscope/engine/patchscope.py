@@ -6,10 +6,10 @@ marked position i*. Each row brings its state, f(h), and its target layer ℓ*.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence, Set
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,6 +37,8 @@ from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt, candidate_tokens, continuing_tokens
 from pscope.models.residual import as_layers, capture, others_intervene
 from pscope.models.states import States
+
+T = TypeVar("T")
 
 MEMORY = 2**30
 """The default budget for the rows of one pass, in bytes."""
@@ -137,11 +139,8 @@ class Patchscope:
         row are not finite.
         """
         writes = self._as_writes(states, target_layers)
-        # A view of the clean row would keep the logits of all rows.
-        return (
-            Logits(slice(int(rows[0]), int(rows[-1]) + 1), logits[1:, -1], logits[0, -1].clone())
-            for rows, logits in self._read(writes, torch.arange(len(writes)))
-        )
+        chunks = self._read(writes, torch.arange(len(writes)), (), 1, _patched_and_clean)
+        return (Logits(slice(int(rows[0]), int(rows[-1]) + 1), *each) for rows, each in chunks)
 
     def generate(
         self,
@@ -333,17 +332,15 @@ class Patchscope:
         return states.detach(), torch.tensor(layers)
 
     def _read(
-        self, writes: Writes, rows: Tensor, forced: Tokens = (), last: int = 1
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        """The logits of some rows where tokens are forced to follow the target: see `scores.Read`."""
+        self, writes: Writes, rows: Tensor, forced: Tokens, last: int, of: Callable[[Tensor], T]
+    ) -> Iterator[tuple[Tensor, T]]:
+        """What is made `of` the logits of some rows where tokens are forced to follow the target: see `scores.Read`."""
         start = 0
         while start < len(rows):
             path, _ = self._now(forced)
             part = rows[start : start + max(1, self.memory // path.row_bytes(0, last))]
-            logits = path.read(writes[part], last)
-            for place in range(last):
-                check_finite(logits[:, place], torch.cat([torch.tensor([-1]), part]))
-            yield part, logits
+            numbers = torch.cat([torch.tensor([-1]), part])
+            yield part, _once_finite(path.read(writes[part], last), numbers, of)
             start += len(part)
 
     def _passes(self, rows: int, decoding: Decoding) -> Iterator[tuple[Staircase | PlainPath, slice]]:
@@ -374,6 +371,18 @@ class Patchscope:
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error
         return Continuations(patched, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
+
+
+def _patched_and_clean(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The logits of patched rows, (rows, vocab), and of the clean one, (vocab,), a copy: a view would keep all."""
+    return logits[1:, -1], logits[0, -1].clone()
+
+
+def _once_finite(logits: Tensor, rows: Tensor, of: Callable[[Tensor], T]) -> T:
+    """What is made `of` logits (rows, last, vocab), if they are finite. Raises RowError."""
+    for place in range(logits.shape[1]):
+        check_finite(logits[:, place], rows)
+    return of(logits)
 
 
 def _as_key(continuation: Any) -> Any:

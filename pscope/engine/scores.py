@@ -7,7 +7,8 @@ of decoded tokens would cost many of.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from functools import partial
+from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,11 +26,23 @@ Measure = Literal["start", "whole", "mean"]
 
 MEASURES: tuple[Measure, ...] = ("start", "whole", "mean")
 
-Read = Callable[[Tensor, Tokens, int], Iterator[tuple[Tensor, Tensor]]]
-"""From the numbers of patched rows, (rows,), tokens that follow the target, and how many of the last of all tokens are
-asked for: the logits after those, (1 + rows, last, vocab), the clean row first, with the numbers of the patched ones,
-chunk by chunk.
-"""
+T = TypeVar("T")
+
+ROWS_AT_ONCE = 64
+"""So many rows of logits are summed up together."""
+
+
+class Read(Protocol):
+    """How logits are had, chunk by chunk, and gone again before those of the next pass are made."""
+
+    def __call__(
+        self, rows: Tensor, forced: Tokens, last: int, of: Callable[[Tensor], T]
+    ) -> Iterator[tuple[Tensor, T]]:
+        """Read patched rows, by number, (rows,), where tokens are `forced` to follow the target.
+
+        Yields the numbers of those that shared a pass, with what `of` gives for the logits after the `last` of all
+        tokens, (1 + rows, last, vocab), the clean row first.
+        """
 
 
 class Scored(NamedTuple):
@@ -126,16 +139,10 @@ def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scor
     places = torch.zeros((2, *shape), dtype=torch.long)
     for tokens in dict.fromkeys(continuations):
         alike = torch.tensor([row for row, own in enumerate(continuations) if own == tokens])
-        for rows, logits in read(alike, tokens[:-1], len(tokens)):
-            picks = [logits[:, place, token] for place, token in enumerate(tokens)]  # (1 + rows,) for each token
-            # One after the other, since a copy of the logits is made on the way.
-            each = [_log_probabilities(of_token, logits[:, place]) for place, of_token in enumerate(picks)]
-            log_probabilities = torch.stack(each, dim=1).cpu()
-            scores[0, rows, : len(tokens)], scores[1, rows, : len(tokens)] = log_probabilities[1:], log_probabilities[0]
-            if ranks:
-                ahead = [(logits[:, place] >= of_token[:, None]).sum(dim=-1) for place, of_token in enumerate(picks)]
-                counts = torch.stack(ahead, dim=1).cpu()
-                places[0, rows, : len(tokens)], places[1, rows, : len(tokens)] = counts[1:], counts[0]
+        of = partial(_of_each_token, tokens=tokens, ranks=ranks)
+        for rows, each in read(alike, tokens[:-1], len(tokens), of):
+            for into, values in zip((scores, places), each, strict=False):
+                into[0, rows, : len(tokens)], into[1, rows, : len(tokens)] = values[1:], values[0]
     patched, clean = (Scored(*both) for both in zip(scores, places if ranks else (None, None), strict=True))
     return Scores(patched, clean)
 
@@ -148,8 +155,9 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
     stems = [piece if further else piece[:-1] for piece, further in zip(pieces, onward, strict=True)]
     scores = torch.empty(1 + rows, len(candidates))  # the clean row first
     everyone = torch.arange(1 + rows)
-    for here, logits in _with_clean(read, everyone, (), 1):
-        scores[here] = _log_probabilities(logits[:, 0, [candidate[0] for candidate in candidates]], logits[:, 0]).cpu()
+    begin = [candidate[0] for candidate in candidates]
+    for here, each in _with_clean(read, everyone, (), 1, partial(_log_probabilities_at, place=0, tokens=begin)):
+        scores[here] = each.cpu()
     first = scores.clone()
     scored = [not stem for stem in stems]
     for stem in _longest(stems):
@@ -159,22 +167,40 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
             # What the members have so far can only become less.
             needed = (scores[:, members].amax(dim=1) >= scores[:, scored].amax(dim=1)).nonzero().squeeze(1)
         if len(needed):
-            for here, logits in _with_clean(read, needed, stem, len(stem)):
-                for n in members:
-                    terms = [
-                        _log_probabilities(logits[:, place, token], logits[:, place])
-                        for place, token in enumerate(pieces[n][1:])
-                    ]
-                    if onward[n]:
-                        further = _log_probabilities(logits[:, len(terms), onward[n]], logits[:, len(terms)])
-                        terms.append((-further.exp().sum(dim=1).clamp(max=1)).log1p())
-                    scores[here, n] = first[here, n] + torch.stack(terms).sum(dim=0).cpu()
+            of = partial(_after_first, pieces=[(pieces[n], onward[n]) for n in members])
+            for here, more in _with_clean(read, needed, stem, len(stem), of):
+                scores[here[:, None], torch.tensor(members)] = first[here][:, members] + more.cpu()
         for n in members:
             scored[n] = True
     if measure == "mean":
         scores /= torch.tensor([len(candidate) for candidate in candidates])
     patched, clean = (Choice(scores[of].argmax(dim=1), scores[of], first[of]) for of in (slice(1, None), slice(1)))
     return patched, clean
+
+
+def _of_each_token(logits: Tensor, tokens: Tokens, ranks: bool) -> list[Tensor]:
+    """The log-probability of each of the last tokens, (rows, tokens), and, if asked for, its rank."""
+    each = [_log_probabilities_at(logits, place, [token]) for place, token in enumerate(tokens)]
+    results = [torch.cat(each, dim=1)]
+    if ranks:
+        results.append(torch.cat([_ranks_at(logits, place, token) for place, token in enumerate(tokens)], dim=1))
+    return [result.cpu() for result in results]
+
+
+def _after_first(logits: Tensor, pieces: Sequence[tuple[Tokens, Sequence[int]]]) -> Tensor:
+    """What each piece adds to the log-probability of its first token: (rows, pieces).
+
+    With a piece come the tokens by which it must not go on. `logits` (rows, places, vocab) are those after the first
+    token and what follows it.
+    """
+    sums = []
+    for piece, onward in pieces:
+        terms = [_log_probabilities_at(logits, place, [token])[:, 0] for place, token in enumerate(piece[1:])]
+        if onward:
+            further = _log_probabilities_at(logits, len(terms), onward)
+            terms.append((-further.exp().sum(dim=1).clamp(max=1)).log1p())
+        sums.append(torch.stack(terms).sum(dim=0))
+    return torch.stack(sums, dim=1)
 
 
 def _start(candidate: Tokens, candidates: Sequence[Tokens]) -> Tokens:
@@ -196,14 +222,27 @@ def _longest(stems: Sequence[Tokens]) -> list[Tokens]:
     return [stem for stem in dict.fromkeys(stems) if stem and not _onward(stem, stems)]
 
 
-def _with_clean(read: Read, needed: Tensor, forced: Tokens, last: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Logits of the rows that are `needed`, of which the clean one is 0 and others are counted from 1."""
+def _with_clean(
+    read: Read, needed: Tensor, forced: Tokens, last: int, of: Callable[[Tensor], T]
+) -> Iterator[tuple[Tensor, T]]:
+    """Read the rows that are `needed`, of which the clean one is 0 and others are counted from 1."""
     patched = needed[needed > 0] - 1
     # A pass has a patched row at least, and brings the clean one along.
-    for rows, logits in read(patched if len(patched) else torch.tensor([0]), forced, last):
-        yield torch.cat([torch.tensor([0]), 1 + rows]), logits
+    for rows, result in read(patched if len(patched) else torch.tensor([0]), forced, last, of):
+        yield torch.cat([torch.tensor([0]), 1 + rows]), result
 
 
-def _log_probabilities(token_logits: Tensor, logits: Tensor) -> Tensor:
-    """The logits of a token, (rows,), or of some, (rows, tokens), as log-probabilities; `logits` are (rows, vocab)."""
-    return token_logits.float() - logits.float().logsumexp(dim=-1, keepdim=token_logits.ndim == 2)
+def _log_probabilities_at(logits: Tensor, place: int, tokens: Sequence[int]) -> Tensor:
+    """Those of some tokens, (rows, tokens), after one place of `logits` (rows, places, vocab)."""
+    here = logits[:, place]
+    return here[:, list(tokens)].float() - _in_parts(here, lambda part: part.float().logsumexp(dim=1, keepdim=True))
+
+
+def _ranks_at(logits: Tensor, place: int, token: int) -> Tensor:
+    """How many tokens are at least as probable as a token, (rows, 1), after one place of `logits`."""
+    return _in_parts(logits[:, place], lambda part: (part >= part[:, token, None]).sum(dim=1, keepdim=True))
+
+
+def _in_parts(logits: Tensor, of: Callable[[Tensor], Tensor]) -> Tensor:
+    """What is made `of` logits (rows, vocab), few rows at a time: what stands there meanwhile is as large as they."""
+    return torch.cat([of(part) for part in logits.split(ROWS_AT_ONCE)])

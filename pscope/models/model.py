@@ -146,13 +146,14 @@ class LanguageModel:
             getattr(config, "intermediate_size", None) or 4 * self.hidden_size,
             experts * (getattr(config, "moe_intermediate_size", None) or 0),
         )
-        # The logits stand there up to three times: as they come, what is made of them, and those of the pass before.
-        values = tokens * (4 * self.hidden_size + 4 * width + 3 * intermediate) + 3 * last * config.vocab_size
+        values = tokens * (4 * self.hidden_size + 4 * width + 3 * intermediate)
+        # They may stand there twice, as they come and those of the pass before; half precision is summed up in single.
+        logits = 2 * last * config.vocab_size * max(4, self.dtype.itemsize)
         scores = 0
         if attends_eagerly(self.hf.config):
             # As they come, masked, and, in single precision, as probabilities.
             scores = heads * tokens * (tokens + attended) * (2 * self.dtype.itemsize + 4)
-        return values * self.dtype.itemsize + scores
+        return values * self.dtype.itemsize + logits + scores
 
     def cache_bytes(self, tokens: int) -> int:
         """How much memory a cache of the model takes for a row of `tokens` tokens, at most."""
