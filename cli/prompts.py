@@ -49,9 +49,7 @@ class TargetOptions:
             show_default="last, or that of the name",
         ),
     ] = None
-    target_at_index: Annotated[
-        str | None, typer.Option(metavar="N[,N…]", help="The same by index, or several, whatever the text holds.")
-    ] = None
+    target_at_index: AtIndexOption = None
 
     def __post_init__(self) -> None:
         _ = self.text

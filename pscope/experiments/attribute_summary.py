@@ -8,7 +8,8 @@ from scipy.stats import permutation_test
 
 from pscope.experiments.attribute_extraction import ANOTHER, MAJORITY, PROBE
 from pscope.experiments.bands import share_bands
-from pscope.experiments.held_out import at_chosen, chosen_elsewhere, found_at
+from pscope.experiments.held_out import at_chosen, chosen_elsewhere, folds_of, found_at
+from pscope.experiments.scored_sweep import at_best_pairs, chosen_pairs
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 
 SCORED, SAID = "scored", "said"
@@ -61,11 +62,11 @@ def summarise(scores: pd.DataFrame, continuations: pd.DataFrame | None = None, s
 def _accuracies(rows: pd.DataFrame, seed: int) -> tuple[dict[str, float], pd.Series]:
     """What one relation's rows tell, and the accuracy of each sample at the pairs chosen elsewhere."""
     grid = {name: found_at(rows, name, _UNIT) for name in (PATCHED, RANDOM, ANOTHER)}
-    chosen = _chosen(rows, grid[PATCHED])
+    chosen = chosen_pairs(rows, grid[PATCHED], _UNIT)
     held_out = at_chosen(grid[PATCHED], chosen)
     per_subject = held_out.groupby("subject").agg(["sum", "count"])
     (low,), (high,) = share_bands(per_subject[["sum"]].to_numpy(), per_subject["count"].to_numpy(), seed)
-    by_layer = {} if _only_chosen(rows) else {name: _any_target(cells).mean() for name, cells in grid.items()}
+    by_layer = {} if at_best_pairs(rows) else {name: _any_target(cells).mean() for name, cells in grid.items()}
     result = {
         "subjects": len(per_subject),
         "samples": len(held_out),
@@ -81,20 +82,6 @@ def _accuracies(rows: pd.DataFrame, seed: int) -> tuple[dict[str, float], pd.Ser
         result[f"{name}_oracle"] = by_layer[condition].mean() if by_layer and len(cells) else np.nan
         result[f"{name}_held_out"] = at_chosen(cells, chosen).mean() if len(cells) else np.nan
     return result, held_out
-
-
-def _only_chosen(rows: pd.DataFrame) -> bool:
-    """Whether rows of a patched state were asked for at chosen pairs alone."""
-    patched = rows[rows["condition"] == PATCHED]
-    return "chosen" in patched and bool(patched["chosen"].notna().any())
-
-
-def _chosen(rows: pd.DataFrame, patched: pd.DataFrame) -> pd.DataFrame:
-    """Which columns count for each sample: True in (samples, layer × target layer)."""
-    if _only_chosen(rows):
-        return found_at(rows, PATCHED, _UNIT, "chosen").astype(bool)
-    folds = rows.drop_duplicates(_UNIT).set_index(_UNIT)["fold"]
-    return chosen_elsewhere(patched, folds.loc[patched.index])
 
 
 def _any_target(cells: pd.DataFrame) -> pd.DataFrame:
@@ -116,7 +103,7 @@ def over_layers(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for relation, rows in scores.groupby("relation", sort=False):
         rows = rows.astype({"found": float})
         patched = found_at(rows, PATCHED, _UNIT)
-        folds = rows.drop_duplicates(_UNIT).set_index(_UNIT)["fold"].loc[patched.index]
+        folds = folds_of(rows, _UNIT).loc[patched.index]
         probe = rows[rows["condition"] == PROBE].astype({"layer": int})
         lines: dict[tuple[str, str | None], pd.DataFrame] = {
             (PATCHED, taken): cells for taken, cells in _reductions(patched, folds).items()

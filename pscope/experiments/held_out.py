@@ -40,6 +40,11 @@ def found_at(rows: pd.DataFrame, condition: str, unit: list[str], what: str = "f
     return here.pivot(index=unit, columns=layers, values=what).sort_index(axis=1)
 
 
+def folds_of(rows: pd.DataFrame, unit: list[str]) -> pd.Series:
+    """The fold of each unit of a table, (units,)."""
+    return rows.drop_duplicates(unit).set_index(unit)["fold"]
+
+
 class Half(NamedTuple):
     """A column chosen on `chosen_on` units, and the `reported` scores that the others have in it."""
 

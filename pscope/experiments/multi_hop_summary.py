@@ -9,8 +9,9 @@ import pandas as pd
 
 from pscope.experiments.attribute_summary import SAID, SCORED
 from pscope.experiments.bands import mean_bands, share_bands
-from pscope.experiments.held_out import FOLDS, at_chosen, chosen_elsewhere, found_at
+from pscope.experiments.held_out import FOLDS, at_chosen, chosen_elsewhere, folds_of, found_at
 from pscope.experiments.multi_hop import STEP_BY_STEP, VANILLA
+from pscope.experiments.scored_sweep import at_best_pairs, chosen_pairs
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.queries import Query
 
@@ -44,14 +45,12 @@ def _method_rows(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, 
             add(method, "accuracy", rows.set_index("query")["found"].astype(float))
             continue
         patched, random = (found_at(rows, condition, ["query"]) for condition in (PATCHED, RANDOM))
-        at_best = "chosen" in rows and bool(rows["chosen"].notna().any())
-        if not at_best:
+        if not at_best_pairs(rows):
             add(method, "oracle", patched.max(axis=1))
             if len(random):
                 add(method, "oracle, random vector", random.max(axis=1))
-        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[patched.index]
-        if folds.nunique() == FOLDS:
-            chosen = found_at(rows, PATCHED, ["query"], "chosen") > 0 if at_best else chosen_elsewhere(patched, folds)
+        if folds_of(rows, ["query"]).nunique() == FOLDS:
+            chosen = chosen_pairs(rows, patched, ["query"])
             layers = _pair_columns(chosen)
             for measure, cells in (("held-out pair", patched), ("held-out pair, random vector", random)):
                 if len(cells):
@@ -74,7 +73,7 @@ def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     for method, rows in scores[scores["method"] != VANILLA].groupby("method", sort=False):
         patched, random = (found_at(rows, name, ["query"], "log_probability") for name in (PATCHED, RANDOM))
         patched, random = (cells.sub(plain.loc[cells.index], axis=0) for cells in (patched, random))
-        folds = rows.drop_duplicates("query").set_index("query")["fold"].loc[patched.index]
+        folds = folds_of(rows, ["query"]).loc[patched.index]
         if folds.nunique() < FOLDS:
             continue
         chosen = chosen_elsewhere(patched, folds)

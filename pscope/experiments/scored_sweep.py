@@ -15,7 +15,7 @@ import torch
 from pscope.engine.patchscope import Patchscope
 from pscope.engine.scores import Choice, Measure
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.held_out import best_elsewhere, found_at
+from pscope.experiments.held_out import best_elsewhere, chosen_elsewhere, folds_of, found_at
 from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Source, as_rows, naming_rows, read_states, rows_of
 from pscope.metrics import same_answer
 from pscope.models.model import LanguageModel
@@ -83,9 +83,24 @@ def best_pairs(scores: pd.DataFrame, key: str, unit: list[str]) -> dict[str, dic
     best = {}
     for name, rows in scores[scores["condition"] == PATCHED].groupby(key, sort=False):
         found, near = (found_at(rows, PATCHED, unit, column) for column in ("found", "log_probability"))
-        folds = rows.drop_duplicates(unit).set_index(unit)["fold"]
-        best[name] = best_elsewhere(found, near, folds.loc[found.index])
+        best[name] = best_elsewhere(found, near, folds_of(rows, unit).loc[found.index])
     return best
+
+
+def at_best_pairs(rows: pd.DataFrame) -> bool:
+    """Whether states were patched at the pairs that are best elsewhere alone, which are marked, not over a grid."""
+    patched = rows[rows["condition"] == PATCHED]
+    return "chosen" in patched and bool(patched["chosen"].notna().any())
+
+
+def chosen_pairs(rows: pd.DataFrame, patched: pd.DataFrame, unit: list[str]) -> pd.DataFrame:
+    """Which pairs count for each unit, those that are best elsewhere: True in (units, layer × target layer).
+
+    `patched` are the scores of the rows that are patched, in the same form.
+    """
+    if at_best_pairs(rows):
+        return found_at(rows, PATCHED, unit, "chosen") > 0
+    return chosen_elsewhere(patched, folds_of(rows, unit).loc[patched.index])
 
 
 class _Judge:
