@@ -42,7 +42,7 @@ def run_page(folder: str | Path, *, beside: bool = False) -> Page:
     page: dict[str, object] = {
         "title": title,
         "made": {"run": visible(str(run.folder))} | {name: _text(settings[name]) for name in _MADE if name in settings},
-        "settings": {visible(name): _text(value) for name, value in settings.items() if name != "command_line"},
+        "settings": {visible(name): _text(value) for name, value in settings.items() if name not in _MADE},
         "figures": [_figure(path) for path in sorted(run.folder.glob("*.png"))],
         "lens": beside and (run.folder / "page.html").exists(),
         "unread": ", ".join(sorted({path.stem for path in run.folder.glob("*.csv")} - {*notes})),
