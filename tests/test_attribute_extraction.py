@@ -14,6 +14,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pscope import Decoding, PromptError, PscopeError
 from pscope.engine.generate import GREEDY
+from pscope.experiments import sweep
 from pscope.experiments.attribute_extraction import (
     ANOTHER,
     MAJORITY,
@@ -228,6 +229,39 @@ def test_words_are_heard_where_scores_are_best_for_others(tiny, asked):
     assert heard["held_out"] == own["found"].mean()
     assert np.isnan([heard["oracle"], heard["another_oracle"]]).all()
     assert heard["probe_held_out"] == scored["probe_held_out"]
+
+
+def test_relations_whose_best_pairs_differ_speak_in_one_batch(tiny, asked, monkeypatch):
+    other = replace(asked, relation=replace(asked.relation, name="other"), target=tiny.prompt("a b x c", 2))
+    third = replace(asked, relation=replace(asked.relation, name="third"), target=tiny.prompt("say x now", 1))
+    assert len(asked.target) == len(third.target) != len(other.target)
+    best = {
+        "planted": {0: (0, 3), 1: (3, 1), 2: (3, 1)},
+        "other": dict.fromkeys(range(3), (2, 2)),
+        "third": {0: (1, 0), 1: (4, 2), 2: (2, 4)},
+    }
+    asked_together = []
+    together = sweep.generate_together
+    monkeypatch.setattr(
+        sweep, "generate_together", lambda asks, *how: asked_together.append(len(asks)) or together(asks, *how)
+    )
+    table = AttributeExtraction(tiny, [asked, other, third], best, Decoding(6)).table()
+    assert asked_together == [2, 1]
+    for name, rows in table[table["condition"].isin([PATCHED, RANDOM])].groupby("relation"):
+        assert set(zip(rows["layer"], rows["target_layer"], strict=True)) == set(best[name].values())
+    keys = ["relation", "subject", "context", "condition", "layer", "target_layer"]
+    alone = pd.concat(
+        AttributeExtraction(tiny, [question], best, Decoding(6)).table() for question in (asked, other, third)
+    )
+    both = table.merge(alone, on=keys, suffixes=("", "_alone"))
+    assert len(both) == len(table) == len(alone)
+    for column in ("continuation", "found", "token"):
+        assert both[column].equals(both[f"{column}_alone"])
+    # And a row is what the loop says it is.
+    samples = dict(zip((sample.subject for sample in third.samples), third.sources, strict=True))
+    for row in table[(table["relation"] == "third") & (table["condition"] == PATCHED)].itertuples():
+        vector = state(tiny, samples[row.subject][row.context], row.layer)
+        assert endless(tiny, third.target, vector, row.target_layer, 6).startswith(row.continuation)
 
 
 def test_random_rows_depend_on_relation_subject_and_seed_alone(tiny):

@@ -16,7 +16,7 @@ from pscope.engine.patchscope import Patchscope
 from pscope.engine.scores import Choice, Measure
 from pscope.errors import PscopeError, RowError
 from pscope.experiments.held_out import best_elsewhere, chosen_elsewhere, folds_of, found_at
-from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Source, as_rows, naming_rows, read_states, rows_of
+from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Row, Source, as_rows, naming_rows, read_states, rows_of
 from pscope.metrics import same_answer
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, candidate_tokens, spoken_after
@@ -29,7 +29,7 @@ SCORED_TYPES = {**PATCH_TYPES, "answer": "string", "found": "bool", "log_probabi
 def scored_sweep(
     scope_of: Callable[[Prompt], Patchscope], sources: Sequence[Source], seed: int, by: Measure = "start"
 ) -> Iterator[dict[str, object]]:
-    """The rows of the table, by their columns, for sources of which those that share a target share their candidates.
+    """The rows of the table, by their columns, for sources of which those of one target share candidates and pairs.
 
     They are as those of a sweep, but for `answer`, the candidate that is most probable by the measure (see
     `Patchscope.choose`); whether it counts as an answer of the source (`found`); and the `log_probability`, in nats, of
@@ -43,8 +43,9 @@ def scored_sweep(
 def _scored_rows(scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure) -> Iterator[dict[str, object]]:
     pairs, candidates = sources[0].pairs, sources[0].candidates
     batch = read_states(scope.model, sources, seed)
-    with naming_rows(batch, pairs):
-        choices = scope.choose(*as_rows(batch, pairs), _candidate_texts(scope.target, candidates), by=by)
+    places = range(len(batch.sources))
+    with naming_rows([Row(batch, place, pair) for place in places for pair in range(len(pairs))]):
+        choices = scope.choose(*as_rows(batch, places), _candidate_texts(scope.target, candidates), by=by)
     judges = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
     yield from rows_of(
         batch,

@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from itertools import groupby
 from typing import Any, NamedTuple
 
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import Decoding
+from pscope.engine.generate import Decoding, Settled
 from pscope.engine.patchscope import Patchscope
 from pscope.engine.together import Request, generate_together
 from pscope.errors import PscopeError, RowError
@@ -63,8 +65,8 @@ class Source(Unit):
 
     @property
     def shares(self) -> object:
-        """Rows of several targets of one length can speak in one batch, where their pairs are the same."""
-        return len(self.target), self.pairs
+        """Rows of several targets of one length can speak in one batch."""
+        return len(self.target)
 
     @property
     def conditions(self) -> list[str]:
@@ -91,15 +93,27 @@ class Through:
 
 
 class Batch(NamedTuple):
-    """What is patched for some sources: each in its conditions, and the states (read, pairs, hidden)."""
+    """What is patched for some sources that share their pairs: each in its conditions, (read, pairs, hidden)."""
 
     sources: list[tuple[Source, str]]
     states: Tensor
 
-    def name(self, place: int) -> str:
-        """What a row that fails is told by."""
-        source, condition = self.sources[place]
-        return f"{source.name!r} ({condition})"
+    @property
+    def pairs(self) -> tuple[Pair, ...]:
+        """Those of each of its sources."""
+        return self.sources[0][0].pairs
+
+
+class Row(NamedTuple):
+    """One of the rows of a batch: the number of the state that is read, and of the pair."""
+
+    batch: Batch
+    place: int
+    pair: int
+
+    def __str__(self) -> str:
+        (source, condition), (layer, target) = self.batch.sources[self.place], self.batch.pairs[self.pair]
+        return f"{source.name!r} ({condition}) failed at layer {layer}, target layer {target}"
 
 
 def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, through: Through | None = None) -> Batch:
@@ -127,30 +141,25 @@ def sweep(
     seed: int,
     through: Through | None = None,
 ) -> Iterator[dict[str, object]]:
-    """The rows of the table, by their columns, for sources that share their pairs, and say what they say.
+    """The rows of the table, by their columns, for sources of targets of one length, and what they say.
 
     A row is one source × pair × condition: what the source is `about`, the columns of `TYPES`. `position` and `token`
     are where a state was read; `found` is whether an answer stands in the continuation. The clean row has no layers.
     Raises PscopeError, naming the source, for a row that fails.
     """
-    pairs = sources[0].pairs
     scopes = {target: scope_of(target) for target in dict.fromkeys(source.target for source in sources)}
     model = scopes[sources[0].target].model
-    batch = read_states(model, sources, seed, through)
-    groups = [(each.answers, *(each.lent_to if condition == PATCHED else ())) for each, condition in batch.sources]
-    settles = any(answers for group in groups for answers in group)
-
-    def settled(place: int, text: str) -> bool:
-        return all(answer_settled(text, answers) for answers in groups[place])
-
-    texts, clean = _continuations(scopes, batch, pairs, decoding, settled if settles else None)
-    yield from rows_of(
-        batch,
-        sources,
-        {target: scope.path for target, scope in scopes.items()},
-        lambda place, number: _answer_columns(texts[place][number], batch.sources[place][0].answers),
-        lambda source: _answer_columns(clean[source.target], source.answers),
-    )
+    by_pairs = [[*alike] for _, alike in groupby(sources, key=lambda source: source.pairs)]
+    batches = [read_states(model, alike, seed, through) for alike in by_pairs]
+    texts, clean = _continuations(scopes, batches, decoding)
+    for batch, alike, said in zip(batches, by_pairs, texts, strict=True):
+        yield from rows_of(
+            batch,
+            alike,
+            {target: scope.path for target, scope in scopes.items()},
+            partial(_said_columns, batch, said),
+            lambda source: _answer_columns(clean[source.target], source.answers),
+        )
 
 
 def rows_of(
@@ -210,48 +219,57 @@ def _generator(*key: object) -> torch.Generator:
 
 
 def _continuations(
-    scopes: Mapping[Prompt, Patchscope],
-    batch: Batch,
-    pairs: Sequence[Pair],
-    decoding: Decoding,
-    settled: Callable[[int, str], bool] | None,
-) -> tuple[dict[int, list[str]], dict[Prompt, str]]:
-    """What each of the states that are read says, by its place among them and the pair, and each clean target."""
-    of = {
-        target: [place for place, (source, _) in enumerate(batch.sources) if source.target == target]
-        for target in scopes
-    }
-    order = [place for places in of.values() for place in places]
-    layers = [target for _, target in pairs]
-    requests = [
-        Request(scopes[target], batch.states[of[target]].flatten(0, 1), layers * len(of[target])) for target in of
-    ]
-    settled_row = None if settled is None else lambda row, text: settled(order[row // len(pairs)], text)
-    with naming_rows(Batch([batch.sources[place] for place in order], batch.states), pairs):
-        by_target = generate_together(requests, decoding, settled_row)
+    scopes: Mapping[Prompt, Patchscope], batches: Sequence[Batch], decoding: Decoding
+) -> tuple[list[dict[int, list[str]]], dict[Prompt, str]]:
+    """What each state that is read says at its pairs, by its place, for each batch; and what each clean target does."""
+    places: list[tuple[int, int]] = []
+    requests, targets = [], []
+    for number, batch in enumerate(batches):
+        for target in dict.fromkeys(source.target for source, _ in batch.sources):
+            of_target = [place for place, (source, _) in enumerate(batch.sources) if source.target == target]
+            places += [(number, place) for place in of_target]
+            requests.append(Request(scopes[target], *as_rows(batch, of_target)))
+            targets.append(target)
+    rows = [Row(batches[of], place, pair) for of, place in places for pair in range(len(batches[of].pairs))]
+    with naming_rows(rows):
+        by_target = generate_together(requests, decoding, _settled(rows))
     tokenizer = requests[0].scope.model.tokenizer
     texts = iter([decoding.text(row, tokenizer) for each in by_target for row in each.patched])
-    by_place = {place: [next(texts) for _ in pairs] for place in order}
-    return by_place, {target: decoding.text(each.clean, tokenizer) for target, each in zip(of, by_target, strict=True)}
+    said: list[dict[int, list[str]]] = [{} for _ in batches]
+    for of, place in places:
+        said[of][place] = [next(texts) for _ in batches[of].pairs]
+    return said, {target: decoding.text(each.clean, tokenizer) for target, each in zip(targets, by_target, strict=True)}
 
 
-def as_rows(batch: Batch, pairs: Sequence[Pair]) -> tuple[Tensor, list[int]]:
-    """The states one after the other, (read × pairs, hidden), and the target layer of each."""
-    return batch.states.reshape(-1, batch.states.shape[-1]), [target for _, target in pairs] * len(batch.sources)
+def _settled(rows: Sequence[Row]) -> Settled | None:
+    """Whether a row need not go on: all whose answers count have been answered. None where nobody has any."""
+    groups = []
+    for row in rows:
+        source, condition = row.batch.sources[row.place]
+        groups.append((source.answers, *(source.lent_to if condition == PATCHED else ())))
+    if not any(answers for group in groups for answers in group):
+        return None
+    return lambda row, text: all(answer_settled(text, answers) for answers in groups[row])
+
+
+def as_rows(batch: Batch, places: Sequence[int]) -> tuple[Tensor, list[int]]:
+    """Some of the states that are read, (places × pairs, hidden), one after the other, and the target layer of each."""
+    return batch.states[list(places)].flatten(0, 1), [target for _, target in batch.pairs] * len(places)
 
 
 @contextmanager
-def naming_rows(batch: Batch, pairs: Sequence[Pair]) -> Iterator[None]:
-    """A block in which the error of a row, as `as_rows` counts them, becomes a PscopeError that names its source."""
+def naming_rows(rows: Sequence[Row]) -> Iterator[None]:
+    """A block in which the error of one of these rows, by number, becomes a PscopeError that names its source."""
     try:
         yield
     except RowError as error:
         if error.row < 0:
             raise
-        place, pair = divmod(error.row, len(pairs))
-        raise PscopeError(
-            f"{batch.name(place)} failed at layer {pairs[pair][0]}, target layer {pairs[pair][1]}: {error.reason}"
-        ) from error
+        raise PscopeError(f"{rows[error.row]}: {error.reason}") from error
+
+
+def _said_columns(batch: Batch, said: Mapping[int, Sequence[str]], place: int, pair: int) -> dict[str, object]:
+    return _answer_columns(said[place][pair], batch.sources[place][0].answers)
 
 
 def _answer_columns(text: str, answers: Sequence[str]) -> dict[str, object]:
