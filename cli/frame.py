@@ -184,6 +184,7 @@ class Frame(Loader):
         self._folder = folder if resuming is None else resuming.folder
         self._data: list[str] = []
         self._session: Session | None = None
+        self._scored: Experiment[Any] | None = None
         self._finished = False
 
     def load(self, name: str | None = None) -> LanguageModel:
@@ -270,6 +271,7 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, "scores")
             return None
+        self._scored = experiment
         return self._stage("table", experiment, settings, last=False)
 
     def say(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame:
@@ -277,6 +279,8 @@ class Frame(Loader):
         if self._run.dry_run:
             self._plan(experiment, "what is said")
             raise typer.Exit
+        if self._scored is not None:
+            experiment.trust(self._scored)
         return self._stage("said", experiment, settings)
 
     @property

@@ -291,3 +291,16 @@ def test_readout_refuses(tiny):
         LayerReadout(tiny, target, tiny.prompt("a b", [0, 1]), [0])
     with pytest.raises(PscopeError, match="top_k is 0"):
         LayerReadout(tiny, target, source, [0], top_k=0)
+
+
+def test_what_one_experiment_has_checked_another_need_not_check(tiny, monkeypatch):
+    target, source = tiny.prompt("one x two", "x"), tiny.prompt("Japan")
+    first, second = (LayerReadout(tiny, target, source, [1, 2]) for _ in range(2))
+    checked = first.check
+    assert checked.difference is not None
+    second.trust(first)
+    monkeypatch.setattr("pscope.engine.patchscope.choose_path", lambda *asked: pytest.fail("checked again"))
+    assert second.check == checked
+    # Of another length or place, it is another matter.
+    with pytest.raises(pytest.fail.Exception):
+        second.scope(tiny.prompt("one two x", "x"))

@@ -67,8 +67,8 @@ class Patchscope:
 
     Rows run on the staircase, many layers in one pass, if a self-check on this model and prompt finds that it agrees
     with passes over the whole patched prompt; otherwise on the plain path, with the model's own cache if that agrees
-    too, else without. `path` overrides the check. As many rows share a pass as fit in about `memory` bytes beside the
-    model.
+    too, else without. `path` overrides the check, or is one that was made of the same model and a prompt alike. As many
+    rows share a pass as fit in about `memory` bytes beside the model.
 
     Weights may change between calls, and calls may stand within blocks of `editing`: what is shared by rows is made in
     every pass. While others have hooks on the model that may have to see whole prompts (`residual.others_intervene`),
@@ -83,12 +83,14 @@ class Patchscope:
         target: Prompt,
         *,
         memory: int = MEMORY,
-        path: PathName | Literal["auto"] = "auto",
+        path: PathName | SelfCheck | Literal["auto"] = "auto",
     ) -> None:
         self.model, self.target = model, as_prompt(model, target)
         self.memory = as_int(memory, "the memory in bytes")
-        check_name(path, ("auto", *PATHS), "path")
-        self._override = None if path == "auto" else SelfCheck(path, "asked for, not checked")
+        if not isinstance(path, SelfCheck):
+            check_name(path, ("auto", *PATHS), "path")
+            path = path if path == "auto" else SelfCheck(path, "asked for, not checked")
+        self._override = None if path == "auto" else path
         self._checks: dict[int, SelfCheck] = {}
         self._paths: dict[tuple[PathName, Tokens], Staircase | PlainPath] = {}
         self._now()

@@ -11,14 +11,14 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import pandas as pd
 
 from pscope.arguments import as_int
 from pscope.engine.patchscope import MEMORY, Patchscope
-from pscope.engine.selfcheck import PathName, SelfCheck
+from pscope.engine.selfcheck import SelfCheck
 from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt
 from pscope.notebook import progress
@@ -88,7 +88,7 @@ class Experiment(ABC, Generic[U]):
             as_int(memory, "the memory in bytes"),
         )
         self._scopes: dict[Prompt, Patchscope] = {}
-        self._paths: dict[tuple[int, tuple[int, ...]], PathName] = {}
+        self._checks: dict[tuple[int, tuple[int, ...]], SelfCheck] = {}
 
     @abstractmethod
     def read(self, units: Sequence[U]) -> pd.DataFrame:
@@ -118,10 +118,14 @@ class Experiment(ABC, Generic[U]):
         """A Patchscope of the target. One of each length is checked: masks and caches do not tell the others apart."""
         if target not in self._scopes:
             alike = (len(target), target.positions)
-            scope = self._scopes[target] = Patchscope(self.model, target, path=self._paths.get(alike, "auto"))
-            self._paths[alike] = scope.path
+            scope = self._scopes[target] = Patchscope(self.model, target, path=self._checks.get(alike, "auto"))
+            self._checks[alike] = scope.check
         self._scopes[target].memory = self.memory
         return self._scopes[target]
+
+    def trust(self, other: Experiment[Any]) -> None:
+        """Take over what another experiment has just found of the same model: its targets are not checked again."""
+        self._checks.update(other._checks)
 
     def rows_per_part(self, rows_per_pass: int) -> int:
         """How many rows are read together: what fits in a pass, and no more than a small share of a long run."""
