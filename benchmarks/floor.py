@@ -44,8 +44,9 @@ def decode_products(model: pscope.LanguageModel, spoken: Sequence[Sequence[int]]
 def floors_compared(sweep: Sweep, new_tokens: int, seconds: float) -> pd.DataFrame:
     """Sixteen source prompts, the sweep, and the continuations of one sample, each against its bare products.
 
-    One row per kind of work: `seconds`, `floor` (seconds), `ratio` with its band, and `gmacs`, the multiply-adds of the
-    floor in billions. Attention is not in the floor, so that it is a little too low.
+    Beside them stand the model's own passes over the same prompts, one by one, of which nothing is pscope's. One row
+    per kind of work: `seconds`, `floor` (seconds), `ratio` with its band, and `gmacs`, the multiply-adds of the floor
+    in billions. Attention is not in the floor, so that it is a little too low.
     """
     model, target = sweep.model, sweep.target
     scope = pscope.Patchscope(model, target, path="staircase")
@@ -54,6 +55,10 @@ def floors_compared(sweep: Sweep, new_tokens: int, seconds: float) -> pd.DataFra
     decoding = pscope.Decoding(new_tokens)
     spoken = scope.generate(states, layers, decoding)
     work = {
+        "the model's own passes": (
+            lambda: _run_alone(model, sources),
+            [*source_products(model, sources), (_unembedding(model), len(sources))],
+        ),
         "source passes": (lambda: pscope.capture(model, sources), source_products(model, sources)),
         "sweep": (lambda: list(scope.logits(sweep.states, sweep.layers)), row_products(model, target, sweep.layers)),
         "continuations": (
@@ -71,6 +76,13 @@ def floors_compared(sweep: Sweep, new_tokens: int, seconds: float) -> pd.DataFra
         gmacs = sum(weight.numel() * rows for weight, rows in products) / 1e9
         found.append({"work": name, "floor": times.loc["floor", "seconds"], "gmacs": gmacs, **times.loc[name]})
     return pd.DataFrame(found)
+
+
+@torch.no_grad()
+def _run_alone(model: pscope.LanguageModel, prompts: Sequence[pscope.Prompt]) -> None:
+    for prompt in prompts:
+        ids = torch.tensor([prompt.ids], device=model.device)
+        model.hf(input_ids=ids, use_cache=False, logits_to_keep=1)
 
 
 @torch.no_grad()
