@@ -199,6 +199,7 @@ def test_damaged_mappings_are_told(whole, tmp_path, unhashed):
         (content.replace(b'\\"format\\": 1', b'\\"format\\": 7'), "another format than 1"),
         (content.replace(b'\\"kind\\": \\"LowRank\\"', b'\\"kind\\": \\"Unheard\\"'), "is damaged"),
         (content.replace(b"0->3", b"0=>3"), "is damaged"),
+        (content.replace(b'"shape":[4,4]', b'"shape":[2,8]'), r"is damaged: the \w+ of \w+ is \(.*does not fit"),
     ):
         path.write_bytes(damaged)
         with pytest.raises(DataError, match=told):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from conftest import random_model
 from reference import hidden_states, patched_logits
-from transformers import GPTNeoConfig, GPTNeoForCausalLM
+from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM
 
 import pscope
 from pscope import ModelError, Patchscope, PscopeError, capture, editing, overwriting, recording
@@ -331,3 +331,17 @@ def test_positions_are_true_in_calls_of_a_part_and_after_a_pass_that_failed(tiny
 def test_vectors_are_real(tiny):
     with pytest.raises(PscopeError, match=r"vectors of torch.complex64 are no hidden states"):
         overwriting(tiny, 1, 0, torch.zeros(tiny.hidden_size, dtype=torch.complex64))
+
+
+def test_an_edit_that_asks_where_tokens_stand_needs_a_cache_that_counts_them(tiny):
+    class Uncounted(DynamicCache):
+        def get_seq_length(self, layer_idx=0):
+            raise ValueError("no layer counts")
+
+    cache = {tiny._cache_parameter: Uncounted()}
+    with (
+        pytest.raises(ModelError, match="the cache of LlamaForCausalLM does not count its tokens"),
+        editing(tiny, {1: lambda stream, positions: None}),
+    ):
+        tiny.hf(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True, **cache)
+    assert not others_intervene(tiny)

@@ -1,4 +1,5 @@
 import math
+import weakref
 
 import pytest
 import torch
@@ -50,6 +51,26 @@ def test_a_continuation_is_scored_as_by_the_one_row_loop(tiny, path, at):
         torch.testing.assert_close(scores.clean.log_probabilities[row].double(), clean, rtol=0, atol=1e-4)
         assert (scores.clean.ranks[row] - ranks).abs().max() <= 2
     assert Patchscope(tiny, target, path=path).score(states, layers, CONTINUATION).patched.ranks is None
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_the_logits_of_one_pass_are_gone_before_the_next(tiny, path, monkeypatch):
+    states, layers = rows_for_every_layer(tiny)
+    scope = Patchscope(tiny, tiny.prompt(TARGET), path=path)
+    passes = scope._now()[0]
+    scope.memory = 4 * passes.row_bytes(0)
+    made, read = [], type(passes).read
+
+    def watched(self, writes, last=1):
+        assert all(logits() is None for logits in made)
+        logits = read(self, writes, last)
+        made.append(weakref.ref(logits))
+        return logits
+
+    monkeypatch.setattr(type(passes), "read", watched)
+    scope.score(states, layers, " Tokyo", ranks=True)
+    scope.choose(states, layers, [" Tokyo", " Paris"])
+    assert len(made) == 2 * -(-len(states) // 4)
 
 
 def test_the_default_model_is_scored_at_every_layer(smollm2):

@@ -142,7 +142,7 @@ def _read(path: Path) -> tuple[Origin, list[dict[Pair, Mapping]], dict[int, Tens
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror}") from error
     except (SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
-        if isinstance(error, PscopeError):
+        if isinstance(error, DataError):
             raise
         raise DataError(f"{path} is damaged: {' '.join(str(error).split())}") from error
 

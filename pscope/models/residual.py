@@ -321,7 +321,7 @@ class _PassStart:
             if (cache := given_cache(kwargs)) is not None:
                 try:
                     self._start = cache.get_seq_length()
-                except ValueError as error:
+                except (AttributeError, ValueError) as error:
                     raise ModelError(
                         f"the cache of {type(model.hf).__name__} does not count its tokens, so that an edit cannot be "
                         "told where they stand; run whole prompts"
