@@ -17,6 +17,7 @@ import pscope
 from pscope.inputs.texts import shipped_texts
 from pscope.mappings.checkpoint import Checkpoint
 from pscope.mappings.storage import read_mappings
+from pscope.models.states import Label
 
 SOME = shipped_texts()[::20]
 
@@ -208,6 +209,23 @@ def test_bad_input_is_one_line(arguments, message, tiny_folder, other_folder):
     assert sorted(os.listdir()) == before
 
 
+def test_a_dry_run_leaves_maps_out_and_fits_none(tiny_folder, other_folder, tmp_path):
+    done("fit", "--model", tiny_folder, "--layers", "1,2", "--out", "maps")
+    Path("mine.csv").write_text("entity,reference\nNile,River\n")
+    dry = ("--model", tiny_folder, "--layers", "1", "--dry-run", "--rate", "1")
+    there = sorted(tmp_path.rglob("*"))
+    for arguments, told in (
+        (("fig2", "--lens", "maps"), ("the tuned lens: to be fitted first, on", "maps is left out of this dry run")),
+        (("fig2", "--target-model", other_folder), ("maps to", "of shuffled pairs, the control,: to be fitted first")),
+        (("fig3", "mine.csv", "--target-model", other_folder), ("to be fitted first",)),
+        (("read", "--text", "one two", "--lens", "maps"), ("maps is left out of this dry run",)),
+    ):
+        result = done(*arguments, *dry)
+        assert all(piece in " ".join(result.stderr.split()) for piece in told), result.stderr
+        assert "FLOP" in result.stdout
+    assert sorted(tmp_path.rglob("*")) == there
+
+
 def test_two_lenses_of_one_name_are_refused(tiny_folder):
     done("fit", "--model", tiny_folder, "--layers", "1,2", "--out", "one/maps")
     shutil.copytree("one/maps", "two/maps")
@@ -234,6 +252,13 @@ def test_read_goes_through_maps(tiny_folder, other_folder, tiny):
     refused = run(*base, "--layers", "2", "--target-model", other_folder, "--target-layers", "1", "--minus", "three")
     assert refused.exit_code == 2
     assert "the maps between models have a constant part" in " ".join(refused.stderr.split())
+    pscope.States(torch.ones(1, 32), [Label("a", layer=3)]).to_file("three.safetensors")
+    vectors = ("--vectors", "three.safetensors", "--target", "say x")
+    refused = run("read", "--model", tiny_folder, *vectors, "--lens", "maps")
+    assert refused.exit_code == 2
+    assert "no state is of a layer that these mappings lead from" in " ".join(refused.stderr.split())
+    directions = done(*base, "--layers", "2", "--lens", "maps", "--minus", "three")
+    assert "a map with a constant part adds that to it" in " ".join(directions.stderr.split())
 
 
 def test_a_page_with_maps_is_drawn_again_from_elsewhere(tiny_folder, tmp_path, monkeypatch):

@@ -3,6 +3,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import zipfile
 from pathlib import Path
 from unittest.mock import MagicMock
@@ -13,6 +14,7 @@ import pytest
 import torch
 from conftest import random_model
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -533,6 +535,55 @@ def test_a_cache_that_cannot_be_written(monkeypatch, tmp_path):
     monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "file" / "cache"))
     with pytest.raises(ModelError, match="give rights there, or set PSCOPE_CACHE to another folder"):
         pscope.load("smollm2")
+
+
+@pytest.fixture
+def adapter(saved, tmp_path) -> Path:
+    """A folder with a LoRA of the tiny model."""
+    hf = LlamaForCausalLM.from_pretrained(saved)
+    get_peft_model(hf, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "lora")
+    return tmp_path / "lora"
+
+
+def test_an_adapter_is_loaded_by_its_folder(saved, adapter):
+    adapted = pscope.load(saved, device="cpu", adapter=adapter)
+    assert adapted.name == f"{saved} with {adapter}"
+    assert sum("lora" in name for name, _ in adapted.hf.named_parameters()) == 2 * adapted.n_layers
+
+
+def test_an_adapter_of_another_model_is_refused(saved, adapter, tokenizer, tmp_path):
+    deep = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, num_hidden_layers=6)
+    deep.hf.save_pretrained(tmp_path / "deep")
+    tokenizer.save_pretrained(tmp_path / "deep")
+    with pytest.raises(ModelError, match=r"is of another model: .*layers\.4.* has no counterpart"):
+        pscope.load(tmp_path / "deep", device="cpu", adapter=adapter)
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file({name: torch.ones(3, 3) for name in weights}, adapter / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match="cannot load the adapter"):
+        pscope.load(saved, device="cpu", adapter=adapter)
+
+
+def test_an_adapter_that_puts_tokens_before_a_text_is_refused(saved, tmp_path):
+    hf = LlamaForCausalLM.from_pretrained(saved)
+    prompt = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=2)
+    get_peft_model(hf, prompt).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(ModelError, match="puts tokens of its own before a text"):
+        pscope.load(saved, device="cpu", adapter=tmp_path / "prompt")
+
+
+def test_an_adapter_needs_peft(saved, adapter, monkeypatch):
+    monkeypatch.setitem(sys.modules, "peft", None)
+    with pytest.raises(ModelError, match=r"an adapter needs peft; pip install \"pscope\[adapters\]\""):
+        pscope.load(saved, device="cpu", adapter=adapter)
+
+
+def test_a_config_that_cannot_be_read_without_weights_either(saved, tmp_path):
+    config = json.loads((saved / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "hidden_act": "unheard"}))
+    shutil.copy(saved / "tokenizer.json", tmp_path)
+    shutil.copy(saved / "tokenizer_config.json", tmp_path)
+    with pytest.raises(ModelError, match=r"cannot read the config of .*unheard"):
+        loading.outline(tmp_path)
 
 
 CAUSAL_ROBERTA = {"is_decoder": True, "pad_token_id": 1, "max_position_embeddings": 32}

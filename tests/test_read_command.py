@@ -1,6 +1,7 @@
 """`pscope read` and `pscope targets`, as a user types them."""
 
 import json
+import shutil
 
 import numpy as np
 import pandas as pd
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 import pscope
 from pscope.experiments.sweep import CLEAN, PATCHED
 from pscope.inputs.targets import shipped_targets
+from pscope.models.states import Label
 
 QUICK = ["--new-tokens", "4", "--json"]
 
@@ -205,6 +207,14 @@ def test_a_dry_run_needs_no_states(tiny_folder):
     assert "7 in 2 parts" in result.stdout
 
 
+def test_attention_sinks_are_told(tiny_folder):
+    read = run("--model", tiny_folder, "--text", "one two", "--layers", "1", "--at", "0", *QUICK)
+    assert "whose state says nothing of it" in " ".join(read.stderr.split())
+    patched = run("--model", tiny_folder, "--text", "one two", "--layers", "1", "--target", "x is", "--target-at", "x")
+    assert "what is patched over it may derail them" in " ".join(patched.stderr.split())
+    assert (read.exit_code, patched.exit_code) == (0, 0)
+
+
 def test_targets_are_listed_and_marked(smollm2):
     result = CliRunner().invoke(app, ["targets", "--json"])
     listed = json.loads(result.stdout)
@@ -247,6 +257,9 @@ def test_targets_are_listed_and_marked(smollm2):
         (["--text", "a", "--target-adapter", "v"], "is no adapter of peft's"),
         (["--vectors", "v.npy"], "'v' is of no layer"),
         (["--vectors", "v.npy", "--minus", "a", "--target-layers", "1"], "say by --layers of which"),
+        (["--vectors", "v.npy", "--target-model", "other", "--target-layers", "1"], "say by --layers of which the"),
+        (["--vectors", "one.safetensors", "--layers", "2"], "--layers 2: none of States("),
+        (["--text", "one two", "--difference", "starting"], "cuts 'one two' into other tokens: no finetune"),
         (["--vectors", "narrow.npy", "--target-layers", "1"], "vectors of width 8 do not fit"),
         (["--vectors", "nan.npy", "--target-layers", "1"], "row 0 of nan.npy is not finite"),
         (["--vectors", "there.npy", "--target-layers", "1"], "cannot read there.npy"),
@@ -257,13 +270,16 @@ def test_targets_are_listed_and_marked(smollm2):
         (["--text", "a", "--difference", "other"], "two finetunes of one model are meant"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, told, tiny_folder, tmp_path, other_folder):
+def test_bad_input_is_one_line_and_exit_code_2(arguments, told, tiny_folder, tmp_path, other_folder, bos_eos_tokenizer):
     np.save("v.npy", np.ones(32, dtype="float32"))
     np.save("narrow.npy", np.ones(8, dtype="float32"))
     np.save("nan.npy", np.full(32, np.nan))
     (tmp_path / "work" / "none.txt").write_text("\n")
     (tmp_path / "work" / "chat.json").write_text('[{"role": "user", "content": "x"}]')
     (tmp_path / "work" / "odd.json").write_text('[{"content": "x"}]')
+    pscope.States(torch.ones(1, 32), [Label("a", layer=1)]).to_file("one.safetensors")
+    shutil.copytree(tiny_folder, "starting")
+    bos_eos_tokenizer.save_pretrained("starting")
     arguments = [other_folder if argument == "other" else argument for argument in arguments]
     result = run("--model", tiny_folder, *arguments)
     assert result.exit_code == 2
