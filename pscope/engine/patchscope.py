@@ -390,6 +390,4 @@ def _once_finite(logits: Tensor, rows: Tensor, of: Callable[[Tensor], T]) -> T:
 def _as_key(continuation: Any) -> Any:
     """A continuation that can be looked up: tokens as a tuple of Python's own numbers, a text as it is."""
     continuation = as_python(continuation)
-    return (
-        tuple(as_python(token) for token in continuation) if isinstance(continuation, (list, tuple)) else continuation
-    )
+    return tuple(map(as_python, continuation)) if isinstance(continuation, (list, tuple)) else continuation
