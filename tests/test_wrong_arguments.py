@@ -292,6 +292,7 @@ WRONG = [
     ("LowRank(eye[:, :2], eye[:3])", "the down of LowRank is (rank, width in), and a"),
     ("LowRank(eye[:, :2], eye[:2], None, eye[0, :3])", "the scale of LowRank is (width out), and a"),
     ("Scale(eye)", "the factor of Scale is (width), and a tensor of"),
+    ("Constant(vectors[0, 0])", "the state of Constant is (width out), and a tensor"),
     ("Constant(vectors)", "the state of Constant is (width out), and a tensor"),
     ("MappingSet({}, None)", "there is a mapping for each pair of layers, as"),
     ("maps.at((2, 2))", "there is no map for the layers (2, 2); these map"),

@@ -82,11 +82,8 @@ class Experiment(ABC, Generic[U]):
     units: Sequence[U]
 
     def __init__(self, model: LanguageModel, target: Prompt, memory: int = MEMORY) -> None:
-        self.model, self.target, self.memory = (
-            model,
-            as_prompt(model, target),
-            as_int(memory, "the memory in bytes"),
-        )
+        self.model, self.target = model, as_prompt(model, target)
+        self.memory = as_int(memory, "the memory in bytes")
         self._scopes: dict[Prompt, Patchscope] = {}
         self._checks: dict[tuple[int, tuple[int, ...]], SelfCheck] = {}
 

@@ -41,21 +41,22 @@ class Mapping(ABC):
     axes: ClassVar[Axes] = {}
 
     def __post_init__(self) -> None:
-        kind, lengths = type(self).__name__, dict[str, int]()
+        kind = type(self).__name__
         for field in fields(self):
             value, types = getattr(self, field.name), str(field.type).split(" | ")
             fits = isinstance(value, tuple(_HOLDS.get(name, object) for name in types))
             if not fits or (types == ["tuple[Mapping, ...]"] and not all(map(callable, value))):
                 raise PscopeError(f"the {field.name} of {kind} is a {field.type}, not {excerpt(value)}")
-            # One number stands for all.
-            if isinstance(value, Tensor) and field.name in self.axes and not (value.ndim == 0 and "float" in types):
-                axes = self.axes[field.name]
-                pairs = zip(axes, value.shape, strict=False)
-                if value.ndim != len(axes) or any(lengths.setdefault(axis, size) != size for axis, size in pairs):
-                    raise PscopeError(
-                        f"the {field.name} of {kind} is ({', '.join(axes)}), and a tensor of shape "
-                        f"{tuple(value.shape)} does not fit that, or not the rest"
-                    )
+        lengths: dict[str, int] = {}
+        for field in fields(self):
+            name, value, axes = field.name, getattr(self, field.name), self.axes.get(field.name)
+            # Where a number fits, a tensor of one stands for all.
+            if axes is None or not isinstance(value, Tensor) or (value.ndim == 0 and "float" in str(field.type)):
+                continue
+            pairs = zip(axes, value.shape, strict=False)
+            if value.ndim != len(axes) or any(lengths.setdefault(axis, size) != size for axis, size in pairs):
+                shape = f"({', '.join(axes)}), and a tensor of shape {tuple(value.shape)}"
+                raise PscopeError(f"the {name} of {kind} is {shape} does not fit that, or not the rest")
 
     @abstractmethod
     def __call__(self, states: Tensor) -> Tensor: ...
