@@ -129,21 +129,27 @@ def answer_found(text: str, answers: Sequence[str]) -> bool:
 
 def answer_settled(text: str, answers: Sequence[str]) -> bool:
     """Whether `answer_found` holds however the text goes on: at its very end a word may yet become another one."""
-    return _stands(text, answers, r"(?=\W)")
+    # What is yet half a character may become a letter.
+    return _stands(text, answers, r"(?=[^\w\ufffd])")
 
 
 def same_answer(text: str, answers: Sequence[str]) -> bool:
     """Whether a text is one of the answers, all of it: capitals, an article before it, and what `answer_found` passes
     over do not count.
     """
-    return _alike(text) in map(_alike, answers)
+    return normalised(text) in map(normalised, answers)
+
+
+def normalised(answer: str) -> str:
+    """What answers that are the same have in common."""
+    return _plain(answer).casefold().removeprefix("the ")
 
 
 def distinct_answers(answers: Iterable[str]) -> tuple[str, ...]:
     """The first of all answers that are the same."""
     distinct: dict[str, str] = {}
     for answer in answers:
-        distinct.setdefault(_alike(answer), answer)
+        distinct.setdefault(normalised(answer), answer)
     return tuple(distinct.values())
 
 
@@ -189,11 +195,6 @@ class AnswerFound(evaluate.Metric):
 
 
 _APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bb\u02bc\u2032\u00b4`", "'"))
-
-
-def _alike(answer: str) -> str:
-    """What answers that are the same have in common."""
-    return _plain(answer).casefold().removeprefix("the ")
 
 
 def _plain(text: str) -> str:

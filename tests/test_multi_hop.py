@@ -244,9 +244,14 @@ def test_what_is_asked_twice_goes_on_until_all_who_ask_are_answered(tiny, order)
     )
     for asked in ([soon], [later], [soon, later][::order]):
         assert all(hops.solvable for hops in hops_of(tiny, asked, Decoding(40)))
-    options = {"reasoning": Decoding(1), "wirings": ()}
-    table = MultiHop(tiny, [soon, later][::order], PAIRS, Decoding(40), **options).table()
-    assert table[table["method"] == VANILLA]["found"].all()
+
+
+@pytest.mark.parametrize("experiment", [MultiHopScores, MultiHop])
+def test_two_queries_of_one_text_are_refused(tiny, experiment):
+    # Which of them a state has answered could not be told.
+    one, other = (Query("the land of sushi", "The money of", (answer,), ("Japan",)) for answer in ("yen", "won"))
+    with pytest.raises(PscopeError, match="vanilla/The money of the land of sushi is read twice"):
+        experiment(tiny, [one, other, *QUERIES], PAIRS).table()
 
 
 def test_steps_are_asked_for_in_the_chat_template_with_one_start_token(smollm2):

@@ -9,6 +9,7 @@ import pandas as pd
 from scipy.stats import ConstantInputWarning, spearmanr
 
 from pscope.experiments.bands import RESAMPLES
+from pscope.experiments.experiment import seed_of
 from pscope.experiments.held_out import found_at
 from pscope.experiments.sweep import PATCHED
 
@@ -52,7 +53,9 @@ def _resampled_shares(cells: pd.DataFrame, groups: pd.Series, seed: int) -> np.n
     """The share of each column, (1 + resamples, columns): first as it is, then with groups drawn anew."""
     by_group = cells.groupby(groups)
     sums, counts = by_group.sum().to_numpy(), by_group.size().to_numpy()
-    draws = np.random.default_rng(seed).multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
+    # Others of the same groups have the same draws; those of other groups know nothing of these.
+    random = np.random.default_rng(seed_of(seed, *by_group.size().index))
+    draws = random.multinomial(len(counts), np.full(len(counts), 1 / len(counts)), RESAMPLES)
     weights = np.vstack([np.ones_like(counts), draws])
     return (weights @ sums) / (weights @ counts)[:, None]
 

@@ -35,7 +35,14 @@ from pscope.models.residual import Pair, as_pairs, capture
 
 ANOTHER, PROBE, MAJORITY = "another subject", "probe", "majority class"
 
-_ABOUT = {"relation": "string", "subject": "string", "object": "string", "context": "int64", "fold": "int64"}
+_ABOUT = {
+    "relation": "string",
+    "kind": "string",
+    "subject": "string",
+    "object": "string",
+    "context": "int64",
+    "fold": "int64",
+}
 ATTRIBUTE_TYPES = {**_ABOUT, **TYPES, "state_of": "string", "chosen": "boolean"}
 ATTRIBUTE_SCORE_TYPES = {**_ABOUT, **SCORED_TYPES, "state_of": "string", "chosen": "boolean", "nameable": "boolean"}
 
@@ -58,6 +65,10 @@ class Question:
     def candidates(self) -> tuple[str, ...]:
         """The objects of its samples, among which one is chosen."""
         return distinct_answers(sample.object for sample in self.samples)
+
+    def candidate(self, sample: Sample) -> str:
+        """The one among them that is a sample's own object, perhaps otherwise written."""
+        return next(candidate for candidate in self.candidates if same_answer(candidate, [sample.object]))
 
     @property
     def enough(self) -> bool:
@@ -162,7 +173,7 @@ class _Attributes(Experiment[U]):
                 if (lender := lenders[number]) is not None:
                     self._lenders.append({**about, "lender": samples[lender].subject})
                 yield Source(
-                    f"{name}/{sample.subject}" if context == 0 else f"{name}/{sample.subject}/{context}",
+                    f"{name}/{sample.subject}" if context == 0 else f"{name}, context {context}/{sample.subject}",
                     patched_rows(pairs, random=context == 0),
                     question.target,
                     source,
@@ -198,9 +209,9 @@ class _Attributes(Experiment[U]):
 class AttributeScores(_Attributes[Source | Probing]):
     """Table 2 over all pairs of layers: the most probable of the objects asked for, at every (ℓ, ℓ*), and a probe.
 
-    A row of the table is one source × pair × condition: `relation`, `subject`, `object`, `context` (the number of the
-    source prompt), `fold`, the columns of a scored sweep (`pscope.experiments.scored_sweep`), and `state_of`. What is
-    chosen among are the objects of the subjects that are read. The conditions:
+    A row of the table is one source × pair × condition: `relation` and its `kind`, `subject`, `object`, `context` (the
+    number of the source prompt), `fold`, the columns of a scored sweep (`pscope.experiments.scored_sweep`), and
+    `state_of`. What is chosen among are the objects of the subjects that are read. The conditions:
 
     - "patched": the state of the subject;
     - "another subject": that of one with another answer, drawn by the seed (where there is one);
@@ -250,7 +261,7 @@ class AttributeScores(_Attributes[Source | Probing]):
         prompts = [question.sources[sample][context] for sample, context in keys]
         probed = probe_elsewhere(
             capture(self.model, prompts, layers=layers).float().cpu().numpy(),
-            [question.samples[sample].object for sample, _ in keys],
+            [question.candidate(question.samples[sample]) for sample, _ in keys],
             np.array([unit.folds[sample] for sample, _ in keys]),
             lambda number, answer: same_answer(answer, question.samples[keys[number][0]].answers),
         )
@@ -317,8 +328,13 @@ def _folds(question: Question, seed: int) -> list[int]:
 
 def _about(question: Question, sample: int, folds: Sequence[int], context: int) -> dict[str, object]:
     item = question.samples[sample]
-    names = {"relation": question.relation.name, "subject": item.subject, "object": item.object}
-    return {**names, "context": context, "fold": folds[sample]}
+    relation = {"relation": question.relation.name, "kind": question.relation.kind}
+    return {**relation, "subject": item.subject, "object": item.object, "context": context, "fold": folds[sample]}
+
+
+def _counts(answer: str, answers: Sequence[str]) -> bool:
+    """Whether an answer is right where it is chosen, or where it is said."""
+    return same_answer(answer, answers) or answer_found(answer, answers)
 
 
 def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
@@ -329,7 +345,7 @@ def _lenders(samples: Sequence[Sample], seed: int) -> list[int | None]:
         others = [
             index
             for index, other in enumerate(samples)
-            if other is not sample and not answer_found(" , ".join(other.answers), sample.answers)
+            if other is not sample and not any(_counts(answer, sample.answers) for answer in other.answers)
         ]
         lenders.append(int(random.choice(others)) if others else None)
     return lenders

@@ -19,6 +19,7 @@ import pandas as pd
 from pscope.arguments import as_int
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.engine.selfcheck import SelfCheck
+from pscope.errors import PscopeError
 from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt
 from pscope.notebook import progress
@@ -64,6 +65,15 @@ class Work:
 
 
 U = TypeVar("U", bound=Unit)
+
+
+def check_names(units: Iterable[Unit]) -> None:
+    """Raise PscopeError for two units of one name: what is drawn for the one would be the other's too."""
+    names: set[str] = set()
+    for unit in units:
+        if unit.name in names:
+            raise PscopeError(f"{unit.name} is read twice; give each a name of its own")
+        names.add(unit.name)
 
 
 def of_kind(units: Iterable[Unit], kind: type[U]) -> list[U]:
@@ -129,7 +139,11 @@ class Experiment(ABC, Generic[U]):
         return min(rows_per_pass, max(FEWEST_ROWS, -(-sum(unit.rows for unit in self.units) // MOST_PARTS)))
 
     def parts(self, rows: int) -> list[list[U]]:
-        """The units in groups that share passes and have about so many rows together, or one unit with more."""
+        """The units in groups that share passes and have about so many rows together, or one unit with more.
+
+        Raises PscopeError for two units of one name.
+        """
+        check_names(self.units)
         parts: list[list[U]] = []
         room = 0
         for unit in self.units:
@@ -151,9 +165,17 @@ class Experiment(ABC, Generic[U]):
 
 
 def tidy(rows: Iterable[Mapping[str, object]] | pd.DataFrame, types: Mapping[str, str]) -> pd.DataFrame:
-    """A table with the columns of `types`, of these types whatever is missing: so that all parts have the same."""
+    """A table with the columns of `types`, of these types whatever is missing: so that all parts have the same.
+
+    Raises PscopeError where a column of type bool says nothing of a row.
+    """
     frame = rows if isinstance(rows, pd.DataFrame) else pd.DataFrame(list(rows))
-    return frame.reindex(columns=list(types)).astype(dict(types)).reset_index(drop=True)
+    frame = frame.reindex(columns=list(types))
+    for column, of in types.items():
+        # What is missing would count as true.
+        if of == "bool" and frame[column].isna().any():
+            raise PscopeError(f"a row says neither true nor false of {column!r}")
+    return frame.astype(dict(types)).reset_index(drop=True)
 
 
 def seed_of(*key: object) -> int:

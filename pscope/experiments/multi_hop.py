@@ -24,7 +24,7 @@ from pscope.experiments.scored_sweep import SCORED_TYPES, check_candidates, scor
 from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_rows, sweep
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import PLACEHOLDER
-from pscope.metrics import answer_found, distinct_answers
+from pscope.metrics import answer_found, distinct_answers, normalised
 from pscope.models.chats import chat_text
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
@@ -280,8 +280,8 @@ def _wired(
 
 
 def shared_bridge(query: Query) -> str:
-    """What queries have in common that go by the same bridge; one without a bridge stands alone, by its own text."""
-    return query.bridge[0].casefold() if query.bridge else query.text
+    """What queries have in common that go by the same bridge; without a bridge, those that describe the same."""
+    return normalised(query.bridge[0] if query.bridge else query.first)
 
 
 def pairs_of(wiring: str, pairs: Sequence[Pair]) -> list[Pair]:

@@ -10,7 +10,7 @@ import pandas as pd
 from pscope.experiments.attribute_summary import SAID, SCORED
 from pscope.experiments.bands import mean_bands, share_bands
 from pscope.experiments.held_out import FOLDS, at_chosen, chosen_elsewhere, folds_of, found_at
-from pscope.experiments.multi_hop import STEP_BY_STEP, VANILLA
+from pscope.experiments.multi_hop import BACKPATCH, STEP_BY_STEP, VANILLA
 from pscope.experiments.scored_sweep import at_best_pairs, chosen_pairs
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 from pscope.inputs.queries import Query
@@ -79,6 +79,9 @@ def gains(scores: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
         chosen = chosen_elsewhere(patched, folds)
         layers = _pair_columns(chosen)
         clean = rows[rows["condition"] == CLEAN].set_index("query")["log_probability"].astype(float)
+        if method == BACKPATCH:
+            # Its target is the query as it stands: what differs between two passes over it is rounding.
+            clean = plain.loc[clean.index]
         gained = {
             PATCHED: (at_chosen(patched, chosen), layers),
             RANDOM: (at_chosen(random, chosen), layers),

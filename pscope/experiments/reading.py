@@ -19,7 +19,7 @@ from pscope.engine.patchscope import MEMORY
 from pscope.engine.unpatched import continue_prompts
 from pscope.engine.writes import Writes
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.experiment import Experiment, Unit, Work, of_kind, seed_of, tidy
+from pscope.experiments.experiment import Experiment, Unit, Work, check_names, of_kind, seed_of, tidy
 from pscope.experiments.known import Plain, by_length
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
 from pscope.mappings.mapping_set import MappingSet, check_mappings
@@ -156,10 +156,7 @@ class Reading(Experiment[Vector | Plain]):
         self.units = [
             self._unit(number, label, label_layers(label, target_layers)) for number, label in enumerate(states.labels)
         ]
-        names = [unit.name for unit in self.units]
-        if len(set(names)) < len(names):
-            duplicate = next(name for name in names if names.count(name) > 1)
-            raise PscopeError(f"{duplicate} is read twice")
+        check_names(self.units)
         self._check_states()
         if not isinstance(words, Mapping | None):
             raise PscopeError(f"words are those for each text, as {{text: words}}, not {excerpt(words)}")

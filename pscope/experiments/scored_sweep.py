@@ -29,14 +29,14 @@ SCORED_TYPES = {**PATCH_TYPES, "answer": "string", "found": "bool", "log_probabi
 def scored_sweep(
     scope_of: Callable[[Prompt], Patchscope], sources: Sequence[Source], seed: int, by: Measure = "start"
 ) -> Iterator[dict[str, object]]:
-    """The rows of the table, by their columns, for sources of which those of one target share candidates and pairs.
+    """The rows of the table, by their columns, for sources: those of one target, candidates and pairs share passes.
 
     They are as those of a sweep, but for `answer`, the candidate that is most probable by the measure (see
     `Patchscope.choose`); whether it counts as an answer of the source (`found`); and the `log_probability`, in nats, of
     the source's own first answer: of its first token, or, by another measure than "start", its score by that. Raises
     PscopeError, naming the source, for a row that fails.
     """
-    for target, alike in groupby(sources, key=lambda source: source.target):
+    for (target, *_), alike in groupby(sources, key=lambda source: (source.target, source.candidates, source.pairs)):
         yield from _scored_rows(scope_of(target), [*alike], seed, by)
 
 

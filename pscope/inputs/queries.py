@@ -10,8 +10,8 @@ from typing import Any
 from pscope.errors import DataError
 from pscope.files import as_path
 from pscope.inputs.records import parse_json, read_text, text_of, texts_of
-from pscope.inputs.relations import SLOT, Relation, bare, read_relations
-from pscope.metrics import gives_away
+from pscope.inputs.relations import SLOT, Relation, read_relations
+from pscope.metrics import gives_away, normalised
 
 
 @dataclass(frozen=True)
@@ -41,17 +41,18 @@ def compose(relations: Sequence[Relation]) -> list[Query]:
     """Every query of two hops: all pairs of relations of which objects of the one are subjects of the other.
 
     The first needs a phrase, the second a template that ends with its slot, or with its slot and "is". A query whose
-    answer stands in it already, or in its bridge, is left out.
+    answer stands in it already, or in its bridge, is left out. Raises DataError where two relations make one query.
     """
-    queries = []
+    queries: list[Query] = []
+    sources: dict[str, str] = {}
     for one in relations:
         for two in relations:
             second, _, rest = two.template.partition(SLOT)
             if one is two or not one.phrase or not second.strip() or rest.strip() not in ("", "is"):
                 continue
-            subjects = {bare(sample.subject): sample for sample in two.samples}
+            subjects = {normalised(sample.subject): sample for sample in two.samples}
             for sample in one.samples:
-                bridge = subjects.get(bare(sample.object))
+                bridge = subjects.get(normalised(sample.object))
                 if bridge is None:
                     continue
                 query = Query(
@@ -63,8 +64,15 @@ def compose(relations: Sequence[Relation]) -> list[Query]:
                     hop_two=two.template.replace(SLOT, bridge.subject),
                     source=f"{one.name} → {two.name}",
                 )
-                if not gives_away(query.text, query.answers) and not gives_away(bridge.subject, query.answers):
-                    queries.append(query)
+                if gives_away(query.text, query.answers) or gives_away(bridge.subject, query.answers):
+                    continue
+                if query.text in sources:
+                    raise DataError(
+                        f"{query.text!r} is composed twice: {sources[query.text]}, and {query.source}; give the "
+                        "relations phrases and templates that tell them apart"
+                    )
+                sources[query.text] = query.source
+                queries.append(query)
     return queries
 
 

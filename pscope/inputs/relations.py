@@ -13,6 +13,7 @@ from pathlib import Path
 from pscope.errors import DataError
 from pscope.files import as_path
 from pscope.inputs.records import parse_csv, parse_json, prompt_of, read_text, text_of, texts_of
+from pscope.metrics import same_answer
 from pscope.models.prompts import Ending, Nearest
 
 SLOT, PLACEHOLDER = "{}", "x"
@@ -167,7 +168,7 @@ def _parse_tsv(content: str, source: str, name: str) -> tuple[Relation, list[str
         targets.add(Marked(target, Nearest(PLACEHOLDER, target_index) if holds_placeholder else target_index))
         if len(targets) > 1:
             raise DataError(f"{where}: a relation has one prompt_target and position_target, here is a second")
-        if bare(subject) == bare(answer):
+        if same_answer(answer, [subject]):
             counts["whose object is the subject"] += 1
             continue
         by_text = Nearest(subject, index, _cropped_end(row, prompt))
@@ -198,7 +199,7 @@ def _cropped_end(row: dict[str, str], prompt: str) -> int | None:
 
 
 def _refuse(subject: str, answer: str, others: Iterable[str], where: str) -> None:
-    if bare(subject) == bare(answer):
+    if same_answer(answer, [subject]):
         raise DataError(f"{where}: the object of {subject!r} is the subject itself")
     if subject in others:
         raise DataError(f"{where}: {subject!r} is there already")
@@ -217,8 +218,3 @@ def _contexts(content: str, source: str) -> dict[str, tuple[str, ...]]:
     if not isinstance(record, dict):
         raise DataError(f"{source}: an object with sentences for every subject is needed")
     return {subject: texts_of(record, subject, source, prompt_of) for subject in record}
-
-
-def bare(name: str) -> str:
-    """A name without its article and its capitals, by which objects and subjects are matched."""
-    return name.casefold().removeprefix("the ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from rich.table import Table
 
+from pscope.experiments.agreement import FEWEST
 from pscope.show.tables import literal, narrow_table, with_band
 
 
@@ -13,7 +14,7 @@ def agreement_table(agreement: pd.DataFrame) -> Table:
     key = agreement.columns[0]
     table = narrow_table(
         "rank correlation (Spearman) of the shares answered by score and by word, over the pairs of layers where rows "
-        "spoke (95 % band from resampling); blank where all shares are alike"
+        f"spoke (95 % band from resampling); blank where all shares are alike, or fewer than {FEWEST} are ranked"
     )
     for heading in (key, "ranked", "count", "ρ"):
         table.add_column(heading, justify="right" if heading in ("count", "ρ") else "left")
