@@ -156,7 +156,7 @@ def _written_out(model: LanguageModel, target_prompt: Prompt, words: dict[str, s
     controls = {}
     for name, text in words.items():
         try:
-            model.check_window(len(model.prompt(written_out(target_prompt, text))) + new_tokens)
+            model.check_room(len(model.prompt(written_out(target_prompt, text))), new_tokens)
         except PromptError as error:
             tell(f"without the control of the text alone, {name!r}: {error}")
             continue

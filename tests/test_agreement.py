@@ -117,3 +117,15 @@ def test_where_nothing_differs_nothing_is_told():
     assert table[["rho", "low", "high"]].isna().all(axis=None)
     shown = agreement_table(table)
     assert list(shown.columns[3].cells) == [""]
+
+
+def test_relations_are_resampled_alike_only_where_their_subjects_are():
+    scores, said = answered("a", RISING), answered("a", RISING, seed=1)
+    for renamed, alike in ((lambda name: name, True), (lambda name: name.str.upper(), False)):
+        both = [
+            pd.concat([table, table.assign(relation="b", subject=renamed(table["subject"]))])
+            for table in (scores, said)
+        ]
+        table = agreed(*both)[["rho", "low", "high"]]
+        assert table["rho"][0] == table["rho"][1]
+        assert (table["low"][0] == table["low"][1]) == alike

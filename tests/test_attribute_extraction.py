@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from test_unpatched import greedy
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pscope import Decoding, PromptError, PscopeError
+from pscope import Decoding, Patchscope, PromptError, PscopeError
 from pscope.engine.generate import GREEDY
 from pscope.experiments import sweep
 from pscope.experiments.attribute_extraction import (
@@ -28,7 +28,7 @@ from pscope.experiments.attribute_extraction import (
 from pscope.experiments.attribute_summary import BEST, HELD_OUT, MEAN, SAID, SCORED, over_layers, summarise
 from pscope.experiments.known import PlainWords
 from pscope.experiments.scored_sweep import best_pairs
-from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
+from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, Source
 from pscope.inputs.relations import Marked, Relation, Sample
 from pscope.metrics import answer_found
 from pscope.models.prompts import Nearest
@@ -550,3 +550,42 @@ def test_the_figure_shows_the_accuracies():
     assert lines["patched, any target layer (oracle)"] == [0.5, 1]
     assert lines["patched, mean over target layers"] == [0.25, 0.5]
     assert lines["probe"] == [0.25, 0.5]
+
+
+def test_a_subject_is_not_taken_for_the_context_of_another(tiny):
+    sources = tuple(Marked(f"{start} OS", "OS") for start in ("We saw", "It was", "This is"))
+    others = [Sample(name, (word,), (Marked(f"Here is {name}", name),)) for name, word in (("OS/2", "b"), ("x/y", "c"))]
+    relation = Relation("r", "factual", Marked("one x two", "x"), (Sample("OS", ("a",), sources), *others))
+    table = scores_of(tiny, every_sample(tiny, relation))
+    patched = table[(table["condition"] == PATCHED) & (table["subject"] == "OS")]
+    alone = Patchscope(tiny, tiny.prompt("one x two", "x"))
+    for row in patched.itertuples():
+        vector = state(tiny, tiny.prompt(sources[row.context].text, "OS"), row.layer)
+        scores = alone.choose(vector[None], row.target_layer, [" a", " b", " c"]).patched.scores
+        assert row.log_probability == pytest.approx(scores[0, 0].item(), abs=1e-4)
+    assert set(patched["context"]) == {0, 1, 2}
+
+
+def test_answers_that_differ_by_capitals_are_one(tiny):
+    relation = relation_of([("Red",), ("red",), ("the Red",), ("blue",), ("blue",)])
+    question = every_sample(tiny, relation)
+    assert [question.candidate(sample) for sample in relation.samples] == ["Red", "Red", "Red", "blue", "blue"]
+    table = scores_of(tiny, question)
+    # As classes of the probe, and as answers that a lender may not have.
+    assert set(table[table["condition"].isin([PROBE, MAJORITY])]["answer"]) == {"Red", "blue"}
+    lent = table[table["condition"] == ANOTHER].drop_duplicates("subject")
+    reds = set(SUBJECTS[:3])
+    assert all((row.subject in reds) != (row.state_of in reds) for row in lent.itertuples())
+    assert (table["kind"] == "factual").all()
+
+
+def test_relations_of_one_target_keep_their_own_candidates(tiny):
+    questions = [
+        every_sample(tiny, replace(relation_of([(word,) for word in words]), name=words[0]))
+        for words in (["a", "b", "c", "d", "e"], ["f", "g", "h", "i", "j"])
+    ]
+    experiment = AttributeScores(tiny, questions, PAIRS)
+    together = experiment.read([unit for unit in experiment.units if isinstance(unit, Source)])
+    apart = pd.concat([AttributeScores(tiny, [each], PAIRS).table() for each in questions], ignore_index=True)
+    apart = apart[apart["condition"].isin([PATCHED, RANDOM, CLEAN])].reset_index(drop=True)
+    assert together["answer"].tolist() == apart["answer"].tolist()

@@ -7,6 +7,7 @@ import torch
 from reference import hidden_states, patched_continuation, patched_logits
 
 from pscope import TOKEN_IDENTITY, DataError, PscopeError
+from pscope.experiments.experiment import tidy
 from pscope.experiments.layer_readout import LayerReadout
 from pscope.experiments.next_token import Lens, NextToken, random_token_prompts, summarise
 from pscope.inputs.positions import draw_positions
@@ -304,3 +305,8 @@ def test_what_one_experiment_has_checked_another_need_not_check(tiny, monkeypatc
     # Of another length or place, it is another matter.
     with pytest.raises(pytest.fail.Exception):
         second.scope(tiny.prompt("one two x", "x"))
+
+
+def test_what_a_row_does_not_say_is_not_true():
+    with pytest.raises(PscopeError, match="a row says neither true nor false of 'found'"):
+        tidy([{"layer": 1, "found": True}, {"layer": 2}], {"layer": "Int64", "found": "bool"})

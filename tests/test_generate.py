@@ -1,4 +1,5 @@
 import copy
+import re
 
 import pytest
 import torch
@@ -212,3 +213,9 @@ def test_stop_strings_are_looked_up_once(tiny, monkeypatch):
     assert len(scope.generate(states, 1, decoding).patched) == 12
     scope.generate(states, 2, decoding)
     assert len(made) == 1
+
+
+def test_what_settles_a_row_may_say_so_by_any_truth(tiny):
+    scope = Patchscope(tiny, tiny.prompt("one x two", "x"))
+    spoken = scope.generate(torch.ones(2, 32), 1, Decoding(5), lambda row, text: re.search("^", text) if row else 0)
+    assert list(map(len, spoken.patched)) == [5, 1]

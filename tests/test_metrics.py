@@ -142,6 +142,8 @@ def test_an_answer_is_settled_once_its_last_word_cannot_grow():
         assert answer_settled(text, ["fish"])
         assert all(answer_found(text + ending, ["fish"]) for ending in endings)
     assert not answer_settled("a fish\u00ad", ["fish"])
+    # A token may end with half of a letter.
+    assert not answer_settled("a fish\ufffd", ["fish"])
 
 
 def test_an_answer_is_the_same_as_a_whole():

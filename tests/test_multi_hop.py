@@ -1,5 +1,6 @@
 import copy
 import re
+from dataclasses import replace
 
 import numpy as np
 import pandas as pd
@@ -26,6 +27,7 @@ from pscope.experiments.multi_hop import (
     answered_hops,
     pairs_of,
     plain_hops,
+    shared_bridge,
     step_by_step,
 )
 from pscope.experiments.multi_hop_summary import gains, summarise, transcripts
@@ -461,3 +463,22 @@ def test_a_candidate_that_holds_the_answer_is_another_one(tiny):
         assert told["log_probability"] == pytest.approx(whole.clean.scores[0, 0].item(), abs=1e-5)
     # Of the two the longer one is chosen by one of the measures, or this would show nothing.
     assert "Tokyo Rome" in {told["answer"] for told in chosen.values()}
+
+
+def test_bridges_that_are_one_are_held_out_together():
+    named = Query("the land of jazz", "The capital of", ("Washington",), ("the United States",))
+    for other in ("United States", "united states"):
+        assert shared_bridge(replace(named, bridge=(other,))) == shared_bridge(named)
+    # Without a bridge, it is what they describe.
+    first, second = (Query("the land of jazz", second, ("a",)) for second in ("The capital of", "The money of"))
+    assert shared_bridge(first) == shared_bridge(second)
+
+
+def test_back_patching_gains_nothing_by_its_target():
+    # It is the query as it stands, but for the rounding of another pass.
+    table = planted().assign(log_probability=-1.0)
+    clean = (table["condition"] == CLEAN) & (table["method"] != VANILLA)
+    table.loc[clean, "log_probability"] += 1e-6
+    told = gains(table).set_index(["method", "condition"])
+    assert told.loc[(BACKPATCH, CLEAN), ["gain", "low", "high", "share"]].tolist() == [0, 0, 0, 0]
+    assert told.loc[(COT, CLEAN), "share"] == 1

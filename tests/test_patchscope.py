@@ -3,7 +3,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import random_model, rows_for_every_layer
+from conftest import random_model, rows_for_every_layer, without_a_number
 from reference import hidden_states, logits_at_each_step, patched_continuation, patched_logits
 from transformers import (
     Gemma3ForCausalLM,
@@ -12,10 +12,13 @@ from transformers import (
     GPT2LMHeadModel,
     LlamaConfig,
     LlamaForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
 )
 
 from pscope import Decoding, ModelError, Patchscope, PromptError, PscopeError, capture, logit_lens
 from pscope.engine.staircase import Staircase
+from pscope.engine.unpatched import continue_prompts
 from pscope.models.internals.caches import GrowingLayer
 
 TARGET = "cat -> cat\n1135 -> 1135\nhello -> hello\n?"
@@ -351,3 +354,69 @@ def test_a_model_and_a_patchscope_are_told_in_a_line(smollm2):
     assert repr(smollm2) == told
     scope = Patchscope(smollm2, smollm2.prompt("one x now", "x"), path="plain")
     assert repr(scope) == f"Patchscope({told}, Prompt('one x now' at 1:' x'), plain path)"
+
+
+def test_another_attention_is_found_out_anew(tiny):
+    # At its first token and at its last, attention needs no mask: how its rows are told apart is not known yet.
+    for at in (0, "last"):
+        scope = Patchscope(tiny, tiny.prompt(TARGET, at))
+        try:
+            tiny.hf.set_attn_implementation("eager")
+            assert_agrees(scope, *rows_for_every_layer(tiny))
+            assert scope.check.path == "staircase"
+        finally:
+            tiny.hf.set_attn_implementation("sdpa")
+
+
+@pytest.fixture(scope="module")
+def longrope(tokenizer):
+    """It places all tokens of a text otherwise once that has more than 16."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    rope["original_max_position_embeddings"] = 16
+    sizes = {"original_max_position_embeddings": 16, "max_position_embeddings": 64}
+    return random_model(Phi3ForCausalLM, Phi3Config, tokenizer, rope_parameters=rope, **sizes)
+
+
+@pytest.mark.parametrize(("tokens", "new_tokens"), [(10, 6), (17, 6)])
+def test_texts_that_stay_on_one_side_of_where_positions_change(longrope, tokens, new_tokens):
+    target = longrope.prompt(" x" * tokens)
+    assert len(target) == tokens
+    state = torch.ones(32)
+    spoken = Patchscope(longrope, target).generate(state[None], 2, Decoding(new_tokens))
+    loop = longrope.hf, longrope.layers, target.ids, target.position, 2, state, new_tokens
+    assert spoken.patched == [patched_continuation(*loop)]
+
+
+def test_a_text_that_goes_on_beyond_where_positions_change_is_refused(longrope):
+    target = longrope.prompt(" x" * 10)
+    refused = pytest.raises(PromptError, match="10 tokens that go on for 7 pass 16, beyond which .* otherwise")
+    with refused:
+        Patchscope(longrope, target).generate(torch.ones(1, 32), 2, Decoding(7))
+    with refused:
+        list(continue_prompts(longrope, [target], Decoding(7)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_the_default_type_of_new_tensors_plays_no_part(tiny, dtype):
+    states, layers = rows_for_every_layer(tiny, per_layer=1)
+    scope = Patchscope(tiny, tiny.prompt(TARGET))
+
+    def told():
+        scores, choices = scope.score(states, layers, " one two"), scope.choose(states, layers, [" one", " two"])
+        return *scores.patched[:1], choices.patched.scores, scope.relevance(states, layers, [[3, 4]] * len(states))
+
+    expected = told()
+    torch.set_default_dtype(dtype)
+    try:
+        assert all(map(torch.equal, told(), expected))
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_rows_of_other_lengths_are_none_of_a_rows_own(tiny):
+    """Whatever the model makes of the token by which a row could be filled up."""
+    states, layers = rows_for_every_layer(tiny, per_layer=1)
+    scope, said = Patchscope(tiny, tiny.prompt(TARGET)), [[5, 6, 7], [5], *[[3, 4]] * 3]
+    expected = scope.relevance(states, layers, said)
+    with without_a_number(tiny, 0):
+        torch.testing.assert_close(scope.relevance(states, layers, said), expected, equal_nan=True)

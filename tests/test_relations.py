@@ -7,7 +7,7 @@ import pytest
 
 from pscope import DataError, PromptError
 from pscope.inputs.queries import compose, read_queries
-from pscope.inputs.relations import Marked, read_relations, shipped_relations
+from pscope.inputs.relations import Marked, Relation, Sample, read_relations, shipped_relations
 from pscope.metrics import answer_found, gives_away
 from pscope.models.prompts import tokenize
 
@@ -361,3 +361,16 @@ def test_folders_that_cannot_be_read(tmp_path):
     for path in (tmp_path / "empty", tmp_path / "a.txt"):
         with pytest.raises(DataError, match="holds no relation"):
             read_relations(path)
+
+
+def test_queries_that_two_relations_make_are_refused():
+    born, died = (
+        Relation(name, "factual", Marked("x", "x"), (Sample("Einstein", (country,), ()),), "{} is of", "the land of {}")
+        for name, country in (("birth", "Germany"), ("death", "Peru"))
+    )
+    samples = tuple(Sample(country, (city,), ()) for country, city in (("Germany", "Berlin"), ("Peru", "Lima")))
+    capital = Relation("capital", "factual", Marked("x", "x"), samples, "The capital of {} is")
+    assert len(compose([born, capital])) == len(compose([died, capital])) == 1
+    told = "'The capital of the land of Einstein' is composed twice: birth → capital, and death → capital"
+    with pytest.raises(DataError, match=told):
+        compose([born, died, capital])

@@ -1,15 +1,16 @@
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
+import numpy as np
 import pytest
 import torch
-from conftest import random_model
+from conftest import random_model, without_a_number
 from reference import hidden_states, patched_logits
 from transformers import DynamicCache, GPTNeoConfig, GPTNeoForCausalLM
 
 import pscope
 from pscope import ModelError, Patchscope, PscopeError, capture, editing, overwriting, recording
-from pscope.models.residual import length_batches, others_intervene
+from pscope.models.residual import as_pairs, length_batches, others_intervene
 
 TEXTS = ["Amazon's former CEO", "A short one", "The quick brown fox jumps over the lazy dog and runs away"]
 
@@ -345,3 +346,15 @@ def test_an_edit_that_asks_where_tokens_stand_needs_a_cache_that_counts_them(tin
     ):
         tiny.hf(input_ids=torch.tensor([[1, 2, 3]]), use_cache=True, **cache)
     assert not others_intervene(tiny)
+
+
+def test_what_fills_up_a_batch_is_none_of_a_prompts_own(tiny):
+    prompts = [tiny.prompt(text) for text in TEXTS]
+    expected = capture(tiny, prompts)
+    with without_a_number(tiny, 0):
+        torch.testing.assert_close(capture(tiny, prompts), expected)
+
+
+def test_pairs_of_layers_as_arrays(tiny):
+    for pairs in (np.array([[1, 2], [3, 4]]), torch.tensor([[1, 2], [3, 4]]), [np.array([1, 2]), (3, 4)]):
+        assert as_pairs(tiny, tiny, pairs) == [(1, 2), (3, 4)]

@@ -150,3 +150,22 @@ def test_what_cannot_be_written_is_told(tiny, vectors, scope):
         scope.writes(vectors, 1, hold=[9])
     with pytest.raises(PscopeError, match="need a mapping"):
         scope.writes(vectors[:, :7], 1)
+
+
+def test_numbers_of_layers_and_positions_of_any_whole_type(tiny, scope, vectors):
+    first = scope.target.positions[0]
+    layers, positions = torch.tensor([[1], [3]]), torch.full((2, 1), first)
+    (expected,) = scope.logits(Writes(vectors[:2, None], layers, positions))
+    for dtype in (torch.uint8, torch.int8, torch.int32):
+        (part,) = scope.logits(Writes(vectors[:2, None], layers.to(dtype), positions.to(dtype)))
+        assert torch.equal(part.patched, expected.patched)
+    with pytest.raises(PscopeError, match=r"layers of torch\.float32 are no numbers of layers"):
+        Writes(vectors[:2, None], layers.float(), positions)
+    with pytest.raises(PscopeError, match=r"positions of torch\.bool are no numbers of positions"):
+        Writes(vectors[:2, None], layers, positions.bool())
+
+
+def test_a_row_that_writes_nowhere_is_refused(tiny, scope, vectors):
+    nowhere = Writes(vectors[:2, None], torch.tensor([[1], [-1]]), torch.full((2, 1), scope.target.positions[0]))
+    with pytest.raises(PscopeError, match="row 1 writes in no layer"):
+        next(scope.logits(nowhere))

@@ -100,7 +100,9 @@ class Decoding:
             ended = criteria(ids, None)
             if settled is not None:
                 texts = (self.text(tokens, tokenizer) for tokens in ids.tolist())
-                ended |= torch.tensor([settled(row, text) for row, text in zip(rows.tolist(), texts, strict=True)])
+                ended |= torch.tensor(
+                    [bool(settled(row, text)) for row, text in zip(rows.tolist(), texts, strict=True)]
+                )
             return ended
 
         return ends
@@ -117,7 +119,7 @@ def check_decoding(decoding: Decoding, model: LanguageModel, prompt: Prompt, set
         raise PscopeError(f"settled is a function of a row and what it said, not {excerpt(settled)}")
     if not isinstance(decoding, Decoding):
         raise PscopeError(f"how rows go on is a Decoding, as Decoding(20), not {excerpt(decoding)}")
-    model.check_window(len(prompt) + decoding.new_tokens)
+    model.check_room(len(prompt), decoding.new_tokens)
 
 
 @lru_cache(maxsize=8)

@@ -33,6 +33,7 @@ from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
 from pscope.engine.staircase import Staircase
 from pscope.engine.writes import NOWHERE, Writes, over_clean, spread_over
 from pscope.errors import PromptError, PscopeError, RowError
+from pscope.models.internals.configs import attention
 from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt, candidate_tokens, continuing_tokens
 from pscope.models.residual import as_layers, capture, others_intervene
@@ -93,6 +94,7 @@ class Patchscope:
         self._override = None if path == "auto" else path
         self._checks: dict[int, SelfCheck] = {}
         self._paths: dict[tuple[PathName, Tokens], Staircase | PlainPath] = {}
+        self._attention = attention(model.hf.config)
         self._now()
 
     def __repr__(self) -> str:
@@ -263,6 +265,11 @@ class Patchscope:
 
         Without hooks of others, the first call for so many tokens chooses it.
         """
+        if self._attention != (now := attention(self.model.hf.config)):
+            # What a mask has to fit was found out with another one, or with none.
+            self._attention = now
+            self._checks.clear()
+            self._paths.clear()
         target = self.target
         if forced:
             target = replace(target, ids=target.ids + forced, tokens=target.tokens + ("",) * len(forced))

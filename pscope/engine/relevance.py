@@ -12,6 +12,7 @@ from pscope.engine.plain import PlainPath
 from pscope.engine.writes import Writes
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
+from pscope.models.residual import padded
 
 
 @torch.no_grad()
@@ -23,21 +24,22 @@ def relevance_of(
     Rows that have said less have NaN in the places of the rest. Every row has a tail of its own, so that whole prompts
     are run, in about `memory` bytes. Raises RowError if the logits of a row are not finite.
     """
-    most = max(map(len, continuations))
-    tokens = torch.tensor([[*row, *[0] * (most - len(row))] for row in continuations], device=model.device)
+    lengths = torch.tensor([len(row) for row in continuations])
+    most = int(lengths.max())
+    tokens = padded(continuations).to(model.device)
     path, tails = PlainPath(model, target), tokens[:, :-1]
     together = max(1, memory // (2 * model.activation_bytes(len(target) + most, last=most)))
-    relevance = torch.full((len(continuations), most), torch.nan)
+    relevance = torch.full((len(continuations), most), torch.nan, dtype=torch.float32)
     for start in range(0, len(continuations), together):
         rows = torch.arange(start, min(start + together, len(continuations)))
         # What follows the clean row is not looked at.
         logits = path.read(writes[rows], most, torch.cat([tails[rows[:1]], tails[rows]]))[1:]  # (rows, most, vocab)
         for place in range(most):
-            check_finite(logits[:, place], rows)
+            present = lengths[rows] > place
+            check_finite(logits[present, place], rows[present])
         ids = torch.tensor([target.ids], device=model.device).repeat(len(rows), 1)
         clean = model.logits(torch.cat([ids, tails[rows]], dim=1), last=most)
         own_tokens = tokens[rows, :, None]
         probabilities = [each.float().softmax(dim=-1).gather(2, own_tokens).squeeze(2) for each in (logits, clean)]
         relevance[rows] = (probabilities[0] - probabilities[1]).abs().cpu()
-    lengths = torch.tensor([len(row) for row in continuations])
     return relevance.masked_fill(torch.arange(most) >= lengths[:, None], torch.nan)

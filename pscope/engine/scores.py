@@ -135,7 +135,7 @@ class Choices(NamedTuple):
 def score_rows(read: Read, continuations: Sequence[Tokens], ranks: bool) -> Scores:
     """Score the continuation of each patched row."""
     shape = len(continuations), max(map(len, continuations))
-    scores = torch.full((2, *shape), torch.nan)  # (patched and clean, rows, tokens)
+    scores = torch.full((2, *shape), torch.nan, dtype=torch.float32)  # (patched and clean, rows, tokens)
     places = torch.zeros((2, *shape), dtype=torch.long)
     for tokens in dict.fromkeys(continuations):
         alike = torch.tensor([row for row, own in enumerate(continuations) if own == tokens])
@@ -153,7 +153,7 @@ def choose_rows(read: Read, rows: int, candidates: Sequence[Tokens], measure: Me
     onward = [_onward(piece, pieces) for piece in pieces]
     # Where its last token is scored, or where it is scored that a candidate does not go on as another one does.
     stems = [piece if further else piece[:-1] for piece, further in zip(pieces, onward, strict=True)]
-    scores = torch.empty(1 + rows, len(candidates))  # the clean row first
+    scores = torch.empty(1 + rows, len(candidates), dtype=torch.float32)  # the clean row first
     everyone = torch.arange(1 + rows)
     begin = [candidate[0] for candidate in candidates]
     for here, each in _with_clean(read, everyone, (), 1, partial(_log_probabilities_at, place=0, tokens=begin)):

@@ -62,6 +62,12 @@ class Writes:
         places = [each.shape for each in (self.layers, self.positions) if isinstance(each, Tensor) and each.ndim == 2]
         if not isinstance(self.vectors, Tensor) or places != [self.vectors.shape[:-1]] * 2:
             raise PscopeError("writes are vectors (rows, writes, hidden), at layers and positions (rows, writes) each")
+        for name in ("layers", "positions"):
+            numbers = getattr(self, name)
+            if numbers.is_floating_point() or numbers.dtype == torch.bool:
+                raise PscopeError(f"{name} of {numbers.dtype} are no numbers of {name}; give whole ones")
+            # As an index, numbers of eight bits would be a mask.
+            object.__setattr__(self, name, numbers.long())
 
     @classmethod
     def of(cls, rows: Sequence[Sequence[Write]]) -> Writes:
@@ -123,6 +129,9 @@ class Writes:
         if self.vectors.shape[-1] != hidden:
             raise PscopeError(f"vectors of width {self.vectors.shape[-1]} do not fit a model of width {hidden}")
         written = self.layers != NOWHERE
+        if not written.any(dim=1).all():
+            row = int(written.any(dim=1).logical_not().nonzero()[0])
+            raise PscopeError(f"row {row} writes in no layer; leave it out: the clean row comes with every pass")
         outside = written & ((self.layers < 0) | (self.layers > n_layers))
         if outside.any():
             layer = int(self.layers[outside][0])

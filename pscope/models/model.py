@@ -22,7 +22,7 @@ from pscope.memory import out_of_memory
 from pscope.models.chats import Message, chat_text
 from pscope.models.internals import calls
 from pscope.models.internals.caches import layer_bytes
-from pscope.models.internals.configs import attends_eagerly
+from pscope.models.internals.configs import attends_eagerly, rescaled_beyond
 from pscope.models.internals.hooks import is_offloaded
 from pscope.models.prompts import At, Prompt, decode, tokenize
 
@@ -216,6 +216,16 @@ class LanguageModel:
         if self.window is not None and as_int(tokens, "the number of tokens", 0) > self.window:
             raise PromptError(
                 f"{tokens} tokens are more than the window of {self.name}, which is {self.window}; use fewer"
+            )
+
+    def check_room(self, tokens: int, new_tokens: int) -> None:
+        """Raise PromptError unless a text of so many `tokens` can go on for so many new ones."""
+        self.check_window(tokens + new_tokens)
+        limit = rescaled_beyond(self.config)
+        if limit is not None and tokens <= limit < tokens + new_tokens:
+            raise PromptError(
+                f"{tokens} tokens that go on for {new_tokens} pass {limit}, beyond which {self.name} places all of "
+                "them otherwise; let them end before, or begin after"
             )
 
     @cached_property

@@ -198,9 +198,7 @@ def capture(
     most_padding = MOST_PADDING if model.device.type == "cpu" else 1.0
     batches = length_batches([len(prompt) for prompt in prompts], batch_tokens, most_padding)
     for batch in batches:
-        ids = torch.zeros(len(batch), max(len(prompts[index]) for index in batch), dtype=torch.long)
-        for row, index in enumerate(batch):
-            ids[row, : len(prompts[index])] = torch.tensor(prompts[index].ids)
+        ids = padded([prompts[index].ids for index in batch])
         rows = [row for row, index in enumerate(batch) for _ in positions[index]]
         columns = [position for index in batch for position in positions[index]]
         with editing(model, {layer: _pick(reads[layer], rows, columns, model.device) for layer in layers}):
@@ -211,6 +209,15 @@ def capture(
     first_read = list(accumulate((len(places) for places in positions), initial=0))
     slots = [slot for index in read_order for slot in range(first_read[index], first_read[index + 1])]
     return states[torch.tensor(slots).argsort().to(states.device)]
+
+
+def padded(rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids of different lengths as one tensor, (rows, tokens): the last of a shorter row is there again and again.
+
+    The state of any other token, if it is not finite, would be none of the row's own, and make its weight of 0 count.
+    """
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in rows])
 
 
 def length_batches(lengths: Sequence[int], batch_tokens: int, most_padding: float = 1.0) -> Iterator[list[int]]:
@@ -260,8 +267,8 @@ def as_layer(model: LanguageModel, layer: int) -> int:
 
 def as_pairs(source: LanguageModel, target: LanguageModel, pairs: Iterable[Pair]) -> list[Pair]:
     """Source layers, each with a target layer. Raises PscopeError for others, and for none."""
-    items = [tuple(as_python(pair)) if isinstance(as_python(pair), (list, tuple)) else () for pair in pairs or ()]
-    if not items or any(len(pair) != 2 for pair in items):
+    items = [as_python(pair) for pair in as_python(pairs) or ()]
+    if not items or not all(isinstance(pair, (list, tuple)) and len(pair) == 2 for pair in items):
         raise PscopeError(f"pairs are a source and a target layer each, as [(8, 8), (8, 4)], not {excerpt(pairs)}")
     sources, targets = zip(*items, strict=True)
     return list(zip(as_layers(source, sources), as_layers(target, targets), strict=True))
