@@ -23,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MambaConfig,
     MambaForCausalLM,
+    Phi3Config,
     RobertaConfig,
     RobertaForCausalLM,
     StoppingCriteriaList,
@@ -30,7 +31,7 @@ from transformers import (
 
 from pscope.models.internals.caches import grown, joined, layer_bytes, other_kinds
 from pscope.models.internals.calls import first_position, given_cache, parameters, stream_of, unwrapped
-from pscope.models.internals.configs import attends_eagerly, lasting
+from pscope.models.internals.configs import attends_eagerly, lasting, rescaled_beyond
 from pscope.models.internals.hooks import is_offloaded
 from pscope.models.residual import calling, others_intervene
 
@@ -147,6 +148,14 @@ def test_a_config_tells_how_attention_is_computed(tiny):
         config._attn_implementation = attention
         told.append(attends_eagerly(LlamaForCausalLM(config).config))
     assert told == [False, True]
+
+
+def test_a_config_tells_beyond_which_length_positions_change(tiny):
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 4, "long_factor": [4.0] * 4}
+    sizes = {"hidden_size": 32, "num_attention_heads": 4, "max_position_embeddings": 64}
+    config = Phi3Config(rope_parameters=rope, original_max_position_embeddings=16, pad_token_id=None, **sizes)
+    assert rescaled_beyond(config) == 16
+    assert rescaled_beyond(tiny.config) is None
 
 
 def test_a_config_that_was_saved_and_read_differs_by_its_history_alone(tiny, tmp_path):
