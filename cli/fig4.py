@@ -40,7 +40,7 @@ def fig4(
         Keep, typer.Option(help="Ask only queries of which the model answers both hops alone, or all.")
     ] = Keep.solvable,
     samples: Annotated[
-        int | None, typer.Option(min=1, help="Queries to ask.", show_default="60; 15 with --quick")
+        int | None, typer.Option(min=1, help="Queries to ask.", show_default="60; 10 with --quick")
     ] = None,
     grid: GridOptions,
     new_tokens: NewTokensOption = 20,
@@ -70,6 +70,7 @@ def fig4(
     if query is not None and (queries is not None or example is not None):
         raise PscopeError("--query stands by itself; leave out QUERIES and --example")
     walking = query is not None or example is not None
+    samples = samples or (10 if grid.quick else 60)
 
     from pscope.inputs.queries import Query, compose, read_queries
     from pscope.inputs.relations import shipped_relations
@@ -100,8 +101,11 @@ def fig4(
     frame.read(repr(one) for one in composed)
     counts, pool = {"composed": len(composed)}, composed
     if keep is Keep.solvable and query is None:
-        texts = frame.known(PlainWords(model, plain_hops(composed), decoding, memory=frame.memory))
-        hops = answered_hops(composed, texts)
+        drawn = [composed[number] for number in grid.asked(samples, len(composed), seed)]
+        texts = frame.known(PlainWords(model, plain_hops(drawn), decoding, memory=frame.memory))
+        hops = answered_hops(drawn, texts)
+        if grid.quick:
+            counts["drawn"] = len(drawn)
         counts["hop one answered"] = sum(hop.one_found for hop in hops)
         counts["hop two answered"] = sum(hop.two_found for hop in hops)
         pool = [hop.query for hop in hops if hop.solvable]
@@ -110,7 +114,7 @@ def fig4(
         raise PscopeError("no query is left: the model answers both hops of none; --keep all asks them anyway")
     if example is not None and example > len(pool):
         raise PscopeError(f"--example {example}: {len(pool)} queries are kept; give a number from 1 to {len(pool)}")
-    indices = sorted(permuted(seed, len(pool))[: samples or (15 if grid.quick else 60)])
+    indices = sorted(permuted(seed, len(pool))[:samples])
     sample = [pool[index] for index in ([(example or 1) - 1] if walking else indices)]
     counts["asked"] = len(sample)
     options: dict[str, Any] = {"seed": seed, "memory": frame.memory}

@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 
 FEW = 10
 
+ASKED = 3
+"""With --quick, so many times as many are asked plainly as are read: enough, if the model knows a third of them."""
+
 
 class SaidAt(str, Enum):
     """The pairs of layers at which answers are said, beside being scored at all."""
@@ -43,8 +46,8 @@ class ScoredBy(str, Enum):
 class GridOptions:
     """The pairs of layers that are scored, and those at which rows speak. Raises PscopeError for what is no layer."""
 
-    layers: Annotated[str | None, layers_option("all; every third with --quick")] = None
-    target_layers: Annotated[str | None, target_layers_option("all; every third with --quick")] = None
+    layers: Annotated[str | None, layers_option("all; every fifth with --quick")] = None
+    target_layers: Annotated[str | None, target_layers_option("all; every fifth with --quick")] = None
     score: Annotated[
         ScoredBy,
         typer.Option(
@@ -59,7 +62,7 @@ class GridOptions:
             "that of --layers and --target-layers; or at all pairs, which takes long."
         ),
     ] = SaidAt.best
-    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers and samples: a few minutes.")] = False
+    quick: Annotated[bool, typer.Option("--quick", help="Fewer layers and samples: some two minutes.")] = False
 
     def __post_init__(self) -> None:
         _ = parse_layers(self.layers), parse_target_layers(self.target_layers)
@@ -74,7 +77,13 @@ class GridOptions:
 
     def _every(self, model: LanguageModel) -> range:
         """The layers that are scored where no others are asked for."""
-        return range(0, model.n_layers + 1, 3 if self.quick else 1)
+        return range(0, model.n_layers + 1, 5 if self.quick else 1)
+
+    def asked(self, samples: int, of: int, seed: int) -> list[int]:
+        """The numbers of those of whom it is found out whether the model knows them, so that `samples` can be read."""
+        from pscope.experiments.experiment import permuted
+
+        return sorted(permuted(seed, of)[: ASKED * samples]) if self.quick else list(range(of))
 
     def settings(self, pairs: Sequence[Pair]) -> dict[str, object]:
         """What stands in the settings of the scores at these pairs."""

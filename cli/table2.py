@@ -71,13 +71,14 @@ def table2(
 
     pairs = grid.pairs(model)
     decoding = pscope.Decoding(new_tokens)
-    all_questions = _readable_questions(model, relation_list, contexts)
+    readable = _readable_questions(model, relation_list, contexts)
+    all_questions = [question.of(grid.asked(samples, len(question.samples), seed)) for question in readable]
     frame.read(repr(relation) for relation in relation_list)
     texts = frame.known(PlainWords(model, plain_questions(all_questions), decoding, memory=frame.memory))
     questions, counts = [], {}
     for candidate in all_questions:
         question, known_count = candidate.known(texts, samples, seed)
-        name, subjects = candidate.relation.name, len(candidate.relation.samples)
+        name, subjects = candidate.relation.name, len(candidate.samples)
         counts[name] = [subjects, known_count, len(question.samples)]
         fate = (
             f"{len(question.samples)} are read"

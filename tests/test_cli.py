@@ -646,6 +646,14 @@ def test_help_is_legible_in_80_columns(monkeypatch):
         assert max(map(len, run(*arguments).stdout.splitlines())) <= 80
 
 
+def test_quickly_no_more_are_asked_than_may_be_needed():
+    asked = GridOptions(quick=True).asked(4, 100, seed=3)
+    assert asked == sorted(set(asked))
+    assert (len(asked), set(asked) <= set(range(100))) == (12, True)
+    assert asked != GridOptions(quick=True).asked(4, 100, seed=4)
+    assert GridOptions(quick=True).asked(4, 5, seed=3) == GridOptions().asked(4, 5, seed=3) == [0, 1, 2, 3, 4]
+
+
 @pytest.mark.parametrize("quick", [False, True])
 def test_rows_speak_where_they_are_scored(tiny, quick):
     grid = GridOptions(quick=quick)
@@ -661,7 +669,7 @@ def test_versions_are_told():
 
 def test_help_tells_defaults_that_are_not_constants(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    for command, default in (("fig1", "all"), ("table3", "the lower half"), ("fig4", "60; 15 with --quick")):
+    for command, default in (("fig1", "all"), ("table3", "the lower half"), ("fig4", "60; 10 with --quick")):
         assert f"[default: ({default})]" in run(command, "--help").stdout
 
 

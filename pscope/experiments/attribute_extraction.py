@@ -85,9 +85,12 @@ class Question:
         `texts` are what it says, by plain question. Also returned is among how many they were drawn.
         """
         answered = [n for n, each in enumerate(self.samples) if answer_found(texts[self.plain(each)], each.answers)]
-        drawn = sorted(answered[index] for index in permuted(seed, len(answered))[:samples])
-        own, sources = tuple(self.samples[place] for place in drawn), tuple(self.sources[place] for place in drawn)
-        return replace(self, samples=own, sources=sources), len(answered)
+        return self.of(sorted(answered[index] for index in permuted(seed, len(answered))[:samples])), len(answered)
+
+    def of(self, places: Sequence[int]) -> Question:
+        """The question of some of its samples, by number."""
+        own, sources = tuple(self.samples[place] for place in places), tuple(self.sources[place] for place in places)
+        return replace(self, samples=own, sources=sources)
 
 
 def question_of(model: LanguageModel, relation: Relation, contexts: int) -> Question:
