@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from pscope.cli.options import TargetModelOptions
     from pscope.cli.prompts import TargetOptions
 
-    from pscope.inputs.positions import Sampled
     from pscope.mappings.mapping_set import MappingSet
     from pscope.models.model import LanguageModel
     from pscope.models.prompts import Prompt
@@ -128,25 +127,18 @@ def across(
     paired, share = draw_paired(model, other, passages, samples, seed)
     frame.read([*passages, target_prompt.text])
     mappings = fit_across(frame, model, other, pairs, *lens)
-    themselves = MappingSet.identity
-    if mappings is None:
-        mappings = dict.fromkeys((MAPPED, SHUFFLED, MEAN), themselves(model, pairs))
     theirs, ours = [each.target for each in paired], [each.source for each in paired]
     diagonals = [[(layer, layer) for layer in sorted({pair[end] for pair in pairs})] for end in (0, 1)]
-
-    def itself(reader: LanguageModel, prompt: Prompt, sampled: list[Sampled], diagonal: list[Pair]) -> CrossModel:
-        unmapped = {MAPPED: themselves(reader, diagonal)}
-        return CrossModel(reader, reader, prompt, unmapped, passages, sampled, diagonal, memory=frame.memory)
-
+    own, other_own = ({MAPPED: MappingSet.identity(*each)} for each in zip((model, other), diagonals, strict=True))
+    # In a dry run there are no maps, and any stand for them.
+    mappings = mappings or dict.fromkeys((MAPPED, SHUFFLED, MEAN), other_own[MAPPED])
     readers = {
-        f"{other.name} reads {model.name}": CrossModel(
-            model, other, target_prompt, mappings, passages, ours, pairs, memory=frame.memory
-        ),
-        f"{model.name} reads itself": itself(model, own_prompt, ours, diagonals[0]),
-        f"{other.name} reads itself": itself(other, target_prompt, theirs, diagonals[1]),
+        f"{other.name} reads {model.name}": (model, other, target_prompt, mappings, passages, ours, pairs),
+        f"{model.name} reads itself": (model, model, own_prompt, own, passages, ours, diagonals[0]),
+        f"{other.name} reads itself": (other, other, target_prompt, other_own, passages, theirs, diagonals[1]),
     }
     table = frame.carry_out(
-        Together(readers),
+        Together({name: CrossModel(*each, memory=frame.memory) for name, each in readers.items()}),
         texts=texts,
         samples=samples,
         seed=seed,
@@ -157,11 +149,11 @@ def across(
     )
     first, on = next(iter(readers)), f"{samples} samples"
     summary, best = summarise(table, seed), best_pairs(table[table["reader"] == first], seed)
-    frame.note("summary", summary)
-    frame.note("best_pairs", best)
-    figure = frame.draw(cross_model_figure(summary, on, first))
-    frame.draw(cross_model_figure(summary, on, first, "surprisal"), "figure-surprisal")
+    frame.run.note("summary", summary)
+    frame.run.note("best_pairs", best)
+    figure = frame.run.draw(cross_model_figure(summary, on, first))
+    frame.run.draw(cross_model_figure(summary, on, first, "surprisal"), "figure-surprisal")
     frame.finish()
     out.print(best_pairs_table(best, summary, first))
     tell(f"{share:.0%} of positions of the texts that were read could be paired")
-    tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")
+    tell(f"table: {frame.run.folder / 'table.parquet'}\nfigure: {figure}")

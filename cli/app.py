@@ -130,12 +130,10 @@ def pscope(
         typer.echo(ctx.get_help())
 
 
-PAPER, LOOK, RUNS = "The paper's experiments", "Look, and read anything", "Models and runs"
-
 for panel, commands in {
-    PAPER: (fig1.fig1, fig2.fig2, table2.table2, table3.table3, fig3.fig3, fig4.fig4),
-    LOOK: (lens.lens, read.read, targets.targets, live.app, show.show),
-    RUNS: (check.check, fit.fit, resume.resume),
+    "The paper's experiments": (fig1.fig1, fig2.fig2, table2.table2, table3.table3, fig3.fig3, fig4.fig4),
+    "Look, and read anything": (lens.lens, read.read, targets.targets, live.app, show.show),
+    "Models and runs": (check.check, fit.fit, resume.resume),
 }.items():
     for command in commands:
         app.command(rich_help_panel=panel)(command)

@@ -26,10 +26,10 @@ def check(
 
     A model that cannot be patched is refused in one line that says why.
     """
-    loaded = frame.load(model)
+    loaded = frame.load()
 
     from pscope.engine.examine import examine
-    from pscope.show.tables import literal, narrow_table
+    from pscope.show.tables import facts_table
 
     with working("Checking"):
         examination = examine(loaded)
@@ -37,14 +37,8 @@ def check(
         return
     if as_json:
         print_json(asdict(examination))
-        return
-    table = narrow_table("")
-    table.show_header = False
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
-    for name, text in _lines(examination):
-        table.add_row(name, literal(text))
-    out.print(table)
+    else:
+        out.print(facts_table(_lines(examination)))
 
 
 def _lines(result: Examination) -> list[tuple[str, str]]:

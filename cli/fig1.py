@@ -62,7 +62,7 @@ def fig1(
         layers=layer_numbers,
     )
     title = f"{prompt.token.strip()!r} in {source!r}"
-    figure = frame.draw(layer_readout_figure(table, f"{title}\n{model.name}"))
+    figure = frame.run.draw(layer_readout_figure(table, f"{title}\n{model.name}"))
     frame.finish()
     if as_json:
         print_json(table)

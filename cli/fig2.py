@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -97,8 +96,7 @@ def fig2(
     from pscope.show.next_token import next_token_figure, next_token_tables
 
     target_prompt = target.prompt(model, pscope.TOKEN_IDENTITY)
-    layer_numbers = list(range(model.n_layers + 1)) if layer_numbers is None else layer_numbers
-    as_layers(model, layer_numbers)
+    layer_numbers = as_layers(model, layer_numbers)
     sampled = draw_positions(model, passages, samples, seed)
     frame.read([*passages, target_prompt.text])
     lenses = _lenses(frame, model, target_prompt, passages, lens or [], fit=fit, fit_to_prompt=fit_to_prompt)
@@ -114,11 +112,11 @@ def fig2(
         lenses=[each.name for each in lenses],
     )
     summary = summarise(table, seed)
-    frame.note("summary", summary)
-    figure = frame.draw(next_token_figure(summary, f"{model.name}, {samples} samples"))
+    frame.run.note("summary", summary)
+    figure = frame.run.draw(next_token_figure(summary, f"{model.name}, {samples} samples"))
     frame.finish()
     out.print(*next_token_tables(summary))
-    tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")
+    tell(f"table: {frame.run.folder / 'table.parquet'}\nfigure: {figure}")
 
 
 def _lenses(
@@ -149,17 +147,11 @@ def _lenses(
         if fit_to_prompt:
             to_prompt = Fit(model, model, tuple((layer, layer) for layer in every), into=target)
             lenses.append(Lens(FITTED, target, frame.fitted(to_prompt, texts, paired, "maps to the prompt")))
-    for name in others:
-        mappings = frame.lens(name, model, model)
-        if mappings is None:
-            continue
+    for label, mappings in frame.lenses(others, model).items():
         if not mappings.folds and mappings.origin.data_sha256 in (digest(passages), digest(shipped_texts())):
             tell(
-                f"{name} was fitted on texts that come with pscope or are read here, and holds no maps without them: "
+                f"{label} was fitted on texts that come with pscope or are read here, and holds no maps without them: "
                 "where it reads them, it has seen them"
             )
-        label = f"{mappings.origin.kind}, {Path(name).absolute().name}"
-        if label in (each.name for each in lenses):
-            raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
         lenses.append(lens_of(label, mappings, target, model.n_layers))
     return lenses

@@ -11,7 +11,7 @@ from pscope.cli.across import LensOption, fit_across, refuse_lens_alone, target_
 from pscope.cli.console import out, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import TargetModelOptions, seed_option
-from pscope.cli.prompts import NameOptions, TargetOptions, stop_at_comma_option
+from pscope.cli.prompts import NameOptions, StopAtCommaOption, TargetOptions
 
 from pscope.errors import PscopeError
 
@@ -31,7 +31,7 @@ def fig3(
     target: TargetOptions,
     target_model: TargetModelOptions,
     lens: LensOption = None,
-    stop_at_comma: Annotated[bool, stop_at_comma_option()] = True,
+    stop_at_comma: StopAtCommaOption = True,
     seed: Annotated[int, seed_option("the order, the random vectors, the halves and the bands")] = 0,
 ) -> None:
     """Figure 3: how well entities are described from each layer, by ROUGE-L against references.
@@ -49,7 +49,7 @@ def fig3(
     model = frame.load_target(target_model, source_model)
 
     import pscope
-    from pscope.experiments.entity_resolution import EntityDescriptions, best_layers, summarise
+    from pscope.experiments.entity_resolution import EntityDescriptions, best_layers, name_prompt, summarise
     from pscope.experiments.entity_resolution_across import DescriptionsAcross
     from pscope.show.entity_resolution import across_table, best_table, entity_figure, layers_tables
 
@@ -69,7 +69,7 @@ def fig3(
         experiment = DescriptionsAcross(source_model, model, (own, prompt), mappings, kept, pairs, decoding, **options)
     if demonstrated:
         tell(f"left out, since the target prompt speaks of them: {', '.join(entity.name for entity in demonstrated)}")
-    if at_sink := experiment.names_at_sink:
+    if at_sink := sum(name_prompt(source_model, entity.name, names.before).at_sink for entity in kept):
         tell(f"{at_sink} of {len(kept)} names are read at the very first token, where models keep an attention sink")
     table = frame.carry_out(
         experiment,
@@ -83,11 +83,11 @@ def fig3(
         seed=seed,
     )
     summary, best = summarise(table, seed), best_layers(table, seed)
-    frame.note("summary", summary)
-    frame.note("best_layers", best)
+    frame.run.note("summary", summary)
+    frame.run.note("best_layers", best)
     origin = "" if model is source_model else f" from states of {source_model.name}"
-    figure = frame.draw(entity_figure(summary, f"{model.name}{origin}, {len(kept)} entities"))
+    figure = frame.run.draw(entity_figure(summary, f"{model.name}{origin}, {len(kept)} entities"))
     frame.finish()
     across = [] if model is source_model else [across_table(summary)]
     out.print(*layers_tables(summary), *across, *([best_table(best)] if len(best) else []))
-    tell(f"table: {frame.folder / 'table.parquet'}\nfigure: {figure}")
+    tell(f"table: {frame.run.folder / 'table.parquet'}\nfigure: {figure}")

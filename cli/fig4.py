@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from pscope.cli.console import out, tell
@@ -15,13 +14,6 @@ from pscope.cli.options import NewTokensOption, seed_option
 from pscope.errors import PscopeError
 
 GRID = (2 / 15, 1 / 3, 8 / 15, 2 / 3, 23 / 30), (1 / 30, 2 / 15, 7 / 30, 1 / 3)
-
-
-class Keep(str, Enum):
-    """Which queries are asked."""
-
-    solvable = "solvable"
-    all = "all"
 
 
 @command
@@ -37,8 +29,9 @@ def fig4(
         ),
     ] = None,
     keep: Annotated[
-        Keep, typer.Option(help="Ask only queries of which the model answers both hops alone, or all.")
-    ] = Keep.solvable,
+        Literal["solvable", "all"],
+        typer.Option(help="Ask only queries of which the model answers both hops alone, or all."),
+    ] = "solvable",
     samples: Annotated[
         int | None, typer.Option(min=1, help="Queries to ask.", show_default="60; 10 with --quick")
     ] = None,
@@ -100,7 +93,7 @@ def fig4(
     decoding, reasoning = pscope.Decoding(new_tokens), pscope.Decoding(cot_tokens)
     frame.read(repr(one) for one in composed)
     counts, pool = {"composed": len(composed)}, composed
-    if keep is Keep.solvable and query is None:
+    if keep == "solvable" and query is None:
         drawn = [composed[number] for number in grid.asked(samples, len(composed), seed)]
         texts = frame.known(PlainWords(model, plain_hops(drawn), decoding, memory=frame.memory))
         hops = answered_hops(drawn, texts)
@@ -124,13 +117,13 @@ def fig4(
     if walking:
         coarse = grid.coarse(model, GRID)
         continuations = frame.carry_out(MultiHop(model, sample, coarse, decoding, **methods), **settings, pairs=coarse)
-        frame.note("queries", transcripts(continuations, sample))
+        frame.run.note("queries", transcripts(continuations, sample))
         frame.finish()
         for part in walk_through(sample[0], continuations):
             out.print(part, soft_wrap=isinstance(part, str))
-        tell(f"table: {frame.folder / 'table.parquet'}")
+        tell(f"table: {frame.run.folder / 'table.parquet'}")
         return
-    experiment = MultiHopScores(model, sample, pairs, among=composed, by=grid.score.value, **options)
+    experiment = MultiHopScores(model, sample, pairs, among=composed, by=grid.score, **options)
     tell("queries: " + ", ".join(f"{count} {name}" for name, count in counts.items()))
     warn_few({"queries": len(sample), "bridges": len({shared_bridge(one) for one in sample})})
     tell_price(experiment)
@@ -138,21 +131,22 @@ def fig4(
     best = None if scores is None else best_pairs(scores, "method", ["query"])
     said_at = grid.said_pairs(model, GRID, best)
     continuations = frame.say(MultiHop(model, sample, said_at, decoding, **methods), best_pairs=best)
-    frame.note("queries", transcripts(continuations, sample))
+    frame.run.note("queries", transcripts(continuations, sample))
     summary, gain_table = summarise(scores, continuations, seed), gains(scores, seed)
-    frame.note("summary", summary)
-    frame.note("gains", gain_table)
+    frame.run.note("summary", summary)
+    frame.run.note("gains", gain_table)
     agreement = grid.agreement(scores, continuations, "method", ["query"], "bridge", seed)
     if len(agreement):
-        frame.note("agreement", agreement)
+        frame.run.note("agreement", agreement)
     steps = f"step by step: {cot_tokens} tokens{', in the chat template' if chat else ''}"
     lengths = f"{steps}; all others: {new_tokens} tokens{', without it' if chat else ''}"
-    figure = frame.draw(answers_figure(summary, f"{model.name}, {len(sample)} queries\n{lengths}"))
-    heatmaps = frame.draw(answers_heatmaps(scores, model.name), "heatmaps")
+    figure = frame.run.draw(answers_figure(summary, f"{model.name}, {len(sample)} queries\n{lengths}"))
+    heatmaps = frame.run.draw(answers_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(answers_table(summary, lengths))
     if len(gain_table):
         out.print(gains_table(gain_table))
     if len(agreement):
         out.print(agreement_table(agreement))
-    tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")
+    folder = frame.run.folder
+    tell(f"tables: {folder / 'table.parquet'} {folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from datetime import datetime
-from enum import Enum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from pscope.cli.console import out, tell
@@ -21,8 +21,6 @@ from pscope.cli.texts import TextOptions
 from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
-    import pandas as pd
-
     from pscope.mappings.fit import Fit
     from pscope.mappings.mapping_set import MappingSet
     from pscope.models.model import LanguageModel
@@ -31,13 +29,6 @@ CHECKPOINT = ".checkpoint.safetensors"
 
 MOST_TEXTS = 10_000
 """Of a dataset, which may have no end; as many as the paper fits on."""
-
-
-class Optimiser(str, Enum):
-    """How the tuned lens is trained."""
-
-    adam = "adam"
-    published = "published"
 
 
 @command
@@ -73,8 +64,9 @@ def fit(
         bool, typer.Option("--tuned", help="Go on from there to the tuned lens: least KL to what the model says.")
     ] = False,
     optimiser: Annotated[
-        Optimiser, typer.Option(help="How the tuned lens is trained: by Adam, or as published, from the same start.")
-    ] = Optimiser.adam,
+        Literal["adam", "published"],
+        typer.Option(help="How the tuned lens is trained: by Adam, or as published, from the same start."),
+    ] = "adam",
     steps: Annotated[int, typer.Option(min=1, help="Steps of the tuned lens.")] = 250,
     jacobian: Annotated[
         bool,
@@ -106,6 +98,7 @@ def fit(
     other = frame.load_target(target_model, model)
 
     from pscope.mappings.storage import check_new, save_mappings
+    from pscope.mappings.tuned import ADAM, PUBLISHED, fit_tuned
     from pscope.show.mappings import mappings_table
 
     last = min(model.n_layers, other.n_layers) if to == "same" else model.n_layers
@@ -121,7 +114,11 @@ def fit(
         else:
             mappings = _affine(_fit_of(model, other, to, layer_numbers, target, penalty), passages, positions, seed)
         if tuned:
-            mappings, kl = _tuned(model, passages, mappings, optimiser, steps, seed, checkpoint)
+            recipe = replace(ADAM if optimiser == "adam" else PUBLISHED, steps=steps)
+            with progress(steps, what="steps") as meter:
+                mappings, kl = fit_tuned(
+                    model, passages, mappings, recipe, seed=seed, checkpoint=checkpoint, progress=meter
+                )
     if not frame.processes.main:
         return
     save_mappings(mappings, folder)
@@ -174,24 +171,6 @@ def _affine(fit: Fit, passages: list[str], positions: int | None, seed: int) -> 
     fit.check(paired)
     with progress(sum(len(each.source.positions) for each in paired), what="positions") as meter:
         return fit.run(passages, paired, meter)
-
-
-def _tuned(
-    model: LanguageModel,
-    passages: list[str],
-    start: MappingSet,
-    optimiser: Optimiser,
-    steps: int,
-    seed: int,
-    checkpoint: Path,
-) -> tuple[MappingSet, pd.DataFrame]:
-    from dataclasses import replace
-
-    from pscope.mappings.tuned import ADAM, PUBLISHED, fit_tuned
-
-    recipe = replace(ADAM if optimiser is Optimiser.adam else PUBLISHED, steps=steps)
-    with progress(steps, what="steps") as meter:
-        return fit_tuned(model, passages, start, recipe, seed=seed, checkpoint=checkpoint, progress=meter)
 
 
 def _jacobian(model: LanguageModel, passages: list[str], layers: list[int], checkpoint: Path) -> MappingSet:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, is_dataclass, replace
 from datetime import datetime
-from enum import Enum
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
@@ -26,7 +25,6 @@ from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
     import pandas as pd
-    from matplotlib.figure import Figure
 
     from pscope.experiments.experiment import Experiment
     from pscope.experiments.known import PlainWords
@@ -52,26 +50,21 @@ def command(body: Callable[..., None]) -> Callable[..., None]:
 
     A parameter that is a dataclass of options stands for all of its fields.
     """
-    parameters = inspect.signature(body, eval_str=True).parameters
-    kind = parameters["frame"].annotation
-    singles = {name: parameter for name, parameter in parameters.items() if name != "frame"}
-    kinds = {name: parameter.annotation for name, parameter in singles.items()}
+    own = dict(inspect.signature(body, eval_str=True).parameters)
+    kind = own.pop("frame").annotation
+    kinds = {name: each.annotation for name, each in own.items()}
     groups = {name: of for name, of in kinds.items() if isinstance(of, type) and is_dataclass(of)}
-    shared = {"model": ModelOptions, "run": RunOptions} if kind is Frame else {"model": ModelOptions}
-
-    def expanded(name: str, parameter: inspect.Parameter) -> list[inspect.Parameter]:
-        return _fields_of(groups[name]) if name in groups else [parameter]
-
-    mine = [part for name, parameter in singles.items() for part in expanded(name, parameter)]
-    theirs = [part for group in shared.values() for part in _fields_of(group) if part.name not in singles]
+    shared = (ModelOptions, RunOptions) if kind is Frame else (ModelOptions,)
+    mine = [part for name, each in own.items() for part in (_fields_of(groups[name]) if name in groups else [each])]
+    theirs = [part for group in shared for part in _fields_of(group) if part.name not in own]
 
     @functools.wraps(body)
     def run(ctx: typer.Context, **options: object) -> None:
         def options_of(group: type[Any]) -> object:
             return group(**{field.name: options[field.name] for field in fields(group) if field.name in options})
 
-        arguments = {name: options_of(groups[name]) if name in groups else options[name] for name in singles}
-        frame = kind(body.__name__, *map(options_of, shared.values()), options=options, resuming=ctx.obj)
+        arguments = {name: options_of(groups[name]) if name in groups else options[name] for name in own}
+        frame = kind(body.__name__, *map(options_of, shared), options=options, resuming=ctx.obj)
         with signals.closed_unbroken(frame):
             body(frame, **arguments)
 
@@ -107,9 +100,9 @@ class Loader:
 
         return Processes(self._model.device, tensor_parallel=self._model.tensor_parallel)
 
-    def load(self, name: str | None = None) -> LanguageModel:
+    def load(self) -> LanguageModel:
         """The model, with a word on what takes long and the chatter of other libraries turned off."""
-        return self._load(name or self._model.model, self._model)
+        return self._load(self._model.model, self._model)
 
     def load_other(self, name: str) -> LanguageModel:
         """Another model beside that of `--model`, whose revision is not its own."""
@@ -151,7 +144,7 @@ class Loader:
         with working(what):
             return pscope.load(
                 name,
-                dtype=options.dtype.value,
+                dtype=options.dtype,
                 device=device,
                 device_map=options.device_map,
                 revision=options.revision,
@@ -177,7 +170,7 @@ class Frame(Loader):
         resuming: Resuming | None,
     ) -> None:
         super().__init__(name, model)
-        self._run, self._options, self._resuming = run, options, resuming
+        self._run_options, self._options, self._resuming = run, options, resuming
         self.memory = parse_memory(run.memory)
         # To the microsecond, since several may be started at once.
         folder = run.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
@@ -187,25 +180,25 @@ class Frame(Loader):
         self._scored: Experiment[Any] | None = None
         self._finished = False
 
-    def load(self, name: str | None = None) -> LanguageModel:
+    def load(self) -> LanguageModel:
         """The model, or, for a dry run, what it is without its weights.
 
         Raises RunError first if the run cannot be written where it should be.
         """
         from pscope.runs.folder import Run, check_writable
 
-        begins = self._resuming is None and not (self._run.shard and Run(self._folder).there)
-        if begins and rank() == 0 and not self._run.dry_run:
+        begins = self._resuming is None and not (self._run_options.shard and Run(self._folder).there)
+        if begins and rank() == 0 and not self._run_options.dry_run:
             check_writable(self._folder)
-        return super().load(name)
+        return super().load()
 
     def _load(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
-        if not self._run.dry_run:
+        if not self._run_options.dry_run:
             return super()._load(name, options, adapter)
         from pscope.models.loading import outline
 
         with working(f"Reading the config of {name}"):
-            return outline(name, dtype=options.dtype.value, revision=options.revision)
+            return outline(name, dtype=options.dtype, revision=options.revision)
 
     def read(self, data: Iterable[str]) -> None:
         """Note what the run reads, beside its options: it must be the same where it is gone on with."""
@@ -213,11 +206,8 @@ class Frame(Loader):
 
     def known(self, questions: PlainWords) -> dict[str, str]:
         """What the model says to plain questions: a stage of its own, before it is known what else there is to do."""
-        if self._run.dry_run:
-            self._plan(questions, "what the model knows")
-            table = questions.hoped_for()
-        else:
-            table = self._stage("known", questions, {}, last=False)
+        planned = self._planned(questions, "what the model knows")
+        table = questions.hoped_for() if planned else self._stage("known", questions, {}, last=False)
         return dict(zip(table["text"], table["continuation"], strict=True))
 
     def lens(self, name: str, source: LanguageModel, target: LanguageModel) -> MappingSet | None:
@@ -226,19 +216,30 @@ class Frame(Loader):
         """
         from pscope.mappings.storage import digest_of, read_mappings
 
-        if self._run.dry_run:
+        if self._run_options.dry_run:
             tell(f"{name} is left out of this dry run")
             return None
         mappings = read_mappings(name, source, target)
         self.read([digest_of(mappings)])
         return mappings
 
+    def lenses(self, names: Iterable[str], model: LanguageModel) -> dict[str, MappingSet]:
+        """Mappings within a model by what they are called in a figure. Raises PscopeError for two of one name."""
+        lenses: dict[str, MappingSet] = {}
+        for name in names:
+            if (mappings := self.lens(name, model, model)) is not None:
+                label = f"{mappings.origin.kind}, {Path(name).absolute().name}"
+                if label in lenses:
+                    raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
+                lenses[label] = mappings
+        return lenses
+
     def fitted(self, fit: Fit, texts: Sequence[str], paired: Sequence[Paired], what: str) -> MappingSet | None:
         """Mappings that are fitted once and then kept in the cache; None in a dry run, which has no states."""
         from pscope.mappings.cache import fitted, place
 
         count = sum(len(each.source.positions) for each in paired)
-        if self._run.dry_run:
+        if self._run_options.dry_run:
             tell(f"{what}: to be fitted first, on {count} positions of {len(paired)} texts, unless the cache has it")
             return None
         processes = self.processes
@@ -261,53 +262,28 @@ class Frame(Loader):
 
         Only one process comes back from it, and none where a share of the run was asked for.
         """
-        if self._run.dry_run:
-            self._plan(experiment, self.name)
+        if self._planned(experiment, self.name):
             raise typer.Exit
         return self._stage("table", experiment, settings)
 
     def score(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame | None:
         """As `carry_out`, where something is to be said afterwards: the table, for all processes; None in a dry run."""
-        if self._run.dry_run:
-            self._plan(experiment, "scores")
+        if self._planned(experiment, "scores"):
             return None
         self._scored = experiment
         return self._stage("table", experiment, settings, last=False)
 
     def say(self, experiment: Experiment[Any], **settings: object) -> pd.DataFrame:
         """The table of what is said after the scores. Only one process comes back from it."""
-        if self._run.dry_run:
-            self._plan(experiment, "what is said")
+        if self._planned(experiment, "what is said"):
             raise typer.Exit
         if self._scored is not None:
             experiment.trust(self._scored)
         return self._stage("said", experiment, settings)
 
     @property
-    def folder(self) -> Path:
-        """Where the run is."""
-        return self._open_run.folder
-
-    @property
-    def settings(self) -> dict[str, Any]:
-        """What the run says of itself: its command line, its model, its options."""
-        return self._open_run.settings
-
-    def note(self, name: str, what: pd.DataFrame | list[Any]) -> None:
-        """Keep something that was made from the table."""
-        self._open_run.note(name, what)
-
-    def draw(self, figure: Figure, name: str = "figure") -> Path:
-        """Keep a figure; returns the path of its PNG."""
-        return self._open_run.draw(figure, name)
-
-    def write_page(self, page: str) -> Path:
-        """Keep a page; returns its path."""
-        return self._open_run.write_page(page)
-
-    @property
-    def _open_run(self) -> Run:
-        # Nothing is kept, nor asked for, before the first stage.
+    def run(self) -> Run:
+        """The folder of the run, which keeps what is made from its tables. It is there from the first stage on."""
         assert self._session is not None
         return self._session.run
 
@@ -340,7 +316,7 @@ class Frame(Loader):
             session = Session(
                 self._folder,
                 self.processes,
-                share=parse_shard(self._run.shard),
+                share=parse_shard(self._run_options.shard),
                 resume=self._resuming is not None,
                 force=self._resuming is not None and self._resuming.force,
                 tell=tell,
@@ -358,10 +334,13 @@ class Frame(Loader):
             raise typer.Exit
         return table
 
-    def _plan(self, experiment: Experiment[Any], what: str) -> None:
-        from pscope.cli.plan import show_plan
+    def _planned(self, experiment: Experiment[Any], what: str) -> bool:
+        """Whether the run is a dry one, for which it is told instead what a stage would take."""
+        if self._run_options.dry_run:
+            from pscope.cli.plan import show_plan
 
-        show_plan(experiment, what, self._model.device, self._run.rate)
+            show_plan(experiment, what, self._model.device, self._run_options.rate)
+        return self._run_options.dry_run
 
 
 def kept_by(error: BaseException) -> str:
@@ -371,8 +350,6 @@ def kept_by(error: BaseException) -> str:
 
 def _plain(name: str, value: Any) -> Any:
     """An option as it stands in the settings; files by a path that is right from anywhere."""
-    if isinstance(value, Enum):
-        return value.value
     if isinstance(value, Path):
         return str(value.absolute())
     if name == "target" and value is not None and os.path.isfile(value):
@@ -381,15 +358,12 @@ def _plain(name: str, value: Any) -> Any:
         return [_plain(name, each) for each in value]
     if name in ("model", "target_model", "difference", "dataset", "lens", "vectors", "minus") and value is not None:
         # A packaged model goes before a folder of its name; of datasets and tensors there may be more after a colon.
+        from pscope.models import packaged
+
         path, *more = value.split(":") if name in ("dataset", "vectors", "minus") else [value]
         if name == "minus" and not Path(path).suffix:
             # A text, whatever folder has its name.
             return value
-        return ":".join([str(Path(path).absolute()), *more]) if os.path.exists(path) and not _packaged(value) else value
+        if os.path.exists(path) and value not in packaged.MODELS:
+            return ":".join([str(Path(path).absolute()), *more])
     return value
-
-
-def _packaged(name: str) -> bool:
-    from pscope.models import packaged
-
-    return name in packaged.MODELS

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from pscope.cli.console import tell
@@ -26,22 +25,6 @@ ASKED = 3
 """With --quick, so many times as many are asked plainly as are read: enough, if the model knows a third of them."""
 
 
-class SaidAt(str, Enum):
-    """The pairs of layers at which answers are said, beside being scored at all."""
-
-    best = "best"
-    grid = "grid"
-    all = "all"
-
-
-class ScoredBy(str, Enum):
-    """What of an answer is scored."""
-
-    start = "start"
-    whole = "whole"
-    mean = "mean"
-
-
 @dataclass(frozen=True)
 class GridOptions:
     """The pairs of layers that are scored, and those at which rows speak. Raises PscopeError for what is no layer."""
@@ -49,19 +32,19 @@ class GridOptions:
     layers: Annotated[str | None, layers_option("all; every fifth with --quick")] = None
     target_layers: Annotated[str | None, target_layers_option("all; every fifth with --quick")] = None
     score: Annotated[
-        ScoredBy,
+        Literal["start", "whole", "mean"],
         typer.Option(
             help="What of an answer is scored: the first tokens that tell it from the others, the whole of it, or the "
             "mean over its tokens."
         ),
-    ] = ScoredBy.start
+    ] = "start"
     said_at: Annotated[
-        SaidAt,
+        Literal["best", "grid", "all"],
         typer.Option(
             help="Where answers are also said: at the pair that scores best on other samples; on a coarse grid, or "
             "that of --layers and --target-layers; or at all pairs, which takes long."
         ),
-    ] = SaidAt.best
+    ] = "best"
     quick: Annotated[bool, typer.Option("--quick", help="Fewer layers and samples: some two minutes.")] = False
 
     def __post_init__(self) -> None:
@@ -88,7 +71,7 @@ class GridOptions:
     def settings(self, pairs: Sequence[Pair]) -> dict[str, object]:
         """What stands in the settings of the scores at these pairs."""
         source, target = (sorted(set(layers)) for layers in zip(*pairs, strict=True))
-        return {"source_layers": source, "target_layers": target, "scored_by": self.score.value}
+        return {"source_layers": source, "target_layers": target, "scored_by": self.score}
 
     def said_pairs(
         self, model: LanguageModel, coarse: tuple[Sequence[float], Sequence[float]], best: Best | None
@@ -97,9 +80,9 @@ class GridOptions:
 
         `coarse` are source and target layers of the grid as fractions of the depth.
         """
-        if self.said_at is SaidAt.best:
+        if self.said_at == "best":
             return self._as_many_as_best(model) if best is None else best
-        return self.pairs(model) if self.said_at is SaidAt.all else self.coarse(model, coarse)
+        return self.pairs(model) if self.said_at == "all" else self.coarse(model, coarse)
 
     def agreement(
         self, scores: pd.DataFrame, words: pd.DataFrame, key: str, unit: list[str], group: str, seed: int
@@ -107,7 +90,7 @@ class GridOptions:
         """How alike scores and words rank: see `rank_agreement`. Empty where rows speak at the best pairs alone."""
         from pscope.experiments.agreement import rank_agreement
 
-        return rank_agreement(scores, words[:0] if self.said_at is SaidAt.best else words, key, unit, group, seed)
+        return rank_agreement(scores, words[:0] if self.said_at == "best" else words, key, unit, group, seed)
 
     def _as_many_as_best(self, model: LanguageModel) -> list[Pair]:
         """A pair for every fold, of those that lead downwards where there are any: back-patching has no others."""

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from pscope.cli.console import print_json, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import JsonOption, NewTokensOption, layers_option, parse_layers
-
-from pscope.errors import PscopeError
-
-if TYPE_CHECKING:
-    from pscope.mappings.mapping_set import MappingSet
 
 LENS = typer.Option("--lens", metavar="FOLDER|ID", help="A tuned lens or other maps, as a lens of its own.")
 
@@ -46,18 +40,11 @@ def lens(
     from pscope.experiments.token_grid import grid_of
     from pscope.show.lens_page import lens_page
 
-    mappings: dict[str, MappingSet] = {}
-    for name in lens or ():
-        if (mapping_set := frame.lens(name, model, model)) is not None:
-            label = f"{mapping_set.origin.kind}, {Path(name).absolute().name}"
-            if label in mappings:
-                raise PscopeError(f"two lenses are called {label!r}; give their folders different names")
-            mappings[label] = mapping_set
     experiment = grid_of(
         model,
         text,
         layer_numbers,
-        mappings=mappings,
+        mappings=frame.lenses(lens or (), model),
         describe=pscope.Decoding(new_tokens, stop=(",",)) if describe else None,
         top_k=top_k,
         memory=frame.memory,
@@ -66,11 +53,11 @@ def lens(
     table = frame.carry_out(experiment, text=experiment.prompt.text)
     origin = {
         "model": model.name,
-        "weights": frame.settings["model"]["fingerprint"][:16],
+        "weights": frame.run.settings["model"]["fingerprint"][:16],
         "text": repr(experiment.prompt.text),
-        "command": frame.settings["command_line"],
+        "command": frame.run.settings["command_line"],
     }
-    page = frame.write_page(lens_page(table, text, origin, model.config.vocab_size))
+    page = frame.run.write_page(lens_page(table, text, origin, model.config.vocab_size))
     frame.finish()
     if as_json:
         print_json(table)

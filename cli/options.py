@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,15 +16,6 @@ MODEL, RUN = "The model", "The run"
 
 MOST_MEMORY = 2**20
 """In GiB; no machine has more."""
-
-
-class Dtype(str, Enum):
-    """What the weights are loaded as."""
-
-    auto = "auto"
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
 
 
 def option_of(panel: str, *names: str, **options: Any) -> Any:
@@ -42,8 +32,9 @@ class ModelOptions:
     ] = "smollm2"
     revision: Annotated[str | None, option_of(MODEL, help="Branch, tag or commit of a model from the hub.")] = None
     dtype: Annotated[
-        Dtype, option_of(MODEL, help="What to load the weights as; auto is what the checkpoint holds.")
-    ] = Dtype.auto
+        Literal["auto", "float32", "bfloat16", "float16"],
+        option_of(MODEL, help="What to load the weights as; auto is what the checkpoint holds."),
+    ] = "auto"
     device: Annotated[str | None, option_of(MODEL, help="cpu, cuda, cuda:1 …; by default a GPU if there is one.")] = (
         None
     )

@@ -13,21 +13,17 @@ if TYPE_CHECKING:
 def show_plan(experiment: Experiment[Any], what: str, device: str | None, rate: float | None) -> None:
     """Print what a stage of a run would take, at a rate in TFLOP/s or the one that is measured here."""
     from pscope.runs.plan import measured_rate, plan
-    from pscope.show.tables import literal, narrow_table
+    from pscope.show.tables import facts_table
 
     planned = plan(experiment)
     measured = rate is None
     with working("Measuring how fast matrices are multiplied here"):
         rate = measured_rate(experiment.model, device) / 1e12 if rate is None else rate
     seconds = planned.flops / (rate * 1e12)
-    table = narrow_table("")
-    table.show_header = False
-    table.add_column(no_wrap=True, style="bold")
-    table.add_column(overflow="fold")
     work = {"sources": planned.reading, "patched prompts": planned.patching, "new tokens": planned.speaking}
     shares = ", ".join(f"{flops / planned.flops:.0%} {name}" for name, flops in work.items())
     at = f"{rate:.3g} TFLOP/s{', as bare matrix products reach here' if measured else ''}"
-    for name, text in (
+    facts = (
         ("stage", what),
         ("units", f"{planned.units:,} in {planned.parts:,} parts"),
         ("rows", f"{planned.rows:,}, at most"),
@@ -38,10 +34,9 @@ def show_plan(experiment: Experiment[Any], what: str, device: str | None, rate: 
         ),
         ("floor", f"{planned.flops:.3g} FLOPs in matrix products, attention aside: {shares}"),
         ("time", f"{_duration(seconds)} of one process at {at}; of N, an Nth"),
-    ):
-        table.add_row(name, literal(text))
+    )
     if rank() == 0:
-        out.print(table)
+        out.print(facts_table(facts))
 
 
 def _duration(seconds: float) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
 
 from pscope.cli.console import err, tell
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,15 +13,9 @@ PERIOD = 60
 """Seconds from line to line."""
 
 
-class Meter(Protocol):
-    """Is told how many rows are done by now."""
-
-    def __call__(self, done: int) -> None: ...
-
-
 @contextmanager
-def progress(total: int, done: int = 0, what: str = "rows") -> Iterator[Meter]:
-    """A meter of so many rows, or something else, some of which were done before."""
+def progress(total: int, done: int = 0, what: str = "rows") -> Iterator[Callable[[int], None]]:
+    """A function that is told how many of so many rows, or something else, are done by now; some were before."""
     if err.is_terminal:
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         # Work comes in parts of many seconds, of which the estimate must see several.

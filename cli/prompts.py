@@ -7,7 +7,7 @@ import re
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from pscope.cli.console import tell
@@ -27,6 +27,13 @@ _FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".npy", ".pt", ".pth
 
 AtIndexOption = Annotated[
     str | None, typer.Option(metavar="N[,N…]", help="The same by index, or several, whatever the text holds.")
+]
+
+StopAtCommaOption = Annotated[
+    bool,
+    typer.Option(
+        "--stop-at-comma/--no-stop-at-comma", help="End a description at its first comma, as those of the prompt do."
+    ),
 ]
 
 
@@ -127,12 +134,6 @@ def refuse_lost_file(text: str, option: str) -> None:
         raise PscopeError(f"{option} {text!r} is no file, and looks like one; a text of that look goes into a file")
 
 
-def stop_at_comma_option() -> Any:
-    """`--stop-at-comma`."""
-    text = "End a description at its first comma, as those of the prompt do."
-    return typer.Option("--stop-at-comma/--no-stop-at-comma", help=text)
-
-
 def parse_position(at: str | None, index: str | None, text: str, option: str = "--at", default: At = -1) -> At:
     """The position in `text` that `--at` or `--at-index` gives, as the library takes it. Raises PscopeError.
 
@@ -177,8 +178,8 @@ def tell_sink(source: Prompt) -> None:
     """Say so if the very first token is read."""
     if source.at_sink:
         tell(
-            f"{source.token!r} is the very first token: models keep an attention sink there, whose state says nothing "
-            "of the token"
+            f"{source.tokens[0]!r} is the very first token: models keep an attention sink there, whose state says "
+            "nothing of it"
         )
 
 

@@ -145,7 +145,7 @@ def read(
         from pscope.show.reading import reading_tables
 
         out.print(*reading_tables(table))
-    tell(f"table: {frame.folder / 'table.parquet'}")
+    tell(f"table: {frame.run.folder / 'table.parquet'}")
 
 
 def _written_out(model: LanguageModel, target_prompt: Prompt, words: dict[str, str], new_tokens: int) -> dict[str, str]:
@@ -182,14 +182,14 @@ def _mappings(
 
     if other is not model:
         frame.read([fingerprint(model)])
+    mappings = None if lens is None else frame.lens(lens, model, other)
+    leads_to = set() if mappings is None else {target for _, target in mappings.maps}
+    default = [*leads_to] if len(leads_to) == 1 else "same"
+    target_layers = range(other.n_layers + 1) if target_layers == "all" else target_layers or default
     if lens is not None:
-        mappings = frame.lens(lens, model, other)
-        leads_to = sorted({target for _, target in mappings.maps}) if mappings is not None else []
-        target_layers = leads_to if target_layers is None and len(leads_to) == 1 else target_layers
         if directions:
             tell("what is left of a subtraction is a direction; a map with a constant part adds that to it")
-        return mappings, range(other.n_layers + 1) if target_layers == "all" else target_layers or "same"
-    target_layers = range(other.n_layers + 1) if target_layers == "all" else target_layers or "same"
+        return mappings, target_layers
     if other is model:
         return None, target_layers
     if _alike(model, other):

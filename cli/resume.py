@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast
+from typing import Annotated, cast
 
 import typer
 from pscope.cli.frame import Resuming
@@ -38,29 +38,10 @@ def resume(
     if not isinstance(options, dict):
         raise RunError(f'the settings of {run} hold no "options", so it cannot be gone on with')
     changes = {name: value for name, value in (("memory", memory), ("device", device)) if value is not None}
-    arguments = _arguments(command.params, {**options, "shard": None, **changes})
-    with command.make_context(command.name, arguments, parent=ctx.parent, obj=Resuming(run, force)) as again:
-        command.invoke(again)
-
-
-def _arguments(params: list[Any], options: dict[str, object]) -> list[str]:
-    """Options as they would be typed: so that settings edited to nonsense are refused as a typing error is."""
-    flags, bare = [], []
-    names = {param.name for param in params}
-    for name in options.keys() - names:
+    for name in options.keys() - {param.name for param in command.params}:
         raise RunError(f"the settings have an option {name!r} that the command has not")
-    for param in params:
-        value = options.get(param.name)
-        if value is None:
-            continue
-        if isinstance(value, bool):
-            flags += param.opts if value else param.secondary_opts
-        elif isinstance(value, list) and param.multiple:
-            flags += [f"{param.opts[0]}={each}" for each in value]
-        elif isinstance(value, list):
-            flags += [param.opts[0], *map(str, value)]
-        elif param.param_type_name == "argument":
-            bare.append(str(value))
-        else:
-            flags.append(f"{param.opts[0]}={value}")
-    return [*flags, "--", *bare]
+    # As defaults they are checked as what is typed: settings edited to nonsense are refused as typing errors are.
+    given = {**options, "shard": None, **changes}
+    resuming = Resuming(run, force)
+    with command.make_context(command.name, [], parent=ctx.parent, obj=resuming, default_map=given) as again:
+        command.invoke(again)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 from pscope.cli.console import tell
 from pscope.cli.frame import Frame
 from pscope.cli.options import option_of, parse_layers
-from pscope.cli.prompts import parse_position, refuse_lost_file
+from pscope.cli.prompts import parse_position, refuse_lost_file, tell_sink
 
 from pscope.errors import PscopeError
 
@@ -137,8 +137,7 @@ class Sources:
             words[chat.name] = "\n".join(message["content"] for message in messages)
         self._frame.read([prompt.text for _, prompt in prompts])
         for _, prompt in prompts:
-            if prompt.at_sink:
-                tell(f"{prompt!r}: models keep an attention sink at the first token, whose state says nothing of it")
+            tell_sink(prompt)
         return prompts, words
 
     def _states_of(self, prompts: Sequence[tuple[str, Prompt]], layers: Sequence[int] | None) -> States:

@@ -91,7 +91,7 @@ def table2(
         raise PscopeError("no relation is left: the model knows too few subjects of each")
     warn_few({f"subjects of {question.relation.name}": len(question.samples) for question in questions})
     options = {"seed": seed, "memory": frame.memory}
-    experiment = AttributeScores(model, questions, pairs, by=grid.score.value, **options)
+    experiment = AttributeScores(model, questions, pairs, by=grid.score, **options)
     tell_price(experiment)
     scores = frame.score(
         experiment,
@@ -107,18 +107,19 @@ def table2(
     said_at = grid.said_pairs(model, GRID, best)
     continuations = frame.say(AttributeExtraction(model, questions, said_at, decoding, **options), best_pairs=best)
     summary, accuracy = summarise(scores, continuations, seed), over_layers(scores, seed)
-    frame.note("summary", summary)
-    frame.note("accuracy", accuracy)
+    frame.run.note("summary", summary)
+    frame.run.note("accuracy", accuracy)
     agreement = grid.agreement(scores, continuations, "relation", ["subject", "context"], "subject", seed)
     if len(agreement):
-        frame.note("agreement", agreement)
-    figure = frame.draw(accuracy_figure(accuracy, model.name))
-    heatmaps = frame.draw(accuracy_heatmaps(scores, model.name), "heatmaps")
+        frame.run.note("agreement", agreement)
+    figure = frame.run.draw(accuracy_figure(accuracy, model.name))
+    heatmaps = frame.run.draw(accuracy_heatmaps(scores, model.name), "heatmaps")
     frame.finish()
     out.print(accuracy_table(summary))
     if len(agreement):
         out.print(agreement_table(agreement))
-    tell(f"tables: {frame.folder / 'table.parquet'} {frame.folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")
+    folder = frame.run.folder
+    tell(f"tables: {folder / 'table.parquet'} {folder / 'said.parquet'}\nfigures: {figure} {heatmaps}")
 
 
 def _readable_questions(model: LanguageModel, relations: Sequence[Relation], contexts: int) -> list[Question]:

@@ -12,9 +12,9 @@ from pscope.cli.options import JsonOption, TargetModelOptions
 from pscope.cli.prompts import (
     AtIndexOption,
     NameOptions,
+    StopAtCommaOption,
     TargetOptions,
     parse_one_position,
-    stop_at_comma_option,
     tell_sink,
 )
 
@@ -33,7 +33,7 @@ def table3(
         typer.Option(help="Which token of the name is read: its text, an index, or last.", show_default="last"),
     ] = None,
     at_index: AtIndexOption = None,
-    stop_at_comma: Annotated[bool, stop_at_comma_option()] = False,
+    stop_at_comma: StopAtCommaOption = False,
     reference: Annotated[
         str | None, typer.Option(help="A description to score the continuations against, by ROUGE-L.")
     ] = None,
@@ -80,4 +80,4 @@ def table3(
     else:
         out.print(resolution_table(table, entity, scored=reference is not None))
     tell_sink(source)
-    tell(f"table: {frame.folder / 'table.parquet'}")
+    tell(f"table: {frame.run.folder / 'table.parquet'}")

@@ -5,7 +5,7 @@ import pytest
 import pscope
 from pscope import Decoding
 from pscope.experiments.next_token import Lens
-from pscope.experiments.token_grid import GridLens, TokenGrid
+from pscope.experiments.token_grid import TokenGrid
 from pscope.show.lens_page import lens_page
 
 pytestmark = pytest.mark.browser
@@ -16,7 +16,7 @@ ROWS = "#grid tbody tr"
 
 @pytest.fixture(scope="module")
 def table(tiny):
-    lenses = [GridLens(Lens("logit lens")), GridLens(Lens("described", tiny.prompt("say x")), Decoding(4))]
+    lenses = [Lens("logit lens"), Lens("described", tiny.prompt("say x"), decoding=Decoding(4))]
     return TokenGrid(tiny, tiny.prompt(TEXT), lenses).table()
 
 
@@ -130,7 +130,7 @@ def test_two_pages_in_one_notebook_do_not_disturb_each_other(browser, tiny, tmp_
 
 def test_a_long_text_stays_in_reach(from_disk, tiny):
     prompt = tiny.prompt("\n" + " one two three" * 66)
-    table = TokenGrid(tiny, prompt, [GridLens(Lens("logit lens"))], top_k=2).table()
+    table = TokenGrid(tiny, prompt, [Lens("logit lens")], top_k=2).table()
     opened = from_disk(lens_page(table, "long", {}, tiny.config.vocab_size))
     assert opened.locator("#grid thead th").count() == 1 + len(prompt) > 190
     opened.evaluate("document.querySelector('.scroll').scrollLeft = 2000")

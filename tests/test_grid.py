@@ -87,6 +87,4 @@ def test_no_state_is_read_at_the_first_token_of_a_text(smollm2):
     assert source_prompt(smollm2, "Japan", -1).tokens == ("\n", "Japan")
     assert source_prompt(smollm2, "Japan is far", 0).tokens == ("Japan", " is", " far")
     assert source_prompt(smollm2, "Japan is far", [0]).at_sink
-    assert source_prompt(smollm2, "Japan", before="").at_sink
-    assert source_prompt(smollm2, "Japan", before="In ").tokens == ("In", " Japan")
     assert source_prompt(smollm2, "<|im_start|>Japan", 0).position == 0

@@ -73,7 +73,7 @@ def test_a_run_that_was_stopped_again_and_again_is_the_same_in_the_end(
             assert "`pscope resume run` goes on" in stopped.stderr
             stopped = run("resume", "run")
             stops += 1
-    assert (stops > 2) == (name != "fig1")
+    assert stops > 2
     again = run("resume", "run")
     assert again.exit_code == 0, again.output
     table = pd.read_parquet("run/table.parquet")
@@ -209,7 +209,7 @@ def test_a_line_that_cannot_be_told_ends_no_run(monkeypatch):
         ({"options": {"new_tokens": "many"}}, "'--new-tokens': Input should be a valid integer"),
         ({"options": {"layers": "x"}}, "--layers 'x': 'x' is neither a layer"),
         ({"options": {"colour": "red"}}, "the settings have an option 'colour' that the command has not"),
-        ({"options": {"layers": ["1", "2"]}}, "unexpected extra argument"),
+        ({"options": {"layers": ["1", "2"]}}, "is neither a layer"),
         ({"options": {"memory": -1}}, "a positive number of GiB"),
     ],
 )

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 import pscope
 from pscope import Affine, DataError, Decoding, MappingSet, PscopeError
 from pscope.experiments.next_token import Lens
-from pscope.experiments.token_grid import GridLens, TokenGrid, grid_of
+from pscope.experiments.token_grid import TokenGrid, grid_of
 from pscope.show.lens_page import lens_page
 
 TEXT = "\none two"
@@ -22,8 +22,8 @@ HOSTILE = "a </script><script>alert(1)</script> <!-- & \"' \u202e\u001b[31m z"
 
 @pytest.fixture
 def lenses(tiny):
-    identity, described = Lens("identity", tiny.prompt("cat -> cat\n?")), Lens("described", tiny.prompt("say x"))
-    return [GridLens(Lens("logit lens")), GridLens(identity), GridLens(described, Decoding(4))]
+    identity = Lens("identity", tiny.prompt("cat -> cat\n?"))
+    return [Lens("logit lens"), identity, Lens("described", tiny.prompt("say x"), decoding=Decoding(4))]
 
 
 def test_every_cell_against_one_row_passes(tiny, lenses):
@@ -40,7 +40,7 @@ def test_every_cell_against_one_row_passes(tiny, lenses):
             with torch.no_grad():
                 logits = tiny.hf.lm_head(tiny.hf.model.norm(state))
         else:
-            target = next(each.lens.target for each in lenses if each.lens.name == name)
+            target = next(lens.target for lens in lenses if lens.name == name)
             where = (tiny.hf, tiny.layers, target.ids, target.position, layer, state)
             logits = patched_logits(*where)[-1]
         probabilities = logits.softmax(dim=-1)
@@ -84,7 +84,7 @@ def test_maps_to_other_layers_are_read_by_the_prompt_of_token_identity(tiny):
 def test_a_lens_of_maps_reads_the_layers_that_they_lead_from(tiny):
     maps = MappingSet.identity(tiny, [(2, 4)])
     maps.maps[2, 4] = Affine(2 * torch.eye(32))
-    table = TokenGrid(tiny, tiny.prompt(TEXT), [GridLens(Lens("maps", mappings=maps))], top_k=1).table()
+    table = TokenGrid(tiny, tiny.prompt(TEXT), [Lens("maps", mappings=maps)], top_k=1).table()
     assert set(table["layer"]) == {2}
     page = lens_page(table, "maps", {}, 100)
     assert page.count("<td") > 3
@@ -118,9 +118,9 @@ def data_of(page):
 
 
 def test_a_lens_goes_on_greedily_from_a_prompt(tiny):
-    for lens, decoding in ((Lens("tail"), Decoding(3)), (Lens("x", tiny.prompt("x")), Decoding(3, temperature=1.0))):
+    for target, decoding in ((None, Decoding(3)), (tiny.prompt("x"), Decoding(3, temperature=1.0))):
         with pytest.raises(PscopeError, match="a lens goes on greedily, from the prompt that it patches"):
-            GridLens(lens, decoding)
+            Lens("x", target, decoding=decoding)
 
 
 def test_a_tie_goes_to_the_models_own_answer(tiny):

@@ -14,7 +14,7 @@ from pscope.experiments.grid import layer_pairs, source_prompt
 from pscope.experiments.layer_readout import LayerReadout
 from pscope.experiments.multi_hop import MultiHop, MultiHopScores
 from pscope.experiments.next_token import Lens, NextToken
-from pscope.experiments.token_grid import GridLens, TokenGrid
+from pscope.experiments.token_grid import TokenGrid
 from pscope.inputs.entities import Entity, read_entities
 from pscope.inputs.positions import draw_positions
 from pscope.inputs.queries import Query
@@ -28,7 +28,7 @@ from pscope.models.states import Label
 
 CALLED = (
     *(AttributeScores, CrossModel, EntityDescriptions, EntityLayers, LayerReadout, MultiHop, MultiHopScores, NextToken),
-    *(TokenGrid, GridLens, Lens, draw_positions, layer_pairs, source_prompt, read_entities, read_relations, read_texts),
+    *(TokenGrid, Lens, draw_positions, layer_pairs, source_prompt, read_entities, read_relations, read_texts),
     *(
         Affine,
         Composed,
@@ -338,10 +338,10 @@ WRONG = [
     ("source_prompt(model, None)", "a prompt is one text, and None is a NoneType"),
     ('source_prompt(model, "one", 1.5)', "1.5 is no position; give text of the prompt, an"),
     ('source_prompt(hf, "one")', "a model is what pscope.load gives, not"),
-    ("TokenGrid(model, prompt, [])", "there are no lenses; give GridLens(Lens(name))"),
+    ("TokenGrid(model, prompt, [])", "there are no lenses; give Lens(name, target)"),
     ('TokenGrid(model, prompt, ["logit lens"])', "a list of lenses is needed, and 'logit lens' is"),
-    ("TokenGrid(model, text, [grid_lens])", "a prompt is needed, not 'one x two'; make one"),
-    ("TokenGrid(model, prompt, [grid_lens], [])", "no layer is asked for"),
+    ("TokenGrid(model, text, [one_lens])", "a prompt is needed, not 'one x two'; make one"),
+    ("TokenGrid(model, prompt, [one_lens], [])", "no layer is asked for"),
     ('NextToken(model, [], ["one two"], sampled, [1])', "there are no lenses; give Lens(name, target)"),
     ('NextToken(model, [Lens("x")], ["one two"], sampled, [])', "no layer is asked for"),
     ('NextToken(model, [Lens("x")], ["one two"], sampled, 3)', "layers are given as a list of numbers, as [0,"),
@@ -391,7 +391,7 @@ def names(tiny, tmp_path_factory):
         **{"torch": torch, "np": np, "pd": pd, "nan": float("nan"), "eye": torch.eye(32), "within": within},
         **{"model": tiny, "hf": tiny.hf, "tokenizer": tiny.tokenizer, "prompt": prompt, "text": prompt.text},
         **{"vectors": torch.randn(2, 32), "states": states, "scope": Patchscope(tiny, prompt)},
-        **{"folder": folder, "maps": maps, "entity": Entity("Syria", "a country"), "grid_lens": GridLens(Lens("one"))},
+        **{"folder": folder, "maps": maps, "entity": Entity("Syria", "a country"), "one_lens": Lens("one")},
         "beyond": pscope.Prompt("a", (99999999,), ("a",), (0,)),
         "queries": [Query("a", "b", ("c",)), Query("d", "b", ("e",))],
         "sampled": draw_positions(tiny, ["one two"], 1, 0),

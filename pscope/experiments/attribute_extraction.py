@@ -26,7 +26,7 @@ from pscope.experiments.held_out import FOLDS, draw_folds
 from pscope.experiments.known import Inquiry
 from pscope.experiments.probe import probe_elsewhere
 from pscope.experiments.scored_sweep import SCORED_TYPES, scored_sweep
-from pscope.experiments.sweep import PATCHED, TYPES, Source, borrowed_rows, mark_chosen, patched_rows, sweep
+from pscope.experiments.sweep import PATCHED, TYPES, Source, borrowed_rows, mark_chosen, sweep
 from pscope.inputs.relations import Relation, Sample
 from pscope.metrics import answer_found, distinct_answers, same_answer
 from pscope.models.model import LanguageModel
@@ -177,7 +177,6 @@ class _Attributes(Experiment[U]):
                     self._lenders.append({**about, "lender": samples[lender].subject})
                 yield Source(
                     f"{name}/{sample.subject}" if context == 0 else f"{name}, context {context}/{sample.subject}",
-                    patched_rows(pairs, random=context == 0),
                     question.target,
                     source,
                     tuple(pairs),

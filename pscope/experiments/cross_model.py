@@ -16,15 +16,15 @@ from torch import Tensor
 
 from pscope.engine.lens import logit_lens
 from pscope.engine.patchscope import MEMORY, Patchscope
-from pscope.experiments.bands import mean_bands, share_bands
+from pscope.experiments.bands import token_measures
 from pscope.experiments.experiment import Experiment, Work, tidy
 from pscope.experiments.held_out import best_on_half
-from pscope.experiments.next_token import SampledText
+from pscope.experiments.next_token import SampledText, most_probable_tokens, sampled_states
 from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, decode
-from pscope.models.residual import Pair, as_pairs, capture
+from pscope.models.residual import Pair, as_pairs
 
 MAPPED, SHUFFLED, MEAN, ANOTHER = "mapped", "shuffled pairs", "mean state", "another text"
 """The states of the text, and the controls: maps fitted on pairs that do not belong together, the mean state whatever
@@ -78,15 +78,8 @@ class CrossModel(Experiment[SampledText]):
         return Work(len(unit.sampled.prompt), suffix, tuple(targets) * positions, spoken=positions)
 
     def read(self, units: Sequence[SampledText]) -> pd.DataFrame:
-        items, source = [unit.sampled for unit in units], self._source
-        layers = sorted({layer for layer, _ in self._pairs})
-        states = capture(
-            source,
-            [item.prompt for item in items],
-            [item.positions for item in items],
-            [*layers, source.n_layers],
-        )  # (samples, layers + 1, hidden)
-        places = [(item, position) for item in items for position in item.positions]
+        source, layers = self._source, sorted({layer for layer, _ in self._pairs})
+        places, states = sampled_states(source, units, [*layers, source.n_layers])  # (samples, layers + 1, hidden)
         self._tail.memory = self.memory
         logits = [part.patched for part in self._tail.logits(states[:, -1], source.n_layers)]
         own = torch.cat(logits).float().log_softmax(-1)
@@ -102,14 +95,16 @@ class CrossModel(Experiment[SampledText]):
         texts = [self._texts[item.text] for item, _ in places]
         # What is the same for all samples is read once.
         batch, times = (states[:1], len(places)) if mappings.constant else (states, 1)
-        tokens = self._tokens(mappings.apply(batch, pairs, texts[: len(batch)])) * times
+        scope, targets = self.scope(self.target), [target for _, target in pairs]
+        decoded = most_probable_tokens(scope, mappings.apply(batch, pairs, texts[: len(batch)]), targets)
+        tokens = decoded.flatten().tolist() * times
         spelled = {token: decode(self.model.tokenizer, [token]) for token in set(tokens)}
         first = {token: self._in_source(token, text) for token, text in spelled.items()}
         predictions = np.repeat(own.argmax(dim=-1).tolist(), len(pairs)).tolist()
         spelled_in_source = {token: decode(self._source.tokenizer, [token]) for token in set(predictions)}
         # A model says the same as itself where it is the same token, whatever that is as text.
         itself = self._source is self.model
-        column = torch.tensor([-1 if first[token] is None else first[token] for token in tokens], device=own.device)
+        column = torch.tensor([first[token] for token in tokens], device=own.device)
         sample = torch.arange(len(places), device=own.device).repeat_interleave(len(pairs))
         surprisals = -own[sample, column.clamp_min(0)]
         return pd.DataFrame(
@@ -129,11 +124,11 @@ class CrossModel(Experiment[SampledText]):
             }
         )
 
-    def _in_source(self, token: int, text: str) -> int | None:
-        """The first of the source's own tokens of what a token says, if it says anything."""
+    def _in_source(self, token: int, text: str) -> int:
+        """The first of the source's own tokens of what a token says; -1 if it says nothing."""
         if self._source is self.model:
             return token
-        return next(iter(self._source.tokenizer(text, add_special_tokens=False)["input_ids"]), None)
+        return next(iter(self._source.tokenizer(text, add_special_tokens=False)["input_ids"]), -1)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """In the order of the texts; and what the state of a sample half-way round said, as a control of each one.
@@ -143,10 +138,11 @@ class CrossModel(Experiment[SampledText]):
         keys = ["text", "position"]
         table = table.sort_values(keys, kind="stable", ignore_index=True)
         samples = table[keys].drop_duplicates(ignore_index=True)
+        names = {"text": "lender", "position": "lender_position"}
         lenders = samples.iloc[np.roll(np.arange(len(samples)), len(samples) // 2)].reset_index(drop=True)
-        borrowers = samples.assign(lender=lenders["text"], lender_position=lenders["position"])
+        borrowers = samples.join(lenders.rename(columns=names))
         mapped = table[table["condition"] == MAPPED]
-        lender_rows = mapped[[*keys, "layer", "target_layer", "decoded"]].rename(columns=_lender)
+        lender_rows = mapped[[*keys, "layer", "target_layer", "decoded"]].rename(columns=names)
         theirs = mapped.drop(columns="decoded").merge(borrowers[borrowers["lender"] != borrowers["text"]], on=keys)
         theirs = theirs.merge(lender_rows, on=["lender", "lender_position", "layer", "target_layer"])
         correct = [agree(decoded, own) for decoded, own in zip(theirs["decoded"], theirs["next_token"], strict=True)]
@@ -156,11 +152,6 @@ class CrossModel(Experiment[SampledText]):
     @cached_property
     def _tail(self) -> Patchscope:
         return logit_lens(self._source, self.memory)
-
-    def _tokens(self, mapped: Tensor) -> list[int]:
-        targets = [target for _, target in self._pairs] * len(mapped)
-        parts = self.scope(self.target).logits(mapped.flatten(0, 1), targets)
-        return torch.cat([part.patched.argmax(dim=-1) for part in parts]).tolist()
 
 
 def agree(decoded: str, prediction: str) -> bool:
@@ -182,21 +173,12 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """
     keys, parts = ["reader", "condition", "layer", "target_layer"], []
     for group, rows in table.groupby(keys[:2], sort=False):
-        by_text = rows.groupby(["text", *keys[2:]])
-        sums = by_text[["correct", "surprisal"]].sum().unstack(keys[2:]).astype(float)
+        by_text = rows.assign(precision_at_1=rows["correct"].astype(float)).groupby(["text", *keys[2:]])
+        measures = by_text[["precision_at_1", "surprisal"]]
+        # What is missing is not 0.
+        sums = measures.sum().where(measures.count().eq(by_text.size(), axis=0)).unstack(keys[2:])
         counts = (rows.groupby("text").size() / rows.groupby(keys[2:]).ngroups).loc[sums.index].to_numpy()
-        columns: dict[str, object] = {}
-        for measure, column, bands in (
-            ("precision_at_1", "correct", share_bands),
-            ("surprisal", "surprisal", mean_bands),
-        ):
-            low, high = bands(sums[column].to_numpy(), counts, seed)
-            means = sums[column].sum() / counts.sum()
-            # A cell in which something has no surprisal has none: what is missing is not 0.
-            complete = rows.assign(known=rows[column].notna()).groupby(keys[2:])["known"].all().loc[means.index]
-            means, low, high = (np.where(complete, each, np.nan) for each in (means, low, high))
-            columns |= {measure: pd.Series(means, sums[column].columns), f"{measure}_low": low, f"{measure}_high": high}
-        parts.append(pd.DataFrame(columns).reset_index().assign(reader=group[0], condition=group[1]))
+        parts.append(token_measures(sums, counts, seed).assign(reader=group[0], condition=group[1]))
     summary = pd.concat(parts, ignore_index=True)
     return summary[[*keys, *(column for column in summary if column not in keys)]]
 
@@ -204,31 +186,12 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
 def best_pairs(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Of every reader and condition, the pair of layers that is read best, chosen on half of the texts.
 
-    One row per `reader` × `condition`: `layer` and `target_layer`, the best precision@1 on that half; `held_out`, that
-    of the other half there, with its band `low` and `high`; and the oracle, `maximum`, the best of all pairs on all.
+    One row per `reader` × `condition`, as of `best_on_half`; what is scored is precision@1.
     """
     best = []
     for (reader, condition), rows in table.groupby(["reader", "condition"], sort=False):
         scores = rows.groupby(["text", "layer", "target_layer"])["correct"].mean().unstack(["layer", "target_layer"])
-        half = best_on_half(scores, np.random.default_rng(seed))
-        if half is None:
-            continue
-        low, high = mean_bands(half.reported.to_numpy()[:, None], np.ones(len(half.reported)), seed)
-        best.append(
-            {
-                "reader": reader,
-                "condition": condition,
-                "layer": half.column[0],
-                "target_layer": half.column[1],
-                "held_out": half.reported.mean(),
-                "low": low[0],
-                "high": high[0],
-                "maximum": scores.mean().max(),
-            }
-        )
+        if half := best_on_half(scores, np.random.default_rng(seed), seed):
+            best.append({"reader": reader, "condition": condition, **half})
     columns = ["reader", "condition", "layer", "target_layer", "held_out", "low", "high", "maximum"]
     return pd.DataFrame(best, columns=columns)
-
-
-def _lender(column: str) -> str:
-    return {"text": "lender", "position": "lender_position"}.get(column, column)

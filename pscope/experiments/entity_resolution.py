@@ -16,12 +16,12 @@ from pscope.arguments import as_list, as_seed
 from pscope.engine.generate import GREEDY, Decoding, check_decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.errors import PromptError, PscopeError
-from pscope.experiments.bands import RESAMPLES, mean_bands
+from pscope.experiments.bands import mean_bands
 from pscope.experiments.experiment import Experiment, Work, of_kind, permuted, tidy
-from pscope.experiments.grid import line_break, source_prompt
+from pscope.experiments.grid import line_break
 from pscope.experiments.held_out import best_on_half
 from pscope.experiments.known import Plain, answer_plainly, by_length
-from pscope.experiments.sweep import PATCHED, Source, Through, borrowed_rows, patched_rows, sweep
+from pscope.experiments.sweep import PATCHED, Source, Through, borrowed_rows, sweep
 from pscope.inputs.entities import ALL, Entity
 from pscope.inputs.records import text_of
 from pscope.metrics import rouge_l
@@ -53,7 +53,7 @@ def name_prompt(model: LanguageModel, name: str, before: str | None = None, at: 
     `before` stands before the name; by default that is a line break, whichever token is read, where the tokenizer puts
     no start token of its own. Raises PromptError.
     """
-    return source_prompt(model, name, at, line_break(model, name) if before is None else before)
+    return model.prompt((line_break(model, name) if before is None else before) + name, at)
 
 
 class EntityLayers(Experiment[Source]):
@@ -85,7 +85,7 @@ class EntityLayers(Experiment[Source]):
         self._decoding, self._reference, self._through = decoding, reference, through
         read_in = model if through is None else through.model
         read, pairs = replace(as_prompt(read_in, source), positions=(source.position,)), as_pairs(read_in, model, pairs)
-        self.units = [Source(source.text, len(pairs), target, read, tuple(pairs), {}, random=False)]
+        self.units = [Source(source.text, target, read, tuple(pairs), {}, random=False)]
 
     def work(self, unit: Source) -> Work:
         return unit.work(self._decoding.new_tokens)
@@ -153,7 +153,6 @@ class EntityDescriptions(Experiment[Source | Plain]):
         return (
             Source(
                 entity.name,
-                patched_rows(pairs, random=self._controls),
                 self.target,
                 source,
                 pairs,
@@ -162,11 +161,6 @@ class EntityDescriptions(Experiment[Source | Plain]):
             ),
             Plain(f"{entity.name}, {WRITTEN_OUT}", 1, WRITTEN_OUT, spelled, {**columns, "condition": WRITTEN_OUT}),
         )
-
-    @property
-    def names_at_sink(self) -> int:
-        """How many names are read at the very first token."""
-        return sum(unit.source.at_sink for unit in of_kind(self.units, Source))
 
     def work(self, unit: Source | Plain) -> Work:
         return unit.work(self._decoding.new_tokens)
@@ -201,7 +195,7 @@ def as_table(rows: pd.DataFrame) -> pd.DataFrame:
     return tidy(rows.assign(state_of=state_of, rouge_l=scores), _TYPES)
 
 
-def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) -> pd.DataFrame:
+def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Mean ROUGE-L with 95 % bands, of each group and of all entities together.
 
     One row per group × condition × layer × target layer: the mean `rouge_l`, its band `low` and `high` from resampling
@@ -210,7 +204,7 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) ->
     parts = []
     for group, rows in _groups(table):
         scores = _by_entity(rows)  # (entities, condition × layer × target layer)
-        low, high = mean_bands(scores.to_numpy(), np.ones(len(scores)), seed, resamples)
+        low, high = mean_bands(scores.to_numpy(), np.ones(len(scores)), seed)
         means = scores.mean().rename("rouge_l").reset_index().assign(low=low, high=high, entities=len(scores))
         parts.append(means.assign(group=group).replace({"layer": {-1: pd.NA}, "target_layer": {-1: pd.NA}}))
     columns = ["group", "condition", "layer", "target_layer", "rouge_l", "low", "high", "entities"]
@@ -220,31 +214,15 @@ def summarise(table: pd.DataFrame, seed: int = 0, resamples: int = RESAMPLES) ->
 def best_layers(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Where patched entities are described best, chosen on half of them and reported on the other half.
 
-    One row per group, and for all entities: `layer` and `target_layer`, the best mean on `chosen_on` entities; its
-    mean `held_out` on the `reported_on` others, which had no part in the choice; and beside it the oracle, the
-    `maximum` over all layers on all the entities, at `maximum_layer` and `maximum_target_layer`. Groups of one entity
-    have no other half, and so no row.
+    One row per `group`, and for all entities: see `best_on_half`. Groups of one entity have no other half, and so no
+    row.
     """
     random = np.random.default_rng(seed)
     best = []
     for group, rows in _groups(table):
         scores = _by_entity(rows[rows["condition"] == PATCHED])[PATCHED]  # (entities, layer × target layer)
-        half, means = best_on_half(scores, random), scores.mean()
-        if half is None:
-            continue
-        best.append(
-            {
-                "group": group,
-                "layer": half.column[0],
-                "target_layer": half.column[1],
-                "chosen_on": half.chosen_on,
-                "held_out": half.reported.mean(),
-                "reported_on": len(half.reported),
-                "maximum_layer": means.idxmax()[0],
-                "maximum_target_layer": means.idxmax()[1],
-                "maximum": means.max(),
-            }
-        )
+        if half := best_on_half(scores, random, seed):
+            best.append({"group": group, **half})
     return pd.DataFrame(best)
 
 

@@ -58,15 +58,11 @@ class DescriptionsAcross(Together):
             diagonal = [(layer, layer) for layer in sorted({pair[end] for pair in pairs})]
             return describe((source, model)[end], targets[end], entities, diagonal, controls=False)
 
-        self._entities, self._across = entities, across(MAPPED, entities, controls=True)
+        self._entities = entities
+        main, own = across(MAPPED, entities, controls=True), {SOURCE_ITSELF: itself(0), TARGET_ITSELF: itself(1)}
         # The mean state says the same of everybody, so that one is asked.
         others = {MEAN: across(MEAN, entities[:1]), SHUFFLED: across(SHUFFLED, entities)}
-        super().__init__({PATCHED: self._across, SOURCE_ITSELF: itself(0), TARGET_ITSELF: itself(1), **others})
-
-    @property
-    def names_at_sink(self) -> int:
-        """How many names are read at the very first token."""
-        return self._across.names_at_sink
+        super().__init__({PATCHED: main, **own, **others})
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """The table of `EntityDescriptions`, in which the readers are conditions."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
@@ -19,7 +20,7 @@ import pandas as pd
 from pscope.arguments import as_int
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.engine.selfcheck import SelfCheck
-from pscope.errors import PscopeError
+from pscope.errors import PscopeError, RowError
 from pscope.models.model import LanguageModel, as_prompt
 from pscope.models.prompts import Prompt
 from pscope.notebook import progress
@@ -176,6 +177,17 @@ def tidy(rows: Iterable[Mapping[str, object]] | pd.DataFrame, types: Mapping[str
         if of == "bool" and frame[column].isna().any():
             raise PscopeError(f"a row says neither true nor false of {column!r}")
     return frame.astype(dict(types)).reset_index(drop=True)
+
+
+@contextmanager
+def naming_rows(rows: Sequence[object]) -> Iterator[None]:
+    """A block in which the error of one of these rows, by number, becomes a PscopeError that begins with it as text."""
+    try:
+        yield
+    except RowError as error:
+        if error.row < 0:
+            raise
+        raise PscopeError(f"{rows[error.row]}: {error.reason}") from error
 
 
 def seed_of(*key: object) -> int:

@@ -30,15 +30,13 @@ def layer_pairs(
     return [(layer, target) for layer in layers for target in targets]
 
 
-def source_prompt(model: LanguageModel, text: str, at: At = -1, before: str | None = None) -> Prompt:
+def source_prompt(model: LanguageModel, text: str, at: At = -1) -> Prompt:
     """A prompt whose state is to be read, never at the first token of the text: a line break is put before that one.
 
     There, unless the tokenizer adds a start token, a model keeps an attention sink that says nothing of the token.
-    With an index that counts from the start, and with a `before` to stand before the text, it is taken as it is; the
-    prompt's `at_sink` then tells. Raises PromptError.
+    With an index that counts from the start it is taken as it is; `at_sink` of the prompt then tells. Raises
+    PromptError.
     """
-    if before is not None:
-        return model.prompt(before + text, at)
     check_model(model)
     prompt = model.prompt(text, at)
     from_start = any(isinstance(mark, Ending) or (isinstance(mark, int) and mark >= 0) for mark in places_of(at))

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from sklearn.model_selection import GroupKFold
 
+from pscope.experiments.bands import mean_bands
 from pscope.models.residual import Pair
 
 FOLDS = 3
@@ -45,22 +45,24 @@ def folds_of(rows: pd.DataFrame, unit: list[str]) -> pd.Series:
     return rows.drop_duplicates(unit).set_index(unit)["fold"]
 
 
-class Half(NamedTuple):
-    """A column chosen on `chosen_on` units, and the `reported` scores that the others have in it."""
+def best_on_half(scores: pd.DataFrame, random: np.random.Generator, seed: int) -> dict[str, object] | None:
+    """The best pair of layers of scores (units, layer × target layer) on half of the units; None for a single unit.
 
-    column: Pair
-    chosen_on: int
-    reported: pd.Series
-
-
-def best_on_half(scores: pd.DataFrame, random: np.random.Generator) -> Half | None:
-    """The best column of scores (units, columns) on half of the units, drawn at random; None for a single unit."""
+    `layer` and `target_layer` are best in the mean on `chosen_on` units, drawn at random; `held_out` is the mean there
+    of the `reported_on` others, with its band `low` and `high`; and the oracle, `maximum`, the best mean of all pairs
+    on all units, at `maximum_layer` and `maximum_target_layer`.
+    """
     if len(scores) < 2:
         return None
     order = random.permutation(len(scores))
     chosen_on, reported_on = scores.iloc[order[: len(order) // 2]], scores.iloc[order[len(order) // 2 :]]
-    best = chosen_on.mean().idxmax()
-    return Half(best, len(chosen_on), reported_on[best])
+    best, oracle = chosen_on.mean().idxmax(), scores.mean().idxmax()
+    reported = reported_on[best]
+    (low,), (high,) = mean_bands(reported.to_numpy()[:, None], np.ones(len(reported)), seed)
+    chosen = {"layer": best[0], "target_layer": best[1], "chosen_on": len(chosen_on)}
+    told = {"held_out": reported.mean(), "low": low, "high": high, "reported_on": len(reported)}
+    maximum = {"maximum": scores[oracle].mean(), "maximum_layer": oracle[0], "maximum_target_layer": oracle[1]}
+    return {**chosen, **told, **maximum}
 
 
 def chosen_elsewhere(scores: pd.DataFrame, folds: pd.Series) -> pd.DataFrame:

@@ -12,8 +12,8 @@ from pscope.engine.generate import GREEDY, Decoding
 from pscope.engine.patchscope import MEMORY
 from pscope.engine.selfcheck import PathName
 from pscope.engine.unpatched import continue_prompts
-from pscope.errors import PscopeError, RowError
-from pscope.experiments.experiment import Experiment, Unit, Work, tidy
+from pscope.errors import PscopeError
+from pscope.experiments.experiment import Experiment, Unit, Work, naming_rows, tidy
 from pscope.metrics import answer_found, answer_settled
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt
@@ -72,10 +72,8 @@ def say(
         return all(answer_settled(continuation, answers) for answers in answers_by_text[texts[index]])
 
     prompts = [model.prompt(text) for text in texts]
-    try:
+    with naming_rows([f"{text!r} failed" for text in texts]):
         continuations = dict(continue_prompts(model, prompts, decoding, settled=settled, memory=memory, path=path))
-    except RowError as error:
-        raise PscopeError(f"{texts[error.row]!r} failed: {error.reason}") from error
     return {text: decoding.text(continuations[index], model.tokenizer) for index, text in enumerate(texts)}
 
 

@@ -21,7 +21,7 @@ from pscope.experiments.grid import source_prompt
 from pscope.experiments.held_out import draw_folds
 from pscope.experiments.known import Inquiry, Plain, answer_plainly, by_length
 from pscope.experiments.scored_sweep import SCORED_TYPES, check_candidates, scored_plainly, scored_sweep
-from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, patched_rows, sweep
+from pscope.experiments.sweep import CLEAN, TYPES, Source, mark_chosen, sweep
 from pscope.inputs.queries import Query
 from pscope.inputs.relations import PLACEHOLDER
 from pscope.metrics import answer_found, distinct_answers, normalised
@@ -126,18 +126,18 @@ class MultiHopScores(Experiment[Source | Plain]):
         check_name(by, MEASURES, "measure")
         queries, pairs = as_list(Query, queries, "queries", _GIVE), as_pairs(model, model, pairs)
         self._by, self._seed = by, as_seed(seed)
-        self._candidates = _candidates([*queries, *among])
+        by_second = _candidates([*queries, *among])
+        self._candidates = [by_second[query.second] for query in queries]
         about = _about(queries, seed)
         prompts = [model.prompt(query.text) for query in queries]
         vanilla = (_plain(VANILLA, *each) for each in zip(queries, about, prompts, strict=True))
         wired = [
-            replace(source, candidates=self._candidates[queries[source.about["query"]].second])
+            replace(source, candidates=self._candidates[source.about["query"]])
             for source in _all_wired(model, queries, about, {wiring: pairs_of(wiring, pairs) for wiring in WIRINGS})
         ]
         check_candidates(model, wired)
         self.units = [*by_length(vanilla), *wired]
         super().__init__(model, max(prompts, key=len), memory)
-        self._seconds = [query.second for query in queries]
 
     def read(self, units: Sequence[Source | Plain]) -> pd.DataFrame:
         if sources := of_kind(units, Source):
@@ -149,7 +149,7 @@ class MultiHopScores(Experiment[Source | Plain]):
 
     def _plainly(self, unit: Plain) -> dict[str, object]:
         scope = self.scope(unit.prompt)
-        candidates = self._candidates[self._seconds[unit.about["query"]]]
+        candidates = self._candidates[unit.about["query"]]
         return {**unit.about, "path": scope.path, **scored_plainly(scope, candidates, unit.answers, self._by)}
 
 
@@ -171,7 +171,6 @@ class MultiHop(Experiment[Source | Plain]):
         *,
         chat: bool = False,
         reasoning: Decoding = GREEDY,
-        wirings: Sequence[str] = WIRINGS,
         seed: int = 0,
         memory: int = MEMORY,
     ) -> None:
@@ -195,7 +194,7 @@ class MultiHop(Experiment[Source | Plain]):
             wiring: [*dict.fromkeys(pairs.get(wiring, {}).values())]
             if isinstance(pairs, Mapping)
             else pairs_of(wiring, pairs)
-            for wiring in wirings
+            for wiring in WIRINGS
         }
         self.units = [*units, *_all_wired(model, queries, about, grids)]
         super().__init__(model, self._longest[VANILLA], memory)
@@ -270,13 +269,12 @@ def _wired(
     model: LanguageModel, query: Query, wiring: str, pairs: tuple[Pair, ...], about: Mapping[str, object]
 ) -> Source:
     """A query in one wiring: whose state is patched where."""
-    target: Prompt = {
-        COT: lambda: model.prompt(query.second),
-        WITH_PLACEHOLDER: lambda: model.prompt(f"{query.second} {PLACEHOLDER} is", PLACEHOLDER),
-        BACKPATCH: lambda: model.prompt(query.text),
-    }[wiring]()
+    if wiring == WITH_PLACEHOLDER:
+        target = model.prompt(f"{query.second} {PLACEHOLDER} is", PLACEHOLDER)
+    else:
+        target = model.prompt(query.text if wiring == BACKPATCH else query.second)
     source = source_prompt(model, query.text if wiring == BACKPATCH else query.first)
-    return Source(f"{wiring}/{query.text}", patched_rows(pairs), target, source, pairs, about, query.answers)
+    return Source(f"{wiring}/{query.text}", target, source, pairs, about, query.answers)
 
 
 def shared_bridge(query: Query) -> str:

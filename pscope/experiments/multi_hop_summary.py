@@ -38,7 +38,11 @@ def _method_rows(judged: str, table: pd.DataFrame, seed: int) -> list[dict[str, 
     bridges = table.drop_duplicates("query").set_index("query")["bridge"]
 
     def add(method: str, measure: str, share: pd.Series, **layers: object) -> None:
-        results.append({"judged": judged, **_measure_row(method, measure, share, bridges, seed), **layers})
+        """A row from the `share` of each query, (queries,), by its number."""
+        groups = share.groupby(bridges)
+        (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
+        row = {"judged": judged, "method": method, "measure": measure, "found": share.mean(), "low": low, "high": high}
+        results.append({**row, "queries": len(share), "bridges": groups.ngroups, **layers})
 
     for method, rows in table.groupby("method", sort=False):
         if method in (VANILLA, STEP_BY_STEP):
@@ -126,18 +130,3 @@ def transcripts(table: pd.DataFrame, queries: Sequence[Query]) -> list[dict[str,
         question = {"query": query.text, "first": query.first, "second": query.second, "source": query.source}
         records.append({**question, "answers": query.answers, "bridge": query.bridge, **continuations})
     return records
-
-
-def _measure_row(method: str, measure: str, found: pd.Series, bridges: pd.Series, seed: int) -> dict[str, object]:
-    """`found` and `bridges` are (queries,), by the query's number."""
-    groups = found.groupby(bridges)
-    (low,), (high,) = share_bands(groups.sum().to_numpy()[:, None], groups.size().to_numpy(), seed)
-    return {
-        "method": method,
-        "measure": measure,
-        "found": found.mean(),
-        "low": low,
-        "high": high,
-        "queries": len(found),
-        "bridges": groups.ngroups,
-    }

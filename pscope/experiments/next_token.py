@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import numpy as np
 import pandas as pd
@@ -16,10 +15,11 @@ import torch
 from torch import Tensor
 
 from pscope.arguments import as_int, as_list
-from pscope.engine.lens import ANY_TOKEN, logit_lens
+from pscope.engine.generate import Decoding
+from pscope.engine.lens import ANY_TOKEN
 from pscope.engine.patchscope import MEMORY, Patchscope
 from pscope.errors import PscopeError
-from pscope.experiments.bands import mean_bands, share_bands
+from pscope.experiments.bands import token_measures
 from pscope.experiments.experiment import Experiment, Unit, Work
 from pscope.inputs.positions import Sampled
 from pscope.mappings.mapping_set import MappingSet, check_mappings
@@ -37,25 +37,33 @@ class Lens:
     """A way to decode a state of layer ℓ: patched into `target` at ℓ, or, without one, into the last layer.
 
     With `mappings`, it is mapped first, and goes to the layer to which they map: the last one is always read by the
-    model's own tail, as the logit lens reads it. Layers that they do not map are not decoded.
+    model's own tail, as the logit lens reads it. Layers that they do not map are not decoded. With a `decoding`, a
+    `TokenGrid` has the target go on so; without one, the token that follows is all.
     """
 
     name: str
     target: Prompt | None = None
     mappings: MappingSet | None = None
+    decoding: Decoding | None = None
 
-    def pair(self, layer: int, last: int) -> Pair | None:
-        """ℓ and the layer ℓ* at which it is read."""
-        natural = (layer, last if self.target is None else layer)
-        if self.mappings is None:
-            return natural
-        pairs = [pair for pair in sorted(self.mappings.maps) if pair[0] == layer]
-        return natural if natural in pairs else next(iter(pairs), None)
+    def __post_init__(self) -> None:
+        if self.decoding is not None and (self.target is None or self.decoding.temperature):
+            raise PscopeError(f"{self.name}: a lens goes on greedily, from the prompt that it patches")
 
     def pairs(self, layers: Sequence[int], last: int) -> dict[int, Pair]:
-        """The pairs of several layers, each by its layer's place among them; those that are not decoded have none."""
-        pairs = ((place, self.pair(layer, last)) for place, layer in enumerate(layers))
-        return {place: pair for place, pair in pairs if pair is not None}
+        """By the place of each layer ℓ that is decoded, ℓ and the layer ℓ* at which it is read.
+
+        Raises PscopeError for mappings of none of them.
+        """
+        pairs = {}
+        for place, layer in enumerate(layers):
+            natural = (layer, last if self.target is None else layer)
+            mapped = [natural] if self.mappings is None else sorted(self.mappings.maps)
+            if own := [pair for pair in mapped if pair[0] == layer]:
+                pairs[place] = natural if natural in own else own[0]
+        if self.mappings is not None and not pairs:
+            raise PscopeError(f"{self.name} reads none of the layers {list(layers)}: {self.mappings.covered}")
+        return pairs
 
 
 def lens_of(name: str, mappings: MappingSet, target: Prompt, last: int) -> Lens:
@@ -100,13 +108,9 @@ class NextToken(Experiment[SampledText]):
         lenses, layers = as_list(Lens, lenses, "lenses", "give Lens(name, target)"), as_layers(model, layers)
         self._prompts = list(dict.fromkeys(lens.target for lens in lenses if lens.target is not None))
         super().__init__(model, self._prompts[0] if self._prompts else ANY_TOKEN, memory)
-        for lens in lenses:
-            if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
-                raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
         self._lenses, self._texts, self._layers = lenses, texts, layers
         self._batch_tokens = as_int(batch_tokens, "batch_tokens")
-        prompt_lenses = [lens for lens in lenses if lens.target is not None]
-        rows = sum(len(lens.pairs(layers, model.n_layers)) for lens in prompt_lenses)
+        rows = sum(len(lens.pairs(layers, model.n_layers)) * (lens.target is not None) for lens in lenses)
         # Of one length side by side: those share a pass without padding.
         self.units = [
             SampledText(f"text {item.text}", len(item.positions) * max(1, rows), self.target, item)
@@ -126,16 +130,8 @@ class NextToken(Experiment[SampledText]):
         return Work(len(unit.sampled.prompt), suffix, tuple(patched_layers) * positions, spoken=spoken)
 
     def read(self, units: Sequence[SampledText]) -> pd.DataFrame:
-        model, items = self.model, [unit.sampled for unit in units]
-        states = capture(
-            model,
-            [item.prompt for item in items],
-            [item.positions for item in items],
-            [*self._layers, model.n_layers],
-            self._batch_tokens,
-        )  # (samples, layers + 1, hidden)
-        places = [(item, position) for item in items for position in item.positions]
-        self._tail.memory = self.memory
+        layers = [*self._layers, self.model.n_layers]
+        places, states = sampled_states(self.model, units, layers, self._batch_tokens)  # (samples, layers + 1, hidden)
         together = max(1, self.scope(self.target).rows_per_pass() // len(self._layers))
         parts = [slice(start, start + together) for start in range(0, len(places), together)]
         return pd.concat([self._sample_rows(places[part], states[part]) for part in parts], ignore_index=True)
@@ -144,15 +140,12 @@ class NextToken(Experiment[SampledText]):
         """In the order of the texts."""
         return table.sort_values(["text", "position"], kind="stable", ignore_index=True)
 
-    @cached_property
-    def _tail(self) -> Patchscope:
-        return logit_lens(self.model, self.memory)
-
     def _sample_rows(self, places: list[tuple[Sampled, int]], states: Tensor) -> pd.DataFrame:
         """The rows of some samples, from their states (samples, layers + 1, hidden)."""
         model, samples = self.model, len(places)
         texts = [self._texts[item.text] for item, _ in places]
-        logits = _all_logits(self._tail, states[:, -1], [model.n_layers] * samples)  # (samples, vocab)
+        tail = self.scope(ANY_TOKEN)
+        logits = torch.cat([part.patched for part in tail.logits(states[:, -1], model.n_layers)])  # (samples, vocab)
         next_tokens = logits.argmax(dim=-1)
         frames = []
         for lens in self._lenses:
@@ -160,7 +153,8 @@ class NextToken(Experiment[SampledText]):
             pairs, lens_states = [*by_column.values()], states[:, [*by_column]]
             if lens.mappings is not None:
                 lens_states = lens.mappings.apply(lens_states, pairs, texts)
-            decoded = self._tokens(lens, lens_states, [target for _, target in pairs])  # (samples, pairs)
+            scope, targets = self.scope(lens.target or ANY_TOKEN), [target for _, target in pairs]
+            decoded = most_probable_tokens(scope, lens_states, targets)  # (samples, pairs)
             frames.append(
                 pd.DataFrame(
                     {
@@ -183,12 +177,20 @@ class NextToken(Experiment[SampledText]):
             table.insert(table.columns.get_loc(f"{column}_id") + 1, column, table[f"{column}_id"].map(spelled))
         return table
 
-    def _tokens(self, lens: Lens, states: Tensor, targets: list[int]) -> Tensor:
-        """The tokens that states (samples, pairs, hidden) are decoded as."""
-        scope = self._tail if lens.target is None else self.scope(lens.target)
-        rows = states.flatten(0, 1)
-        tokens = [part.patched.argmax(dim=-1) for part in scope.logits(rows, targets * len(states))]
-        return torch.cat(tokens).reshape(states.shape[:2])
+
+def sampled_states(
+    model: LanguageModel, units: Sequence[SampledText], layers: Sequence[int], batch_tokens: int = 1024
+) -> tuple[list[tuple[Sampled, int]], Tensor]:
+    """The samples of some units, each a text and a position, and their states (samples, layers, hidden)."""
+    items = [unit.sampled for unit in units]
+    states = capture(model, [item.prompt for item in items], [item.positions for item in items], layers, batch_tokens)
+    return [(item, position) for item in items for position in item.positions], states
+
+
+def most_probable_tokens(scope: Patchscope, states: Tensor, targets: Sequence[int]) -> Tensor:
+    """What states (samples, pairs, hidden) are decoded as, each patched at the target layer of its pair."""
+    parts = scope.logits(states.flatten(0, 1), [*targets] * len(states))
+    return torch.cat([part.patched.argmax(dim=-1) for part in parts]).reshape(states.shape[:2])
 
 
 def random_token_prompts(model: LanguageModel, count: int, seed: int) -> list[Prompt]:
@@ -214,10 +216,6 @@ def _random_token(model: LanguageModel, random: np.random.Generator, special: se
             return text
 
 
-def _all_logits(scope: Patchscope, states: Tensor, targets: list[int]) -> Tensor:
-    return torch.cat([part.patched for part in scope.logits(states, targets)])
-
-
 def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     """Precision@1 and surprisal per lens and layer, with 95 % bands.
 
@@ -230,23 +228,7 @@ def summarise(table: pd.DataFrame, seed: int = 0) -> pd.DataFrame:
     samples = measures.groupby(["text", "position", "lens", "layer"], sort=False)[
         ["precision_at_1", "surprisal"]
     ].mean()
-    sums = (
-        samples.groupby(["text", "lens", "layer"]).sum().unstack(["lens", "layer"])
-    )  # (texts, measure × lens × layer)
-    counts = table.groupby("text")["position"].nunique()
-    bands = {"precision_at_1": share_bands, "surprisal": mean_bands}
-    each = [of(sums[measure].to_numpy(), counts.loc[sums.index].to_numpy(), seed) for measure, of in bands.items()]
-    low, high = (np.concatenate(bounds) for bounds in zip(*each, strict=True))
-    result = pd.DataFrame(
-        {
-            "": sums.sum() / counts.sum(),
-            "_low": pd.Series(low, sums.columns),
-            "_high": pd.Series(high, sums.columns),
-        }
-    ).unstack(0)
-    result.columns = [f"{measure}{bound}" for bound, measure in result.columns]
-    columns = [f"{m}{b}" for m in ("precision_at_1", "surprisal") for b in ("", "_low", "_high")]
-    order = {lens: place for place, lens in enumerate(table["lens"].unique())}
-    summary = result[columns].reset_index()
-    by_place = summary.assign(place=summary["lens"].map(order)).sort_values(["place", "layer"], ignore_index=True)
-    return by_place.drop(columns="place")
+    sums = samples.groupby(["text", "lens", "layer"]).sum().unstack(["lens", "layer"])  # (texts, measures × lenses)
+    counts = table.groupby("text")["position"].nunique().loc[sums.index].to_numpy()
+    summary = token_measures(sums, counts, seed)
+    return summary.set_index("lens").loc[table["lens"].unique()].reset_index()

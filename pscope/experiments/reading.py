@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import groupby
 from typing import Literal
@@ -19,7 +18,7 @@ from pscope.engine.patchscope import MEMORY
 from pscope.engine.unpatched import continue_prompts
 from pscope.engine.writes import Writes
 from pscope.errors import PscopeError, RowError
-from pscope.experiments.experiment import Experiment, Unit, Work, check_names, of_kind, seed_of, tidy
+from pscope.experiments.experiment import Experiment, Unit, Work, check_names, naming_rows, of_kind, seed_of, tidy
 from pscope.experiments.known import Plain, by_length
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
 from pscope.mappings.mapping_set import MappingSet, check_mappings
@@ -95,6 +94,9 @@ class _Row:
     target_layer: int
     scale: float
     vector: Tensor
+
+    def __str__(self) -> str:
+        return f"{self.unit.name} ({self.condition}) failed at target layer {self.target_layer}, scale {self.scale:g}"
 
 
 class Reading(Experiment[Vector | Plain]):
@@ -219,9 +221,9 @@ class Reading(Experiment[Vector | Plain]):
             norm=how.norm,
             add=how.add,
         )
-        with _naming(rows):
+        with naming_rows(rows):
             next_tokens = [top for part in scope.logits(writes) for top in self._top(part.patched)]
-        with _naming([row for row in rows for _ in range(self._times)]):
+        with naming_rows([row for row in rows for _ in range(self._times)]):
             continuations = list(self._continuations(rows, writes))
         relevance = self._relevances(rows, writes, continuations) if self._relevance else [None] * len(continuations)
         for number, row in enumerate(rows):
@@ -241,10 +243,8 @@ class Reading(Experiment[Vector | Plain]):
             ids = torch.tensor([unit.prompt.ids], device=self.model.device)
             (next_tokens,) = self._top(self.model.next_token_logits(ids))
             prompts, decoding = [unit.prompt] * self._times, self._decoding_of(unit)
-            try:
+            with naming_rows([f"{unit.name} failed"] * self._times):
                 continuations = sorted(continue_prompts(self.model, prompts, decoding, memory=self.memory, path=path))
-            except RowError as error:
-                raise PscopeError(f"{unit.name} failed: {error.reason}") from error
             for time, tokens in continuations:
                 for top in next_tokens:
                     columns = {"time": time + 1, "path": path, "continuation": self._text(tokens)}
@@ -268,14 +268,9 @@ class Reading(Experiment[Vector | Plain]):
         if self._mappings is None:
             return vectors
         # A state of a text goes through maps that have not seen it; a mean or a vector is of no text.
-        by_map: dict[tuple[Pair, str | None], list[int]] = {}
-        for place, (unit, target) in enumerate(places):
-            text = None if unit.label.position is None else unit.label.text
-            by_map.setdefault((unit.pair(target), text), []).append(place)
-        # One map at a time: all of a large model's take more than a GPU has beside it.
-        parts = [self._mappings.at(*of).to(vectors.device)(vectors[own]) for of, own in by_map.items()]
-        order = torch.tensor([place for own in by_map.values() for place in own]).argsort()
-        return torch.cat(parts)[order.to(vectors.device)]
+        texts = [None if unit.label.position is None else unit.label.text for unit, _ in places]
+        pairs = [unit.pair(target) for unit, target in places]
+        return self._mappings.apply_each(vectors, list(zip(pairs, texts, strict=True)))
 
     def _continuations(self, rows: Sequence[_Row], writes: Writes) -> Iterator[list[int]]:
         """What each row says, each of its times: greedily all at once, else by draws that are those of its unit."""
@@ -300,7 +295,7 @@ class Reading(Experiment[Vector | Plain]):
         """How much each token that patched rows say owes to the patch."""
         patched = [place for place in range(len(tokens)) if rows[place // self._times].condition == PATCHED]
         of_patched = writes[torch.tensor(patched) // self._times]
-        with _naming([rows[place // self._times] for place in patched]):
+        with naming_rows([rows[place // self._times] for place in patched]):
             relevance = self.scope(self.target).relevance(of_patched, None, [tokens[place] for place in patched])
         texts: list[str | None] = [None] * len(tokens)
         for place, shares in zip(patched, relevance.tolist(), strict=True):
@@ -330,16 +325,3 @@ def label_layers(label: Label, target_layers: Sequence[int] | Literal["same"]) -
     if label.layer is None:
         raise PscopeError(f"{label.text!r} is of no layer, so that none is the same; give --target-layers")
     return (label.layer,)
-
-
-@contextmanager
-def _naming(rows: Sequence[_Row]) -> Iterator[None]:
-    """A block in which the error of a row becomes a PscopeError that names its unit."""
-    try:
-        yield
-    except RowError as error:
-        if error.row < 0:
-            raise
-        row = rows[error.row]
-        where = f"target layer {row.target_layer}, scale {row.scale:g}"
-        raise PscopeError(f"{row.unit.name} ({row.condition}) failed at {where}: {error.reason}") from error

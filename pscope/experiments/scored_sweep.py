@@ -15,8 +15,9 @@ import torch
 from pscope.engine.patchscope import Patchscope
 from pscope.engine.scores import Choice, Measure
 from pscope.errors import PscopeError, RowError
+from pscope.experiments.experiment import naming_rows
 from pscope.experiments.held_out import best_elsewhere, chosen_elsewhere, folds_of, found_at
-from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Row, Source, as_rows, naming_rows, read_states, rows_of
+from pscope.experiments.sweep import PATCH_TYPES, PATCHED, Source, read_rows, rows_of
 from pscope.metrics import same_answer
 from pscope.models.model import LanguageModel
 from pscope.models.prompts import Prompt, candidate_tokens, spoken_after
@@ -41,17 +42,16 @@ def scored_sweep(
 
 
 def _scored_rows(scope: Patchscope, sources: Sequence[Source], seed: int, by: Measure) -> Iterator[dict[str, object]]:
-    pairs, candidates = sources[0].pairs, sources[0].candidates
-    batch = read_states(scope.model, sources, seed)
-    places = range(len(batch.sources))
-    with naming_rows([Row(batch, place, pair) for place in places for pair in range(len(pairs))]):
-        choices = scope.choose(*as_rows(batch, places), _candidate_texts(scope.target, candidates), by=by)
+    rows, states = read_rows(scope.model, sources, seed)
+    texts = _candidate_texts(scope.target, sources[0].candidates)
+    with naming_rows(rows):
+        choices = scope.choose(states, [row.pair[1] for row in rows], texts, by=by)
     judges = {source.name: _Judge(source.candidates, source.answers, by) for source in sources}
+    places = {row.key: place for place, row in enumerate(rows)}
     yield from rows_of(
-        batch,
+        lambda target: scope,
         sources,
-        {scope.target: scope.path},
-        lambda place, number: judges[batch.sources[place][0].name](choices.patched, place * len(pairs) + number),
+        lambda row: judges[row.source.name](choices.patched, places[row.key]),
         lambda source: judges[source.name](choices.clean, 0),
     )
 

@@ -7,8 +7,7 @@ the same norm, the target unpatched, and, without another pass, what somebody el
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -20,8 +19,7 @@ from torch import Tensor
 from pscope.engine.generate import Decoding, Settled
 from pscope.engine.patchscope import Patchscope
 from pscope.engine.together import Request, generate_together
-from pscope.errors import PscopeError, RowError
-from pscope.experiments.experiment import Unit, Work, seed_of
+from pscope.experiments.experiment import Unit, Work, naming_rows, seed_of
 from pscope.experiments.grid import source_layers
 from pscope.mappings.mapping_set import MappingSet
 from pscope.metrics import answer_found, answer_settled
@@ -54,6 +52,7 @@ class Source(Unit):
     where rows are scored. `random` asks for the control of the same norm.
     """
 
+    rows: int = field(init=False)
     target: Prompt
     source: Prompt
     pairs: tuple[Pair, ...]
@@ -62,6 +61,9 @@ class Source(Unit):
     lent_to: tuple[tuple[str, ...], ...] = ()
     candidates: tuple[str, ...] = ()
     random: bool = True
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rows", len(self.conditions) * len(self.pairs))
 
     @property
     def shares(self) -> object:
@@ -79,11 +81,6 @@ class Source(Unit):
         return Work(len(self.source), len(self.target) - min(self.target.positions), rows, new_tokens=new_tokens)
 
 
-def patched_rows(pairs: Sequence[Pair], *, random: bool = True) -> int:
-    """How many rows of a source are patched, the control among them."""
-    return (1 + random) * len(pairs)
-
-
 @dataclass(frozen=True)
 class Through:
     """Another model, in which the states are read, and the mappings to the one that is patched."""
@@ -92,46 +89,42 @@ class Through:
     mappings: MappingSet
 
 
-class Batch(NamedTuple):
-    """What is patched for some sources that share their pairs: each in its conditions, (read, pairs, hidden)."""
+class Row(NamedTuple):
+    """What is patched once: the state of a source, or the random vector in its place, at one of its pairs."""
 
-    sources: list[tuple[Source, str]]
-    states: Tensor
+    source: Source
+    condition: str
+    pair: Pair
 
     @property
-    def pairs(self) -> tuple[Pair, ...]:
-        """Those of each of its sources."""
-        return self.sources[0][0].pairs
-
-
-class Row(NamedTuple):
-    """One of the rows of a batch: the number of the state that is read, and of the pair."""
-
-    batch: Batch
-    place: int
-    pair: int
+    def key(self) -> tuple[str, str, Pair]:
+        """What tells it from all others."""
+        return self.source.name, self.condition, self.pair
 
     def __str__(self) -> str:
-        (source, condition), (layer, target) = self.batch.sources[self.place], self.batch.pairs[self.pair]
-        return f"{source.name!r} ({condition}) failed at layer {layer}, target layer {target}"
+        layer, target = self.pair
+        return f"{self.source.name!r} ({self.condition}) failed at layer {layer}, target layer {target}"
 
 
-def read_states(model: LanguageModel, sources: Sequence[Source], seed: int, through: Through | None = None) -> Batch:
-    """The states of sources that share their pairs, and after them the random vectors of those that ask for them."""
+def read_rows(
+    model: LanguageModel, sources: Sequence[Source], seed: int, through: Through | None = None
+) -> tuple[list[Row], Tensor]:
+    """The rows of sources that share their pairs, first of their states, and what is patched, (rows, hidden)."""
     pairs = sources[0].pairs
     layers, columns = source_layers(pairs)
     read_in = model if through is None else through.model
     states = capture(read_in, [source.source for source in sources], layers=layers)  # (sources, layers, hidden)
     if through is not None:
         states, columns = through.mappings.apply(states[:, columns], pairs, [None] * len(sources)), [*range(len(pairs))]
-    random_places = [place for place, source in enumerate(sources) if source.random]
-    entries = [(source, PATCHED) for source in sources] + [(sources[place], RANDOM) for place in random_places]
-    if random_places:
+    controlled = [place for place, source in enumerate(sources) if source.random]
+    entries = [(source, PATCHED) for source in sources] + [(sources[place], RANDOM) for place in controlled]
+    if controlled:
         # Whatever other layers are read, as where scores are taken everywhere and words at some.
         at = layers if through is None else pairs
-        random = same_norm(states[random_places], [sources[place].name for place in random_places], at, seed)
+        random = same_norm(states[controlled], [sources[place].name for place in controlled], at, seed)
         states = torch.cat([states, random])
-    return Batch(entries, states[:, columns])
+    rows = [Row(source, condition, pair) for source, condition in entries for pair in pairs]
+    return rows, states[:, columns].flatten(0, 1)
 
 
 def sweep(
@@ -147,38 +140,45 @@ def sweep(
     are where a state was read; `found` is whether an answer stands in the continuation. The clean row has no layers.
     Raises PscopeError, naming the source, for a row that fails.
     """
-    scopes = {target: scope_of(target) for target in dict.fromkeys(source.target for source in sources)}
-    model = scopes[sources[0].target].model
-    by_pairs = [[*alike] for _, alike in groupby(sources, key=lambda source: source.pairs)]
-    batches = [read_states(model, alike, seed, through) for alike in by_pairs]
-    texts, clean = _continuations(scopes, batches, decoding)
-    for batch, alike, said in zip(batches, by_pairs, texts, strict=True):
-        yield from rows_of(
-            batch,
-            alike,
-            {target: scope.path for target, scope in scopes.items()},
-            partial(_said_columns, batch, said),
-            lambda source: _answer_columns(clean[source.target], source.answers),
-        )
+    model = scope_of(sources[0].target).model
+    read = [read_rows(model, [*alike], seed, through) for _, alike in groupby(sources, key=lambda source: source.pairs)]
+    rows, states = [row for own, _ in read for row in own], torch.cat([own for _, own in read])
+    by_target: dict[Prompt, list[int]] = {}
+    for number, row in enumerate(rows):
+        by_target.setdefault(row.source.target, []).append(number)
+    requests = [
+        Request(scope_of(target), states[own], [rows[number].pair[1] for number in own])
+        for target, own in by_target.items()
+    ]
+    rows = [rows[number] for own in by_target.values() for number in own]
+    with naming_rows(rows):
+        continuations = generate_together(requests, decoding, _settled(rows))
+    text = partial(decoding.text, tokenizer=model.tokenizer)
+    texts = [text(tokens) for each in continuations for tokens in each.patched]
+    said = {row.key: words for row, words in zip(rows, texts, strict=True)}
+    clean = {target: text(each.clean) for target, each in zip(by_target, continuations, strict=True)}
+    yield from rows_of(
+        scope_of,
+        sources,
+        lambda row: _answer_columns(said[row.key], row.source.answers),
+        lambda source: _answer_columns(clean[source.target], source.answers),
+    )
 
 
 def rows_of(
-    batch: Batch,
+    scope_of: Callable[[Prompt], Patchscope],
     sources: Sequence[Source],
-    paths: Mapping[Prompt, str],
-    patched: Callable[[int, int], dict[str, object]],
+    patched: Callable[[Row], dict[str, object]],
     clean: Callable[[Source], dict[str, object]],
 ) -> Iterator[dict[str, object]]:
-    """The rows of each source together: `patched(place, pair)` and `clean(source)` tell what came of them."""
-    places = {(source.name, condition): place for place, (source, condition) in enumerate(batch.sources)}
+    """The rows of each source together, by their columns: `patched` and `clean` tell what came of them."""
     for source in sources:
-        path = {"path": paths[source.target]}
+        path = {"path": scope_of(source.target).path}
         for condition in source.conditions:
             at = {"position": source.source.position, "token": source.source.token} if condition == PATCHED else {}
-            place = places[source.name, condition]
-            for number, (layer, target) in enumerate(source.pairs):
-                row = {"condition": condition, "layer": layer, "target_layer": target, **path, **at}
-                yield {**source.about, **row, **patched(place, number)}
+            for pair in source.pairs:
+                where = {"condition": condition, "layer": pair[0], "target_layer": pair[1], **path, **at}
+                yield {**source.about, **where, **patched(Row(source, condition, pair))}
         yield {**source.about, "condition": CLEAN, **path, **clean(source)}
 
 
@@ -207,69 +207,18 @@ def same_norm(states: Tensor, names: Sequence[str], layers: Sequence[int | Pair]
 
     Each is drawn from the seed, the unit's name and its layer alone, whatever else is there.
     """
-    width = states.shape[-1]
-    draws = [[torch.randn(width, generator=_generator(seed, name, layer)) for layer in layers] for name in names]
-    random = torch.stack([torch.stack(unit) for unit in draws]).to(states)
+    own = [torch.Generator().manual_seed(seed_of(seed, name, layer)) for name in names for layer in layers]
+    draws = [torch.randn(states.shape[-1], generator=generator) for generator in own]
+    random = torch.stack(draws).reshape(states.shape).to(states)
     return random * (states.norm(dim=-1, keepdim=True) / random.norm(dim=-1, keepdim=True))
-
-
-def _generator(*key: object) -> torch.Generator:
-    """One that is the key's own."""
-    return torch.Generator().manual_seed(seed_of(*key))
-
-
-def _continuations(
-    scopes: Mapping[Prompt, Patchscope], batches: Sequence[Batch], decoding: Decoding
-) -> tuple[list[dict[int, list[str]]], dict[Prompt, str]]:
-    """What each state that is read says at its pairs, by its place, for each batch; and what each clean target does."""
-    places: list[tuple[int, int]] = []
-    requests, targets = [], []
-    for number, batch in enumerate(batches):
-        for target in dict.fromkeys(source.target for source, _ in batch.sources):
-            of_target = [place for place, (source, _) in enumerate(batch.sources) if source.target == target]
-            places += [(number, place) for place in of_target]
-            requests.append(Request(scopes[target], *as_rows(batch, of_target)))
-            targets.append(target)
-    rows = [Row(batches[of], place, pair) for of, place in places for pair in range(len(batches[of].pairs))]
-    with naming_rows(rows):
-        by_target = generate_together(requests, decoding, _settled(rows))
-    tokenizer = requests[0].scope.model.tokenizer
-    texts = iter([decoding.text(row, tokenizer) for each in by_target for row in each.patched])
-    said: list[dict[int, list[str]]] = [{} for _ in batches]
-    for of, place in places:
-        said[of][place] = [next(texts) for _ in batches[of].pairs]
-    return said, {target: decoding.text(each.clean, tokenizer) for target, each in zip(targets, by_target, strict=True)}
 
 
 def _settled(rows: Sequence[Row]) -> Settled | None:
     """Whether a row need not go on: all whose answers count have been answered. None where nobody has any."""
-    groups = []
-    for row in rows:
-        source, condition = row.batch.sources[row.place]
-        groups.append((source.answers, *(source.lent_to if condition == PATCHED else ())))
+    groups = [(row.source.answers, *(row.source.lent_to if row.condition == PATCHED else ())) for row in rows]
     if not any(answers for group in groups for answers in group):
         return None
     return lambda row, text: all(answer_settled(text, answers) for answers in groups[row])
-
-
-def as_rows(batch: Batch, places: Sequence[int]) -> tuple[Tensor, list[int]]:
-    """Some of the states that are read, (places × pairs, hidden), one after the other, and the target layer of each."""
-    return batch.states[list(places)].flatten(0, 1), [target for _, target in batch.pairs] * len(places)
-
-
-@contextmanager
-def naming_rows(rows: Sequence[Row]) -> Iterator[None]:
-    """A block in which the error of one of these rows, by number, becomes a PscopeError that names its source."""
-    try:
-        yield
-    except RowError as error:
-        if error.row < 0:
-            raise
-        raise PscopeError(f"{rows[error.row]}: {error.reason}") from error
-
-
-def _said_columns(batch: Batch, said: Mapping[int, Sequence[str]], place: int, pair: int) -> dict[str, object]:
-    return _answer_columns(said[place][pair], batch.sources[place][0].answers)
 
 
 def _answer_columns(text: str, answers: Sequence[str]) -> dict[str, object]:

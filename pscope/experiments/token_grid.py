@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import pandas as pd
 import torch
@@ -13,19 +12,19 @@ from torch import Tensor
 
 from pscope.arguments import as_int, as_list, excerpt
 from pscope.engine.generate import Decoding, check_decoding
-from pscope.engine.lens import ANY_TOKEN, logit_lens
-from pscope.engine.patchscope import MEMORY, Patchscope
+from pscope.engine.lens import ANY_TOKEN
+from pscope.engine.patchscope import MEMORY
 from pscope.errors import PscopeError
 from pscope.experiments.experiment import Experiment, Unit, Work, of_kind, tidy
 from pscope.experiments.grid import line_break
-from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens, lens_of
+from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY, Lens, lens_of, most_probable_tokens
 from pscope.experiments.sweep import CLEAN
 from pscope.mappings.mapping_set import MappingSet
 from pscope.models.model import LanguageModel, as_prompt, check_model
 from pscope.models.prompts import ENTITY_DESCRIPTION as ENTITY_PROMPT
 from pscope.models.prompts import TOKEN_IDENTITY as IDENTITY_PROMPT
 from pscope.models.prompts import Prompt, decode
-from pscope.models.residual import as_layers, capture
+from pscope.models.residual import as_layers, as_positions, capture
 
 ENTITY_DESCRIPTION = "entity description"
 
@@ -38,22 +37,11 @@ TYPES = {
     "answer_rank": "Int64",
     "entropy": "Float64",
     "rank": "Int64",
+    "next_token_id": "Int64",
     "next_token": "string",
     "probability": "Float64",
     "continuation": "string",
 }
-
-
-@dataclass(frozen=True)
-class GridLens:
-    """A lens, and, where its target goes on, how; without a `decoding`, the token that follows is all."""
-
-    lens: Lens
-    decoding: Decoding | None = None
-
-    def __post_init__(self) -> None:
-        if self.decoding is not None and (self.lens.target is None or self.decoding.temperature):
-            raise PscopeError(f"{self.lens.name}: a lens goes on greedily, from the prompt that it patches")
 
 
 @dataclass(frozen=True)
@@ -67,7 +55,7 @@ class Column(Unit):
 class Unpatched(Unit):
     """The prompt that a lens patches, as it is."""
 
-    lens: GridLens
+    lens: Lens
     prompt: Prompt
 
 
@@ -75,120 +63,111 @@ class TokenGrid(Experiment[Column | Unpatched]):
     """Every token of a prompt at every layer, by every lens.
 
     A row of the table is one lens × token × layer × rank: `lens`, `position`, `token`, `layer`; `rank` (to `top_k`),
-    `next_token` and its `probability`, of what the lens makes of the state; its `entropy`, in nats; the `answer`, which
-    is what the model itself says after that token, and its `answer_rank` there, from 1; and the `continuation`, of
-    lenses that go on. For each lens that patches a prompt, the rows without a position are those of the prompt
-    unpatched. A lens has no rows for layers that its mappings do not lead from, and reads with those that have not seen
-    the `text`, by default that of the prompt. Raises PscopeError for what cannot be read.
+    `next_token_id`, `next_token` and its `probability`, of what the lens makes of the state; its `entropy`, in nats;
+    the `answer`, which is what the model itself says after that token, and its `answer_rank` there, from 1; and the
+    `continuation`, of lenses that go on. Tokens are those at `positions`, by default all. For each lens that patches a
+    prompt, the rows without a position are those of the prompt unpatched. A lens has no rows for layers that its
+    mappings do not lead from, and reads with those that have not seen the `text`, by default that of the prompt. Raises
+    PscopeError for what cannot be read.
     """
 
     def __init__(
         self,
         model: LanguageModel,
         prompt: Prompt,
-        lenses: Sequence[GridLens],
+        lenses: Sequence[Lens],
         layers: Sequence[int] | None = None,
         *,
+        positions: Sequence[int] | None = None,
         text: str | None = None,
         top_k: int = 5,
         memory: int = MEMORY,
     ) -> None:
-        lenses = as_list(GridLens, lenses, "lenses", "give GridLens(Lens(name))")
+        lenses = as_list(Lens, lenses, "lenses", "give Lens(name, target)")
         prompt, layers = as_prompt(model, prompt), as_layers(model, layers)
-        self._targets = [each.lens.target for each in lenses if each.lens.target is not None]
+        self._targets = [lens.target for lens in lenses if lens.target is not None]
         super().__init__(model, self._targets[0] if self._targets else ANY_TOKEN, memory)
         top_k = as_int(top_k, "top_k", 1, model.config.vocab_size)
-        names = [each.lens.name for each in lenses]
+        names = [lens.name for lens in lenses]
         if len(set(names)) < len(names) or len(set(layers)) < len(layers):
             raise PscopeError(f"one of the lenses {names}, or of the layers {list(layers)}, is given twice")
-        for each in lenses:
-            lens = each.lens
-            if lens.mappings is not None and not lens.pairs(layers, model.n_layers):
-                raise PscopeError(f"{lens.name} reads none of the layers {list(layers)}: {lens.mappings.covered}")
-            if lens.target is not None and each.decoding is not None:
-                check_decoding(each.decoding, model, lens.target)
+        for lens in lenses:
+            lens.pairs(layers, model.n_layers)
+            if lens.target is not None and lens.decoding is not None:
+                check_decoding(lens.decoding, model, lens.target)
         self.prompt, self._text = prompt, prompt.text if text is None else text
         self._lenses, self._layers, self._top_k = lenses, layers, top_k
         rows = len(self._layers) * len(self._lenses)
-        self.units = [Column(f"token {position}", rows, self.target, position) for position in range(len(prompt))]
+        (places,) = as_positions([prompt], [range(len(prompt)) if positions is None else positions])
+        self._tokens_each = -(-len(prompt) // len(places))
+        self.units = [Column(f"token {position}", rows, self.target, position) for position in places]
         # Each beside none: the prompts are of different lengths.
         self.units += [
-            Unpatched(f"{each.lens.name}, {CLEAN}", 1, each.lens.name, each, each.lens.target)
-            for each in lenses
-            if each.lens.target is not None
+            Unpatched(f"{lens.name}, {CLEAN}", 1, lens.name, lens, lens.target)
+            for lens in lenses
+            if lens.target is not None
         ]
 
     def work(self, unit: Column | Unpatched) -> Work:
-        decodings = [each.decoding for each in self._lenses if each.decoding is not None]
+        decodings = [lens.decoding for lens in self._lenses if lens.decoding is not None]
         new_tokens = max((decoding.new_tokens for decoding in decodings), default=0)
         if isinstance(unit, Unpatched):
             return Work(len(unit.prompt), spoken=1, new_tokens=new_tokens)
         suffix = max((len(target) - min(target.positions) for target in self._targets), default=1)
         # Those that go on are nearly all there is to do.
         layers = tuple(self._layers) * (len(decodings) or len(self._targets))
-        return Work(1, suffix, layers, spoken=0 if layers else len(self._layers), new_tokens=new_tokens)
+        return Work(self._tokens_each, suffix, layers, spoken=0 if layers else len(self._layers), new_tokens=new_tokens)
 
     def read(self, units: Sequence[Column | Unpatched]) -> pd.DataFrame:
-        self._tail.memory = self.memory
         if unpatched := of_kind(units, Unpatched):
             return tidy([row for unit in unpatched for row in self._clean(unit)], TYPES)
         positions = [unit.position for unit in of_kind(units, Column)]
         states = capture(self.model, [self.prompt], [positions], [*self._layers, self.model.n_layers])
-        own = torch.cat([part.patched.argmax(dim=-1) for part in self._tail.logits(states[:, -1], self.model.n_layers)])
+        own = most_probable_tokens(self.scope(ANY_TOKEN), states[:, -1:], [self.model.n_layers])[:, 0]
         cells = [
             row
-            for each in self._lenses
-            for row in self._cells(each, positions, states[:, :-1], own)  # (positions, layers, hidden)
+            for lens in self._lenses
+            for row in self._cells(lens, positions, states[:, :-1], own)  # (positions, layers, hidden)
         ]
         return tidy(cells, TYPES)
 
     def join(self, table: pd.DataFrame) -> pd.DataFrame:
         """By lens, each with what its prompt says unpatched after its cells."""
-        order = {each.lens.name: number for number, each in enumerate(self._lenses)}
+        order = {lens.name: number for number, lens in enumerate(self._lenses)}
         return table.sort_values("lens", key=lambda names: names.map(order), kind="stable", ignore_index=True)
-
-    @cached_property
-    def _tail(self) -> Patchscope:
-        return logit_lens(self.model, self.memory)
 
     def rows_per_part(self, rows_per_pass: int) -> int:
         """As many as of all experiments, of each lens: their rows do not share passes."""
         return super().rows_per_part(rows_per_pass) * len(self._lenses)
 
-    def _reader(self, lens: Lens) -> Patchscope:
-        return self._tail if lens.target is None else self.scope(lens.target)
-
-    def _cells(
-        self, each: GridLens, positions: Sequence[int], states: Tensor, own: Tensor
-    ) -> Iterator[dict[str, object]]:
+    def _cells(self, lens: Lens, positions: Sequence[int], states: Tensor, own: Tensor) -> Iterator[dict[str, object]]:
         """The rows of one lens, from the states (positions, layers, hidden) and what the model itself says."""
-        lens, model = each.lens, self.model
-        by_column = lens.pairs(self._layers, model.n_layers)
+        by_column = lens.pairs(self._layers, self.model.n_layers)
         pairs, states = [*by_column.values()], states[:, [*by_column]]
         if lens.mappings is not None:
             states = lens.mappings.apply(states, pairs, [self._text] * len(positions))
         rows, targets = states.flatten(0, 1), [target for _, target in pairs] * len(positions)
         answers = own.repeat_interleave(len(pairs))
-        scope = self._reader(lens)
+        scope = self.scope(lens.target or ANY_TOKEN)
         cells = [cell for part in scope.logits(rows, targets) for cell in self._top(part.patched, answers[part.rows])]
-        texts = [None] * len(rows) if each.decoding is None else scope.generate(rows, targets, each.decoding).text
+        texts = [None] * len(rows) if lens.decoding is None else scope.generate(rows, targets, lens.decoding).text
         places = [(position, layer) for position in positions for layer, _ in pairs]
         for (position, layer), answer, cell, text in zip(places, answers.tolist(), cells, texts, strict=True):
             about = {"lens": lens.name, "position": position, "token": self.prompt.tokens[position], "layer": layer}
-            about |= {"answer": decode(model.tokenizer, [answer]), "continuation": text}
+            about |= {"answer": decode(self.model.tokenizer, [answer]), "continuation": text}
             yield from ({**about, **row} for row in cell)
 
     def _clean(self, unit: Unpatched) -> Iterator[dict[str, object]]:
         """What the prompt of a lens says unpatched."""
-        target, each = unit.prompt, unit.lens
+        target, lens = unit.prompt, unit.lens
         logits = self.model.next_token_logits(torch.tensor([target.ids], device=self.model.device))
         text = None
-        if each.decoding is not None:
+        if lens.decoding is not None:
             any_state = torch.zeros(1, self.model.hidden_size, dtype=self.model.dtype, device=self.model.device)
-            text = self.scope(target).generate(any_state, self.model.n_layers, each.decoding).clean_text
+            text = self.scope(target).generate(any_state, self.model.n_layers, lens.decoding).clean_text
         (cell,) = self._top(logits, None)
         for row in cell:
-            yield {"lens": each.lens.name, "token": CLEAN, "continuation": text, **row}
+            yield {"lens": lens.name, "token": CLEAN, "continuation": text, **row}
 
     def _top(self, logits: Tensor, answers: Tensor | None) -> Iterator[list[dict[str, object]]]:
         """For each row of logits (rows, vocab), its most probable tokens, with what is told of the whole row."""
@@ -209,6 +188,7 @@ class TokenGrid(Experiment[Column | Unpatched]):
                     "entropy": entropy,
                     "answer_rank": rank,
                     "rank": number,
+                    "next_token_id": token,
                     "next_token": decode(tokenizer, [token]),
                     "probability": math.exp(value),
                 }
@@ -234,12 +214,12 @@ def grid_of(
     if mappings is not None and not isinstance(mappings, Mapping):
         raise PscopeError(f"mappings are given by name, as {{'tuned': read_mappings(…)}}, not {excerpt(mappings)}")
     identity = model.prompt(IDENTITY_PROMPT)
-    lenses = [GridLens(Lens(LOGIT_LENS))]
-    lenses += [GridLens(lens_of(name, own, identity, model.n_layers)) for name, own in (mappings or {}).items()]
-    lenses.append(GridLens(Lens(TOKEN_IDENTITY, identity)))
+    lenses = [Lens(LOGIT_LENS)]
+    lenses += [lens_of(name, own, identity, model.n_layers) for name, own in (mappings or {}).items()]
+    lenses.append(Lens(TOKEN_IDENTITY, identity))
     if describe is not None:
         entity = model.prompt(ENTITY_PROMPT)
         check_decoding(describe, model, entity)
-        lenses.append(GridLens(Lens(ENTITY_DESCRIPTION, entity), describe))
+        lenses.append(Lens(ENTITY_DESCRIPTION, entity, decoding=describe))
     prompt = model.prompt(line_break(model, text) + text)
     return TokenGrid(model, prompt, lenses, layers, text=text, top_k=top_k, memory=memory)

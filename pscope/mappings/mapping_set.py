@@ -85,18 +85,18 @@ class MappingSet:
 
     def apply(self, states: Tensor, pairs: Sequence[Pair], texts: Sequence[str | None]) -> Tensor:
         """States (samples, pairs, width), each by a map that has not seen its text: (samples, pairs, width out)."""
-        outputs = []
-        for number, pair in enumerate(pairs):
-            groups: dict[int, list[int]] = {}
-            for row, text in enumerate(texts):
-                groups.setdefault(fold_of(text) if text is not None and self.folds else -1, []).append(row)
-            rows = [row for group in groups.values() for row in group]
-            # Those of one pair at a time: all of a large model's take more than a GPU has beside it.
-            parts = [
-                self.at(pair, texts[group[0]]).to(states.device)(states[group, number]) for group in groups.values()
-            ]
-            outputs.append(torch.cat(parts)[torch.tensor(rows).argsort()])
-        return torch.stack(outputs, dim=1)
+        of = [(pair, text) for text in texts for pair in pairs]
+        return self.apply_each(states.flatten(0, 1), of).unflatten(0, states.shape[:2])
+
+    def apply_each(self, states: Tensor, of: Sequence[tuple[Pair, str | None]]) -> Tensor:
+        """States (rows, width), each of a text by a map of its pair that has not seen it: (rows, width out)."""
+        groups: dict[tuple[Pair, int], list[int]] = {}
+        for row, (pair, text) in enumerate(of):
+            groups.setdefault((pair, fold_of(text) if text is not None and self.folds else -1), []).append(row)
+        # One map at a time: all of a large model's take more than a GPU has beside it.
+        parts = [self.at(*of[rows[0]]).to(states.device)(states[rows]) for rows in groups.values()]
+        order = torch.tensor([row for rows in groups.values() for row in rows]).argsort()
+        return torch.cat(parts)[order.to(states.device)]
 
     @classmethod
     def identity(cls, model: LanguageModel, pairs: Sequence[Pair]) -> MappingSet:

@@ -58,12 +58,7 @@ def accuracy_figure(accuracy: pd.DataFrame, on: str = "", columns: int = 5) -> F
 
 def accuracy_heatmaps(table: pd.DataFrame, on: str = "") -> Figure:
     """From the table of `AttributeScores`: the share of samples answered at every (ℓ, ℓ*)."""
-    patched = table[table["condition"] == PATCHED].astype({"found": float})
-    means = {
-        relation: rows.groupby(["layer", "target_layer"])["found"].mean()
-        for relation, rows in patched.groupby("relation", sort=False)
-    }
-    return layer_heatmaps(means, "Accuracy", on)
+    return layer_heatmaps(table[table["condition"] == PATCHED], "relation", "found", "Accuracy", on)
 
 
 def accuracy_table(summary: pd.DataFrame) -> Table:

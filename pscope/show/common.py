@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import pandas as pd
 import seaborn as sns
 from matplotlib.axes import Axes
@@ -12,17 +10,23 @@ from matplotlib.figure import Figure
 from pscope.characters import visible
 from pscope.show.theme import PAGE, SHADES, drawing
 
+MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
+"""What is told of decoded tokens, as axes name it."""
 
-def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, on: str, columns: int = 5) -> Figure:
-    """One heatmap per panel, all of one scale: source layers on x, target layers on y, upwards.
 
-    `cells` are, by the title of the panel, values indexed by `layer` and `target_layer`; `label` says of what.
+def layer_heatmaps(table: pd.DataFrame, by: str, value: str, label: str, on: str, columns: int = 5) -> Figure:
+    """One heatmap for each value of the column `by`, all of one scale: source layers on x, target layers on y, upwards.
+
+    They show the mean of the column `value`, of which `label` says what it is.
     """
-    rows = -(-len(cells) // columns)
-    columns = min(columns, len(cells))
-    highest = max(values.max() for values in cells.values())
+    grids = {
+        name: rows.astype({value: float}).pivot_table(value, "target_layer", "layer").sort_index(ascending=False)
+        for name, rows in table.groupby(by, sort=False)
+    }
+    rows = -(-len(grids) // columns)
+    columns = min(columns, len(grids))
+    highest = max(grid.max().max() for grid in grids.values())
     side = min(2.4, PAGE / columns)
-    grids = {name: values.astype(float).unstack("layer").sort_index(ascending=False) for name, values in cells.items()}
     first, *others = grids.values()
     alike = all(all(map(pd.Index.equals, grid.axes, first.axes)) for grid in others)
     with drawing(0.7 + side * columns, 0.7 + side * rows, "white") as figure:
@@ -33,9 +37,9 @@ def layer_heatmaps(cells: Mapping[str, pd.Series], label: str, on: str, columns:
             _round_ticks(axes, list(grid.columns), list(grid.index))
             if alike:
                 axes.label_outer()
-        for axes in panels[len(cells) :]:
+        for axes in panels[len(grids) :]:
             axes.remove()
-        figure.colorbar(panels[0].collections[0], ax=panels[: len(cells)].tolist(), label=label, aspect=40, shrink=0.8)
+        figure.colorbar(panels[0].collections[0], ax=panels[: len(grids)].tolist(), label=label, aspect=40, shrink=0.8)
         figure.suptitle(titled(f"{label}, at every pair of layers", on))
     return figure
 

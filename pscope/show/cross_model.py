@@ -7,10 +7,8 @@ from matplotlib.figure import Figure
 from rich.table import Table
 
 from pscope.experiments.cross_model import MAPPED
-from pscope.show.common import layer_heatmaps
+from pscope.show.common import MEASURES, layer_heatmaps
 from pscope.show.tables import literal, narrow_table, number, with_band
-
-_MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
 
 
 def cross_model_figure(
@@ -22,11 +20,8 @@ def cross_model_figure(
     """
     reader = summary["reader"].iloc[0] if reader is None else reader
     rows = summary[(summary["reader"] == reader) & summary[measure].notna()]
-    cells = {
-        condition: each.set_index(["layer", "target_layer"])[measure]
-        for condition, each in rows.groupby("condition", sort=False)
-    }
-    return layer_heatmaps(cells, _MEASURES[measure], ", ".join(filter(None, (reader, on))), columns=4)
+    on = ", ".join(filter(None, (reader, on)))
+    return layer_heatmaps(rows, "condition", measure, MEASURES[measure], on, columns=4)
 
 
 def best_pairs_table(best: pd.DataFrame, summary: pd.DataFrame, reader: str) -> Table:

@@ -61,7 +61,7 @@ def entity_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     """
     patched = summary[summary["condition"] == PATCHED]
     if patched.duplicated(["group", "layer"]).any():
-        return _heatmaps(patched, on)
+        return layer_heatmaps(patched, "group", "rouge_l", "ROUGE-L", on)
     groups = [group for group in dict.fromkeys(summary["group"]) if group != ALL] or [ALL]
     crowded = len(groups) > len(_GROUPS)
     looks = sns.color_palette("husl", len(groups)) if crowded else _GROUPS
@@ -90,14 +90,6 @@ def entity_figure(summary: pd.DataFrame, on: str = "") -> Figure:
             axes.legend(handles=handles, ncols=2, loc="upper center", bbox_to_anchor=(0.5, -0.2))
         figure.suptitle(titled("How well entities are described from the states of their names", on))
     return figure
-
-
-def _heatmaps(patched: pd.DataFrame, on: str) -> Figure:
-    by_group = {
-        group: rows.set_index(["layer", "target_layer"])["rouge_l"]
-        for group, rows in patched.groupby("group", sort=False)
-    }
-    return layer_heatmaps(by_group, "ROUGE-L", on)
 
 
 def _line(axes: Axes, summary: pd.DataFrame, condition: str, look: Look, label: str) -> None:

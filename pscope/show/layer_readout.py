@@ -9,7 +9,8 @@ import seaborn as sns
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pscope.experiments.layer_readout import LOGIT_LENS, PATCHSCOPE
+from pscope.experiments.layer_readout import PATCHSCOPE
+from pscope.experiments.next_token import LOGIT_LENS
 from pscope.experiments.sweep import CLEAN
 from pscope.show.common import drawable, titled
 from pscope.show.tables import literal

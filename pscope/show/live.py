@@ -26,7 +26,7 @@ from pscope.errors import PromptError, PscopeError
 from pscope.experiments.grid import line_break
 from pscope.experiments.next_token import LOGIT_LENS, Lens
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, same_norm
-from pscope.experiments.token_grid import GridLens, TokenGrid
+from pscope.experiments.token_grid import TokenGrid
 from pscope.inputs.targets import shipped_targets
 from pscope.memory import out_of_memory
 from pscope.models.model import LanguageModel
@@ -119,7 +119,7 @@ class Demo:
 
     def _see(self, text: str) -> _Seen:
         prompt = self._short("the text", text, before=True)
-        grid = TokenGrid(self.model, prompt, [GridLens(Lens(LOGIT_LENS))], top_k=1).table()
+        grid = TokenGrid(self.model, prompt, [Lens(LOGIT_LENS)], top_k=1).table()
         return _Seen(prompt, grid, capture(self.model, [prompt], [range(len(prompt))], range(self.model.n_layers + 1)))
 
     def _scope_of(self, target: str, at: str) -> Patchscope:

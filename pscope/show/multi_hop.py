@@ -76,12 +76,8 @@ def answers_figure(summary: pd.DataFrame, on: str = "") -> Figure:
 
 def answers_heatmaps(table: pd.DataFrame, on: str = "") -> Figure:
     """From the table of `MultiHopScores`: the share of queries answered at every (ℓ, ℓ*), per wiring."""
-    patched = table[(table["condition"] == PATCHED) & table["method"].isin(WIRINGS)].astype({"found": float})
-    means = {
-        wiring: rows.groupby(["layer", "target_layer"])["found"].mean()
-        for wiring, rows in patched.groupby("method", sort=False)
-    }
-    return layer_heatmaps(means, "Share of queries answered", on)
+    patched = table[(table["condition"] == PATCHED) & table["method"].isin(WIRINGS)]
+    return layer_heatmaps(patched, "method", "found", "Share of queries answered", on)
 
 
 def answers_table(summary: pd.DataFrame, lengths: str) -> Table:

@@ -8,7 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
-from pscope.show.common import drawable, titled
+from pscope.show.common import MEASURES, drawable, titled
 from pscope.show.tables import literal, narrow_table, with_band
 from pscope.show.theme import (
     BLUE,
@@ -39,14 +39,12 @@ _LOOKS = [
     Look(SKY, ":", "X"),
 ]
 
-_MEASURES = {"precision_at_1": "Precision@1", "surprisal": "Surprisal (nats)"}
-
 
 def next_token_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     """Figure 2 from `next_token.summarise`: precision@1 and surprisal over the layers, one line and band per lens."""
     lenses = summary.groupby("lens", sort=False)
     with drawing(PAGE, 2.6 + 0.14 * (len(lenses) // 4)) as figure:
-        for axes, (measure, label) in zip(figure.subplots(1, 2), _MEASURES.items(), strict=True):
+        for axes, (measure, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
             for (lens, rows), look in zip(lenses, cycle(_LOOKS), strict=False):
                 plot(axes, rows["layer"], rows[measure], look, drawable(lens))
                 fill(axes, rows["layer"], rows[f"{measure}_low"], rows[f"{measure}_high"], look)

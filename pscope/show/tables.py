@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
@@ -23,6 +25,17 @@ def narrow_table(caption: str, *, tight: bool = False) -> Table:
     """A table without side borders, for numbers in 80 columns; a `tight` one has one blank between columns."""
     padding = 0 if tight else (0, 1, 0, 0)
     return Table(box=SIMPLE_HEAD, pad_edge=False, padding=padding, caption=caption, caption_justify="left")
+
+
+def facts_table(facts: Iterable[tuple[str, str]]) -> Table:
+    """Names, and what is to be said of each."""
+    table = narrow_table("")
+    table.show_header = False
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for name, text in facts:
+        table.add_row(name, literal(text))
+    return table
 
 
 def with_band(mean: float, low: float, high: float, digits: int = 2) -> str:
