@@ -34,7 +34,7 @@ def table2(
         ),
     ] = None,
     samples: Annotated[
-        int | None, typer.Option(min=3, help="Subjects of each relation.", show_default="12; 6 with --quick")
+        int | None, typer.Option(min=3, help="Subjects of each relation.", show_default="12; 5 with --quick")
     ] = None,
     contexts: Annotated[
         int | None, typer.Option(min=1, help="Sentences to read each subject in.", show_default="2; 1 with --quick")
@@ -51,7 +51,7 @@ def table2(
     read. Beside the accuracy stand those of a probe per layer, the majority class, another subject's state, a random
     vector and the target unpatched.
     """
-    samples, contexts = samples or (6 if grid.quick else 12), contexts or (1 if grid.quick else 2)
+    samples, contexts = samples or (5 if grid.quick else 12), contexts or (1 if grid.quick else 2)
 
     from pscope.inputs.relations import read_relations, shipped_relations
 

@@ -235,6 +235,10 @@ def test_two_lenses_of_one_name_are_refused(tiny_folder):
         assert "give their folders different names" in " ".join(result.stderr.split())
 
 
+def test_a_dry_run_into_a_deeper_model(tiny_folder, other_folder):
+    done("fig2", "--model", other_folder, "--target-model", tiny_folder, "--dry-run", "--rate", "1")
+
+
 def test_read_goes_through_maps(tiny_folder, other_folder, tiny):
     done("fit", "--model", tiny_folder, "--layers", "1,2", "--out", "maps")
     base = ("read", "--model", tiny_folder, "--text", "one two", "--target", "say x", "--new-tokens", "3", "--json")
