@@ -1,8 +1,9 @@
 import torch
 from conftest import random_model
-from transformers import BloomConfig, BloomForCausalLM
+from transformers import BloomConfig, BloomForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from pscope.engine.batching import PerRow, find_batch_axes, fitting
+from pscope.engine.staircase import Staircase
 from pscope.models.residual import calling, editing
 
 
@@ -61,3 +62,27 @@ def test_what_layers_share_is_fitted_in_place(tiny):
     # Rows that come later stand on the first one.
     assert seen == [[0, 1], [0, 1], [0, 1, 0], [0, 1, 0]]
     assert shared["keys"][0].shape == (3, 1)
+
+
+def test_axes_are_looked_for_once_in_passes_of_one_shape(tokenizer):
+    model = random_model(LlamaForCausalLM, LlamaConfig, tokenizer, num_hidden_layers=2)
+    passes = 0
+
+    def count(layer, args, kwargs):
+        nonlocal passes
+        passes += layer == 0
+        return args, kwargs
+
+    def of(text):
+        nonlocal passes
+        passes = 0
+        with calling(model, count):
+            Staircase(model, model.prompt(text, "x"))
+        return passes
+
+    # The prefix and what follows it, by one row and by two.
+    assert of("one two x three") == 4
+    assert of("four five x six") == 0
+    assert of("two x three four") == 4
+    model.hf.set_attn_implementation("eager")
+    assert of("one two x three") == 4

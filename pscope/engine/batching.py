@@ -7,14 +7,16 @@ was kept from a layer below that had fewer, the first row, the clean one, stands
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, MutableMapping
+from collections.abc import Callable, Hashable, Mapping, MutableMapping
 from contextlib import AbstractContextManager
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pscope.models.internals.calls import Args, Kwargs, stream_of
+from pscope.models.internals.configs import attention
 from pscope.models.model import LanguageModel
 from pscope.models.residual import calling
 
@@ -27,6 +29,21 @@ class PerRow(NamedTuple):
 
     axis: int
     size: int
+
+
+BatchAxes = Mapping[Place, PerRow]
+"""The batch axes of all the tensors that have one."""
+
+_FOUND: WeakKeyDictionary[nn.ModuleList, dict[Hashable, BatchAxes]] = WeakKeyDictionary()
+
+
+def known_batch_axes(model: LanguageModel, shape: Hashable, run: Callable[[int], object]) -> BatchAxes:
+    """Those of `find_batch_axes`, which are looked for once in passes of one `shape`: whatever the tokens are."""
+    found = _FOUND.setdefault(model.layers, {})
+    key = (attention(model.hf.config), shape)
+    if key not in found:
+        found[key] = find_batch_axes(model, run)
+    return found[key]
 
 
 def find_batch_axes(model: LanguageModel, run: Callable[[int], object]) -> dict[Place, PerRow]:
@@ -44,7 +61,7 @@ def find_batch_axes(model: LanguageModel, run: Callable[[int], object]) -> dict[
     return batch_axes
 
 
-def fitting(model: LanguageModel, batch_axes: Mapping[Place, PerRow]) -> AbstractContextManager[None]:
+def fitting(model: LanguageModel, batch_axes: BatchAxes) -> AbstractContextManager[None]:
     """A block within which each decoder layer is called with as many rows of everything as of its residual stream."""
 
     def fit(layer: int, args: Args, kwargs: Kwargs) -> tuple[Args, Kwargs]:

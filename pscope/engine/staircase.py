@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import Cache, DynamicCache
 
-from pscope.engine.batching import find_batch_axes, fitting
+from pscope.engine.batching import fitting, known_batch_axes
 from pscope.engine.generate import CachedRows
 from pscope.engine.writes import LayerWrites, Writes
 from pscope.errors import ModelError
@@ -40,9 +40,10 @@ class Staircase:
             raise ModelError(f"its cache has {', '.join(others)}, not only the keys and values of each token")
         first = min(target.positions)
         self._prefix_ids, self._suffix_ids = target.ids[:first], target.ids[first:]
-        prefix = self._run_prefix()
-        self._batch_axes = find_batch_axes(
-            model, lambda rows: model.next_token_logits(self._suffix(rows), grown(prefix, rows))
+        self._batch_axes = known_batch_axes(
+            model,
+            (len(self._prefix_ids), len(self._suffix_ids)),
+            lambda rows: model.next_token_logits(self._suffix(rows), grown(self._run_prefix(), rows)),
         )
 
     def read(self, writes: Writes, last: int = 1) -> Tensor:
