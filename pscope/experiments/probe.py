@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +34,7 @@ class Probed(NamedTuple):
 def probe_elsewhere(
     states: np.ndarray, answers: Sequence[str], folds: np.ndarray, counts: Callable[[int, str], bool]
 ) -> Probed:
-    """Probe each unit by what was fitted on the other folds, of which there must be two at least.
+    """Probe each unit by what was fitted on the other folds, of which there must be three at least.
 
     `states` are (units, layers, hidden), `answers` and `folds` (units,); `counts(unit, answer)` says whether an answer,
     perhaps another unit's, is right for a unit. A layer is chosen for a fold by probes that have not seen it: fitted on
@@ -42,22 +43,31 @@ def probe_elsewhere(
     names, classes = np.unique(answers, return_inverse=True)
     accepted = np.array([[counts(unit, name) for name in names.tolist()] for unit in range(len(classes))])
     units = np.arange(len(classes))
+    within = _by_other_folds(states, classes, folds)
     predicted, majority = np.empty(states.shape[:2], int), np.empty(len(classes), int)
     chosen, nameable = np.empty(states.shape[:2], bool), np.empty(len(classes), bool)
     for fold in np.unique(folds):
         here, others = folds == fold, folds != fold
         predicted[here] = _predict(states, classes, others, here)
-        within = np.empty(states.shape[:2], int)
-        for left_out in np.unique(folds[others]):
-            inner = folds == left_out
-            within[inner] = _predict(states, classes, others & ~inner, inner)
-        shares = accepted[units[others, None], within[others]].mean(axis=0)
+        shares = accepted[units[others, None], within[fold][others]].mean(axis=0)
         chosen[here] = shares == shares.max()
         frequencies = np.bincount(classes[others], minlength=len(names))
         majority[here] = frequencies.argmax()
         nameable[here] = accepted[here][:, frequencies > 0].any(axis=1)
     right, majority_right = accepted[units[:, None], predicted], accepted[units, majority]
     return Probed(names[predicted], right, chosen, names[majority], majority_right, nameable)
+
+
+def _by_other_folds(states: np.ndarray, classes: np.ndarray, folds: np.ndarray) -> dict[object, np.ndarray]:
+    """For each fold the classes given to the units of all others, (units, layers), by what was fitted on the rest."""
+    within = {fold: np.empty(states.shape[:2], int) for fold in np.unique(folds).tolist()}
+    # What has seen neither of two folds is asked about both.
+    for pair in combinations(within, 2):
+        unseen = np.isin(folds, pair)
+        predicted = _predict(states, classes, ~unseen, unseen)
+        for fold in pair:
+            within[fold][unseen] = predicted
+    return within
 
 
 def _predict(states: np.ndarray, classes: np.ndarray, seen: np.ndarray, unseen: np.ndarray) -> np.ndarray:
