@@ -25,6 +25,7 @@ from pscope.errors import PscopeError
 
 if TYPE_CHECKING:
     import pandas as pd
+    import torch
 
     from pscope.experiments.experiment import Experiment
     from pscope.experiments.known import PlainWords
@@ -171,11 +172,11 @@ class Frame(Loader):
     ) -> None:
         super().__init__(name, model)
         self._run_options, self._options, self._resuming = run, options, resuming
-        self.memory = parse_memory(run.memory)
         # To the microsecond, since several may be started at once.
         folder = run.out or Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S-%f}"
         self._folder = folder if resuming is None else resuming.folder
         self._data: list[str] = []
+        self._devices: set[torch.device] = set()
         self._session: Session | None = None
         self._scored: Experiment[Any] | None = None
         self._finished = False
@@ -194,11 +195,23 @@ class Frame(Loader):
 
     def _load(self, name: str, options: ModelOptions, adapter: Path | None = None) -> LanguageModel:
         if not self._run_options.dry_run:
-            return super()._load(name, options, adapter)
+            model = super()._load(name, options, adapter)
+            self._devices |= {weight.device for weight in model.hf.parameters()}
+            return model
         from pscope.models.loading import outline
 
         with working(f"Reading the config of {name}"):
             return outline(name, dtype=options.dtype, revision=options.revision)
+
+    @cached_property
+    def memory(self) -> int:
+        """What the rows of a pass may take, in bytes: what is asked for, or what suits where the models are by then."""
+        from pscope.engine.patchscope import MEMORY
+        from pscope.memory import spare
+
+        asked = parse_memory(self._run_options.memory)
+        # Those who hold one model together must agree on it.
+        return self.processes.from_main(spare(self._devices) or MEMORY) if asked is None else asked
 
     def read(self, data: Iterable[str]) -> None:
         """Note what the run reads, beside its options: it must be the same where it is gone on with."""

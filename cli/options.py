@@ -78,7 +78,14 @@ class TargetModelOptions:
 class RunOptions:
     """Where a run goes, what it may take, and which part of it is done."""
 
-    memory: Annotated[float, option_of(RUN, help="Memory for the rows of one pass, in GiB, beside the model.")] = 1.0
+    memory: Annotated[
+        float | None,
+        option_of(
+            RUN,
+            help="Memory for the rows of one pass, in GiB, beside the model.",
+            show_default="1; half of what is free on a GPU",
+        ),
+    ] = None
     out: Annotated[
         Path | None,
         option_of(RUN, help="Folder for the run, new or empty.", show_default="runs/COMMAND-DATE-TIME"),
@@ -98,7 +105,7 @@ class RunOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        parse_memory(self.memory)
+        _ = parse_memory(self.memory)
         parse_shard(self.shard)
         if self.rate is not None and not (self.dry_run and 0 < self.rate < 1e6):
             raise PscopeError(f"--rate {self.rate:g}: a positive number of TFLOP/s is needed, beside --dry-run")
@@ -151,8 +158,10 @@ def parse_target_layers(text: str | None) -> list[int] | Literal["same", "all"] 
     return parse_layers(text, "--target-layers", "nor same or all")
 
 
-def parse_memory(gib: float) -> int:
-    """GiB as bytes. Raises PscopeError."""
+def parse_memory(gib: float | None) -> int | None:
+    """GiB as bytes; None stays None. Raises PscopeError."""
+    if gib is None:
+        return None
     if not 0 < gib <= MOST_MEMORY:
         raise PscopeError(f"--memory {gib:g}: a positive number of GiB is needed, at most {MOST_MEMORY}")
     return int(gib * 2**30)

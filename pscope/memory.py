@@ -1,11 +1,18 @@
-"""Running out of memory: on a GPU, on a CPU, or in Python."""
+"""How much memory is to be had, and running out of it: on a GPU, on a CPU, or in Python."""
 
 from __future__ import annotations
+
+from collections.abc import Iterable
 
 import torch
 
 # Accelerate's predicate for its own retries also takes what cuDNN does not support for this.
 _SIGNS = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", "std::bad_alloc")
+
+
+def spare(devices: Iterable[torch.device]) -> int | None:
+    """Half of what is free on the GPU that has least of it, in bytes; None where none of the devices is one."""
+    return min((torch.cuda.mem_get_info(gpu)[0] // 2 for gpu in devices if gpu.type == "cuda"), default=None)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -170,6 +170,28 @@ def test_positions_on_the_command_line(tiny_folder):
         assert settings["options"]["memory"] == 0.5
 
 
+@pytest.mark.usefixtures("unpainted")
+def test_rows_are_given_what_a_gpu_can_spare_unless_something_else_is_asked_for(tiny_folder, monkeypatch):
+    devices, given = [], []
+
+    def spare(of):
+        devices.append(of)
+        return 2**20
+
+    def grid(*_, memory, **__):
+        given.append(memory)
+        raise pscope.PscopeError("seen")
+
+    monkeypatch.setattr("pscope.experiments.token_grid.grid_of", grid)
+    command = ("lens", "one two three", "--model", tiny_folder)
+    run(*command)
+    monkeypatch.setattr("pscope.memory.spare", spare)
+    run(*command)
+    run(*command, "--memory", 2)
+    assert given == [2**30, 2**20, 2**31]
+    assert devices == [{torch.device("cpu")}]
+
+
 def test_what_marks_a_position():
     text = "say x x now 3 all:y"
     for at, index, position in (

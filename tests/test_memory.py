@@ -5,7 +5,7 @@ import torch
 import pscope
 from pscope import Patchscope
 from pscope.engine.staircase import Staircase
-from pscope.memory import out_of_memory
+from pscope.memory import out_of_memory, spare
 
 
 def no_room(*_, **__):
@@ -24,6 +24,14 @@ def test_each_kind_of_running_out_is_known():
         torch.ones(2, 3) @ torch.ones(2, 3)
     assert not out_of_memory(raised.value)
     assert not out_of_memory(RuntimeError("cuDNN error: CUDNN_STATUS_NOT_SUPPORTED."))
+
+
+def test_half_of_the_fuller_gpu_is_spared(monkeypatch):
+    free = {torch.device("cuda", 0): 60 * 2**30, torch.device("cuda", 1): 20 * 2**30}
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda gpu: (free[gpu], 80 * 2**30))
+    assert spare({torch.device("cpu"), *free}) == 10 * 2**30
+    assert spare({torch.device("cuda", 0)}) == 30 * 2**30
+    assert spare({torch.device("cpu"), torch.device("meta")}) is None
 
 
 def test_a_path_without_room_is_not_taken_for_one_that_does_not_run(tiny, monkeypatch):
