@@ -9,6 +9,8 @@ from architectures import ARCHITECTURES, KNOWN, VOCABULARY, build
 from reference import hidden_states, logits_at_each_step, patched_logits, written_logits
 
 from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, Write, Writes, capture, logit_lens
+from pscope.engine.queue import Queue
+from pscope.engine.selfcheck import PATHS
 from pscope.models.structure import check_structure
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -116,6 +118,26 @@ def assert_rows_agree(scope, layers):
         assert not any(ended[:-1])
 
 
+def assert_rows_that_wait_agree(scope):
+    """What is said by rows that wait for those of another pass, and go on with them, is what they say by themselves."""
+    states, layers = random_states(scope.model), range(scope.model.n_layers + 1)
+    alone = scope.generate(states, layers, Decoding(NEW_TOKENS))
+    rows, path = 1 + len(states), PATHS["staircase"](scope.model, scope.target)
+    # They end after one, two, three or four tokens: when half are left they are few.
+    lengths = 1 + torch.arange(2 * rows) % 4
+    queue = Queue(
+        Decoding(NEW_TOKENS), torch.zeros(2 * rows, NEW_TOKENS), lambda rows, said: lengths[rows] <= said.shape[1]
+    )
+    for first in (0, rows):
+        queue.take(path.start(scope.writes(states, layers), NEW_TOKENS), range(first, first + rows), room=2 * rows)
+        assert 0 < queue.waiting <= rows // 2
+    for number, said in queue.finish().items():
+        row = number % rows
+        own = alone.patched[row - 1] if row else alone.clean
+        assert len(said) == lengths[number]
+        assert said[: len(own)] == own[: len(said)]
+
+
 def test_the_documentation_counts_them():
     types = {name.split(",")[0] for name in ARCHITECTURES}
     assert f"{len(types - {*REFUSED})} model types" in (DOCS.parent / "README.md").read_text("utf-8")
@@ -133,6 +155,8 @@ def test_an_architecture(name):
         # With the scored tokens the path is checked anew; that it is right is seen without the check too.
         assert_scores_agree(scope if where == "last" else Patchscope(model, scope.target, path=scope.path), layers)
     assert_writes_agree(model, layers, scope_of(name, "middle").path)
+    if scope_of(name, "middle").path == "staircase":
+        assert_rows_that_wait_agree(scope_of(name, "middle"))
 
     prompts = [prompt(TOKENS[:length], length - 1) for length in (20, 5, 13)]
     states = capture(model, prompts)

@@ -735,7 +735,7 @@ def test_a_full_disk_in_the_middle_of_a_run_is_told_and_the_run_resumed(tiny_fol
 
     pq_write_table = pq.write_table
     out = tmp_path / "run"
-    options = ["--no-fit", "--texts", texts, "--samples", 6, "--layers", "1,3", "--memory", 0.001]
+    options = ["--no-fit", "--texts", texts, "--samples", 6, "--layers", "1,3", "--memory", 0.0002]
     command = ["fig2", "--model", tiny_folder, *options]
     with monkeypatch.context() as patched:
         patched.setattr(pq, "write_table", full)

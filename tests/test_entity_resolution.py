@@ -60,7 +60,7 @@ def test_every_row_against_the_one_row_loop(tiny):
     target = tiny.prompt("one two x three", "x")
     pairs = [(0, 0), (3, 1), (4, 4)]
     # So little memory that entities come in several parts.
-    experiment = EntityDescriptions(tiny, target, ENTITIES, pairs, Decoding(4), seed=5, memory=6_000_000)
+    experiment = EntityDescriptions(tiny, target, ENTITIES, pairs, Decoding(4), seed=5, memory=2_000_000)
     assert len(experiment.parts(experiment.rows_per_part(experiment.rows_per_pass()))) > 2
     table = experiment.table()
     assert len(table) == 5 * (2 + 3 * 3)

@@ -9,7 +9,8 @@ from test_patchscope import PATHS, TARGET
 
 from pscope import Decoding, LanguageModel, Patchscope, PscopeError, RowError, capture, load
 from pscope.engine import generate
-from pscope.engine.generate import continue_rows
+from pscope.engine.generate import CachedRows
+from pscope.engine.queue import Queue
 
 
 def ending(model, end_tokens):
@@ -59,8 +60,68 @@ def test_ended_rows_leave_the_batch():
 
     rows, decoding = Scripted(), Decoding(4)
     ends = decoding.ends(frozenset({9}), tokenizer=None)
-    assert continue_rows(rows, decoding, decoding.draws(4), ends) == [[5, 5, 5, 5], [5, 9], [9], [5, 5, 9]]
+    queue = Queue(decoding, decoding.draws(4), ends)
+    queue.take(rows, range(4))
+    assert queue.finish() == {0: [5, 5, 5, 5], 1: [5, 9], 2: [9], 3: [5, 5, 9]}
     assert rows.sizes == [3, 2, 1]
+
+
+def test_few_rows_wait_for_those_of_the_next_pass(tiny, monkeypatch):
+    states, layers = rows_for_every_layer(tiny, per_layer=12)
+    target, decoding = tiny.prompt(TARGET, 7), Decoding(12)
+    endless = Patchscope(tiny, target).generate(states, layers, decoding)
+    # So that of twenty rows some go on for long.
+    end_tokens = {row[step] for row, step in zip(endless.patched, [0, 1, 2, 3, 4, 6, 8] * 4, strict=False)}
+    expected = [
+        row[: next((n for n, token in enumerate(row, 1) if token in end_tokens), 12)] for row in endless.patched
+    ]
+    model = ending(tiny, end_tokens)
+    widths, most, step = [], 0, CachedRows.step
+
+    def spy(rows, tokens):
+        widths.append(len(tokens))
+        step(rows, tokens)
+
+    monkeypatch.setattr(CachedRows, "step", spy)
+    passes = {}
+    for path in ("staircase", "plain"):
+        scope = Patchscope(model, target, path=path)
+        scope.memory = 20 * scope._now()[0].row_bytes(12)
+        most = scope.rows_speaking(decoding)
+        assert scope.generate(states, layers, decoding).patched == expected
+        assert max(widths) <= most
+        passes[path] = len(widths)
+        widths.clear()
+    assert passes["staircase"] < 0.8 * passes["plain"]
+
+
+def test_what_waits_takes_room_from_those_to_come(monkeypatch):
+    class Numbered:
+        """Rows that say 0 for ever."""
+
+        def __init__(self, count):
+            self.logits, self.steps = torch.eye(2)[torch.zeros(count, dtype=torch.long)], []
+
+        def step(self, tokens):
+            self.steps.append(len(tokens))
+            self.logits = torch.eye(2)[tokens]
+
+        def keep(self, kept):
+            self.logits = self.logits[kept]
+
+    monkeypatch.setattr(CachedRows, "joined", lambda parts: Numbered(sum(len(part.logits) for part in parts)))
+    lengths = torch.tensor([1, 1, 1, 1, 1, 1, 3, 9] * 3)
+    queue = Queue(Decoding(9), torch.zeros(24, 9), lambda rows, said: lengths[rows] <= said.shape[1])
+    first, second, third = Numbered(8), Numbered(8), Numbered(8)
+    queue.take(first, range(8), room=8)
+    assert (queue.waiting, first.steps) == (2, [])
+    # Two that wait already, and two more, are more than a quarter: they go on together till two are left.
+    queue.take(second, range(8, 16), room=8)
+    assert (queue.waiting, second.steps) == (2, [])
+    # In so little room nobody may wait: they go on alone until they have said as much as those that do.
+    queue.take(third, range(16, 24), room=0)
+    assert (queue.waiting, third.steps) == (0, [2, 2])
+    assert {number: len(said) for number, said in queue.finish().items()} == dict(enumerate(lengths.tolist()))
 
 
 def test_a_checkpoint_that_wants_to_sample_is_still_greedy(tiny, monkeypatch):

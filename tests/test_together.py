@@ -54,8 +54,15 @@ def test_those_of_one_length_share_a_batch(tiny, monkeypatch):
         each.scope.memory = 7 * row
     batches.clear()
     whole = generate_together(few, Decoding(3))
-    assert batches == []
-    assert whole == [each.scope.generate(each.states, each.target_layers, Decoding(3)) for each in few]
+    assert batches == [[6]] * 4
+    alone = [each.scope.generate(each.states, each.target_layers, Decoding(3)) for each in few]
+    assert whole == alone
+    # One that does not fit is cut.
+    for each in few:
+        each.scope.memory = 4 * row
+    batches.clear()
+    assert generate_together(few, Decoding(3)) == alone
+    assert batches == [[4], [3]] * 4
 
 
 @pytest.mark.parametrize("decoding", [Decoding(6, temperature=0.7, seed=3), Decoding(9, stop=("a", "e"))])

@@ -177,7 +177,7 @@ class Rows(Protocol):
         """Append one token to every row, (rows,), and renew `logits`."""
 
     def keep(self, indices: Tensor) -> None:
-        """Leave only the rows whose indices are given."""
+        """Leave only the rows whose indices are given; their logits are gone until the next step."""
 
 
 class CachedRows:
@@ -189,16 +189,22 @@ class CachedRows:
     @classmethod
     def joined(cls, parts: Sequence[CachedRows]) -> CachedRows:
         """Rows of several prompts as one batch, in which each has keys and values for as many tokens."""
+        if len(parts) == 1:
+            return parts[0]
         cache = joined([part._cache for part in parts])
         return cls(parts[0]._model, cache, torch.cat([part.logits for part in parts]))
 
     def step(self, tokens: Tensor) -> None:
-        # So that those of two steps are never there at once.
-        del self.logits
-        self.logits = self._model.next_token_logits(tokens[:, None], self._cache)
+        self._forget()
+        self.logits = self._model.next_token_logits(tokens[:, None].to(self._model.device), self._cache)
 
     def keep(self, indices: Tensor) -> None:
+        self._forget()
         keep(self._cache, indices)
+
+    def _forget(self) -> None:
+        # So that those of two steps are never there at once.
+        self.logits = self.logits.new_empty(0, self.logits.shape[1])
 
 
 class UncachedRows:
@@ -215,7 +221,7 @@ class UncachedRows:
         self._run()
 
     def step(self, tokens: Tensor) -> None:
-        self._ids = torch.cat([self._ids, tokens[:, None]], dim=1)
+        self._ids = torch.cat([self._ids, tokens[:, None].to(self._ids)], dim=1)
         self._run()
 
     def keep(self, indices: Tensor) -> None:
@@ -224,33 +230,6 @@ class UncachedRows:
     def _run(self) -> None:
         with self._within(self._rows):
             self.logits = self._model.next_token_logits(self._ids)
-
-
-@torch.no_grad()
-def continue_rows(rows: Rows, decoding: Decoding, draws: Tensor, ends: Ends) -> list[list[int]]:
-    """Each row's new token ids, up to and with the one that ended it. Rows that have ended leave the batch.
-
-    Raises RowError if the logits of a row are not finite.
-    """
-    continuations: list[list[int]] = [[] for _ in range(rows.logits.shape[0])]
-    live = torch.arange(len(continuations))
-    ids = torch.empty(len(continuations), 0, dtype=torch.long)  # (live rows, tokens)
-    for step in range(decoding.new_tokens):
-        check_finite(rows.logits, live)
-        next_tokens = decoding.choose(rows.logits, draws[live, step])
-        ids = torch.cat([ids, next_tokens[:, None].cpu()], dim=1)
-        ended = ends(live, ids) if step + 1 < decoding.new_tokens else torch.ones(len(ids), dtype=torch.bool)
-        for row, tokens in zip(live[ended].tolist(), ids[ended].tolist(), strict=True):
-            continuations[row] = tokens
-        if ended.all():
-            break
-        if ended.any():
-            live, ids = live[~ended], ids[~ended]
-            indices = (~ended).nonzero().squeeze(1).to(next_tokens.device)
-            next_tokens = next_tokens[indices]
-            rows.keep(indices)
-        rows.step(next_tokens)
-    return continuations
 
 
 def check_finite(logits: Tensor, rows: Tensor) -> None:

@@ -23,10 +23,10 @@ from pscope.engine.generate import (
     Settled,
     check_decoding,
     check_finite,
-    continue_rows,
     renumbered,
 )
 from pscope.engine.plain import PlainPath
+from pscope.engine.queue import Queue
 from pscope.engine.relevance import relevance_of
 from pscope.engine.scores import MEASURES, Choices, Measure, Scores, Tokens, choose_rows, score_rows
 from pscope.engine.selfcheck import PATHS, PathName, SelfCheck, choose_path
@@ -157,23 +157,33 @@ class Patchscope:
 
         What is patched is the target: tokens that are said after it are the model's own, nothing is written over them.
         Rows that have ended leave the batch, and those of which `settled(row, text)` says that they need not go on (the
-        clean row is never asked). Sampled tokens depend on the seed and the row's index, not on which rows
-        share its pass. Raises RowError if the logits of a row are not finite.
+        clean row is never asked); the last ones of a pass wait for those of the next. Sampled tokens depend on the seed
+        and the row's index, not on which rows share its pass. Raises RowError if the logits of a row are not finite.
         """
         check_decoding(decoding, self.model, self.target, settled)
         writes = self._as_writes(states, target_layers)
-        draws = decoding.draws(len(writes) + 1)
-        parts = [
-            self._speak(path, part, writes[part], decoding, torch.cat([draws[:1], draws[1:][part]]), settled)
-            for path, part in self._passes(len(writes), decoding)
-        ]
-        patched = [row for part in parts for row in part.patched]
-        return Continuations(patched, parts[0].clean, partial(decoding.text, tokenizer=self.model.tokenizer))
+        # The clean row, which has no number of its own, comes first.
+        numbers = [-1, *range(len(writes))]
+        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, renumbered(settled, numbers))
+        queue, start = Queue(decoding, decoding.draws(len(numbers)), ends), 0
+        try:
+            while start < len(writes):
+                path, most = self._now()[0], self.rows_speaking(decoding)
+                part = range(start, min(start + max(1, most - queue.waiting), len(writes)))
+                rows = path.start(writes[part.start : part.stop], decoding.new_tokens)
+                # On other paths caches may hold more than the keys and values of each token.
+                queue.take(rows, [0, *(1 + row for row in part)], most if isinstance(path, Staircase) else 0)
+                start = part.stop
+            said = queue.finish()
+        except RowError as error:
+            raise RowError(numbers[error.row], error.reason) from error
+        clean, *patched = (said[number] for number in range(len(numbers)))
+        return Continuations(patched, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
     def start(self, states: Tensor, target_layers: Sequence[int], decoding: Decoding) -> Rows:
         """The patched rows, after the clean one, ready to go on: what `generate` continues, in one pass.
 
-        As many are given as fit in the memory budget (`rows_per_pass`).
+        As many are given as fit in the memory budget (`rows_speaking`).
         """
         check_decoding(decoding, self.model, self.target)
         return self._now()[0].start(self.writes(states, target_layers), decoding.new_tokens)
@@ -249,6 +259,11 @@ class Patchscope:
     def rows_per_pass(self, new_tokens: int = 0) -> int:
         """How many rows fit in the memory budget at once; at least one."""
         return max(1, self.memory // self._now()[0].row_bytes(as_int(new_tokens, "new_tokens", 0)))
+
+    def rows_speaking(self, decoding: Decoding) -> int:
+        """How many rows that go on fit in the memory budget at once; at least one."""
+        choosing = decoding.choosing_bytes(self.model.config.vocab_size)
+        return max(1, self.memory // (self._now()[0].row_bytes(decoding.new_tokens) + choosing))
 
     @property
     def check(self) -> SelfCheck:
@@ -351,35 +366,6 @@ class Patchscope:
             numbers = torch.cat([torch.tensor([-1]), part])
             yield part, _once_finite(path.read(writes[part], last), numbers, of)
             start += len(part)
-
-    def _passes(self, rows: int, decoding: Decoding) -> Iterator[tuple[Staircase | PlainPath, slice]]:
-        """The parts of so many rows that go on together, each with the path for what stands on the model by then."""
-        start = 0
-        while start < rows:
-            path, _ = self._now()
-            row_bytes = path.row_bytes(decoding.new_tokens) + decoding.choosing_bytes(self.model.config.vocab_size)
-            part = slice(start, min(start + max(1, self.memory // row_bytes), rows))
-            yield path, part
-            start = part.stop
-
-    def _speak(
-        self,
-        path: Staircase | PlainPath,
-        part: slice,
-        writes: Writes,
-        decoding: Decoding,
-        draws: Tensor,
-        settled: Settled | None,
-    ) -> Continuations:
-        rows = path.start(writes, decoding.new_tokens)
-        # The clean row comes first.
-        numbers = [-1, *range(part.start, part.stop)]
-        ends = decoding.ends(self.model.end_tokens, self.model.tokenizer, renumbered(settled, numbers))
-        try:
-            clean, *patched = continue_rows(rows, decoding, draws, ends)
-        except RowError as error:
-            raise RowError(numbers[error.row], error.reason) from error
-        return Continuations(patched, clean, partial(decoding.text, tokenizer=self.model.tokenizer))
 
 
 def _patched_and_clean(logits: Tensor) -> tuple[Tensor, Tensor]:

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count, islice
+from itertools import count, groupby, islice
 from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from pscope.engine.generate import CachedRows, Continuations, Decoding, Settled, continue_rows, renumbered
+from pscope.engine.generate import CachedRows, Continuations, Decoding, Settled, renumbered
 from pscope.engine.patchscope import Patchscope
+from pscope.engine.queue import Queue
 from pscope.errors import RowError
 
 
@@ -36,28 +37,15 @@ def generate_together(
     """
     continuations: list[Continuations] = []
     numbered = 0
-    for group in _groups(requests, decoding):
+    # Neighbours that can share a batch; one that cannot is a group of its own.
+    for _, neighbours in groupby(
+        enumerate(requests),
+        key=lambda item: (len(item[1].scope.target), item[1].scope.path == "staircase" or item[0]),
+    ):
+        group = [request for _, request in neighbours]
         continuations += _generate(group, decoding, settled, numbered)
         numbered += sum(len(each.states) for each in group)
     return continuations
-
-
-def _groups(requests: Sequence[Request], decoding: Decoding) -> Iterator[list[Request]]:
-    """Neighbours that can share a batch, and fit into it."""
-    group: list[Request] = []
-    room = 0
-    for each in requests:
-        rows = 1 + len(each.states)
-        shares = each.scope.path == "staircase" and bool(group) and len(each.scope.target) == len(group[0].scope.target)
-        if group and not (shares and rows <= room):
-            yield group
-            group = []
-        if not group:
-            room = each.scope.rows_per_pass(decoding.new_tokens) if each.scope.path == "staircase" else 0
-        group.append(each)
-        room -= rows
-    if group:
-        yield group
 
 
 def _generate(group: list[Request], decoding: Decoding, settled: Settled | None, first: int) -> list[Continuations]:
@@ -71,19 +59,49 @@ def _generate(group: list[Request], decoding: Decoding, settled: Settled | None,
     # The clean row of each target, which has no number, comes before its patched ones.
     counter = count(first)
     numbers = [number for each in group for number in (-1, *islice(counter, len(each.states)))]
-    model = group[0].scope.model
-    parts = [each.scope.start(each.states, each.target_layers, decoding) for each in group]
-    # As all rows are on the staircase.
-    rows = CachedRows.joined(cast(list[CachedRows], parts))
+    model, most = group[0].scope.model, group[0].scope.rows_speaking(decoding)
     draws = torch.cat([decoding.draws(1 + len(each.states)) for each in group])
     ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, numbers))
+    queue = Queue(decoding, draws, ends)
     try:
-        tokens = iter(continue_rows(rows, decoding, draws, ends))
+        for pieces in _batches(group, queue, most):
+            parts = [each.scope.start(each.states, each.target_layers, decoding) for each, _ in pieces]
+            # As all rows are on the staircase.
+            rows = CachedRows.joined(cast(list[CachedRows], parts))
+            queue.take(rows, [place for _, places in pieces for place in places], most)
+        said = queue.finish()
     except RowError as error:
         raise RowError(numbers[error.row], error.reason) from error
+    tokens = (said[place] for place in range(len(numbers)))
     continuations = []
     for each in group:
         clean = next(tokens)
         decode = partial(decoding.text, tokenizer=model.tokenizer)
         continuations.append(Continuations([next(tokens) for _ in each.states], clean, decode))
     return continuations
+
+
+Piece = tuple[Request, list[int]]
+"""Some rows of a request, and the places of them all, the clean one's first, among those of its group."""
+
+
+def _batches(group: Sequence[Request], queue: Queue, most: int) -> Iterator[list[Piece]]:
+    """The rows of a group in batches of as many as fit beside those that wait by then, of `most` in all.
+
+    A request is cut where a batch of its own would be too large.
+    """
+    batch: list[Piece] = []
+    room, clean = most, 0
+    for scope, states, layers in group:
+        start = 0
+        while start < len(states):
+            if batch and 1 + len(states) - start > room:
+                yield batch
+                batch, room = [], most - queue.waiting
+            own = slice(start, start + max(1, room - 1))
+            places = [clean, *range(clean + 1, clean + 1 + len(states))[own]]
+            batch.append((Request(scope, states[own], layers[own]), places))
+            start += len(places) - 1
+            room -= len(places)
+        clean += 1 + len(states)
+    yield batch

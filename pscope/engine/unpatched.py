@@ -19,12 +19,10 @@ from pscope.engine.generate import (
     Settled,
     UncachedRows,
     check_decoding,
-    continue_rows,
-    renumbered,
 )
 from pscope.engine.patchscope import MEMORY
+from pscope.engine.queue import Queue
 from pscope.engine.selfcheck import PATHS, PathName, choose_path
-from pscope.errors import RowError
 from pscope.models.model import LanguageModel, as_prompts
 from pscope.models.prompts import Prompt
 from pscope.models.residual import others_intervene
@@ -39,7 +37,7 @@ def continue_prompts(
     memory: int = MEMORY,
     path: PathName | Literal["auto"] = "auto",
 ) -> Iterator[tuple[int, list[int]]]:
-    """Continue every prompt; yields its index and its new token ids, batch by batch, the shortest prompts first.
+    """Continue every prompt; yields its index and its new token ids, length by length, the shortest prompts first.
 
     A prompt of which `settled(index, text)` says so need not go on. Prompts of one length share a batch, so that none
     is padded, in about `memory` bytes beside the model. `path` is that of a Patchscope's self-check, which says which
@@ -58,22 +56,21 @@ def continue_prompts(
     elif path == "auto":
         path = choose_path(model, max(prompts, key=len))[1].path
     draws = decoding.draws(len(prompts))
+    ends = decoding.ends(model.end_tokens, model.tokenizer, settled)
     by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
     for length, same_length in groupby(by_length, key=lambda index: len(prompts[index])):
         indices = list(same_length)
         tokens = length + decoding.new_tokens
         row_bytes = model.cache_bytes(tokens) + model.activation_bytes(tokens)
         row_bytes += decoding.choosing_bytes(model.config.vocab_size)
-        together = max(1, memory // row_bytes)
-        for first in range(0, len(indices), together):
-            batch = indices[first : first + together]
-            ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, batch))
+        most, first = max(1, memory // row_bytes), 0
+        queue = Queue(decoding, draws, ends)
+        while first < len(indices):
+            batch = indices[first : first + most - queue.waiting]
             ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)
-            try:
-                continuations = continue_rows(_start(model, ids, path), decoding, draws[batch], ends)
-            except RowError as error:
-                raise RowError(batch[error.row], error.reason) from error
-            yield from zip(batch, continuations, strict=True)
+            queue.take(_start(model, ids, path), batch, most if path == "staircase" else 0)
+            first += len(batch)
+        yield from queue.finish().items()
 
 
 def _start(model: LanguageModel, ids: Tensor, path: PathName) -> Rows:

@@ -28,6 +28,9 @@ from pscope.notebook import progress
 FEWEST_ROWS = 256
 """A part has as many, if its units have: below, passes begin to cost in which few rows are left to speak."""
 
+PASSES = 4
+"""A part has no more than go in so many passes, of which the last rows of one can go on with those of the next."""
+
 MOST_PARTS = 16
 """Into so many parts a run falls where a pass would hold more: what is lost with one is little, and many can share."""
 
@@ -136,8 +139,8 @@ class Experiment(ABC, Generic[U]):
         self._checks.update(other._checks)
 
     def rows_per_part(self, rows_per_pass: int) -> int:
-        """How many rows are read together: what fits in a pass, and no more than a small share of a long run."""
-        return min(rows_per_pass, max(FEWEST_ROWS, -(-sum(unit.rows for unit in self.units) // MOST_PARTS)))
+        """How many rows are read together: what a few passes hold, and no more than a small share of a long run."""
+        return min(PASSES * rows_per_pass, max(FEWEST_ROWS, -(-sum(unit.rows for unit in self.units) // MOST_PARTS)))
 
     def parts(self, rows: int) -> list[list[U]]:
         """The units in groups that share passes and have about so many rows together, or one unit with more.
