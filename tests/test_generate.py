@@ -95,24 +95,30 @@ def test_few_rows_wait_for_those_of_the_next_pass(tiny, monkeypatch):
     assert passes["staircase"] < 0.8 * passes["plain"]
 
 
-def test_what_waits_takes_room_from_those_to_come(monkeypatch):
-    class Numbered:
-        """Rows that say 0 for ever."""
+class Endless:
+    """Rows that say 0 for ever."""
 
-        def __init__(self, count):
-            self.logits, self.steps = torch.eye(2)[torch.zeros(count, dtype=torch.long)], []
+    def __init__(self, count):
+        self.logits, self.steps = torch.eye(2)[torch.zeros(count, dtype=torch.long)], []
 
-        def step(self, tokens):
-            self.steps.append(len(tokens))
-            self.logits = torch.eye(2)[tokens]
+    def step(self, tokens):
+        self.steps.append(len(tokens))
+        self.logits = torch.eye(2)[tokens]
 
-        def keep(self, kept):
-            self.logits = self.logits[kept]
+    def keep(self, kept):
+        self.logits = self.logits[kept]
 
-    monkeypatch.setattr(CachedRows, "joined", lambda parts: Numbered(sum(len(part.logits) for part in parts)))
+
+@pytest.fixture
+def endless(monkeypatch):
+    monkeypatch.setattr(CachedRows, "joined", lambda parts: Endless(sum(len(part.logits) for part in parts)))
+    return Endless
+
+
+def test_rows_wait_for_those_that_have_said_as_much(endless):
     lengths = torch.tensor([1, 1, 1, 1, 1, 1, 3, 9] * 3)
     queue = Queue(Decoding(9), torch.zeros(24, 9), lambda rows, said: lengths[rows] <= said.shape[1])
-    first, second, third = Numbered(8), Numbered(8), Numbered(8)
+    first, second, third = endless(8), endless(8), endless(8)
     queue.take(first, range(8), room=8)
     assert (queue.waiting, first.steps) == (2, [])
     # Two that wait already, and two more, are more than a quarter: they go on together till two are left.
@@ -121,6 +127,18 @@ def test_what_waits_takes_room_from_those_to_come(monkeypatch):
     # In so little room nobody may wait: they go on alone until they have said as much as those that do.
     queue.take(third, range(16, 24), room=0)
     assert (queue.waiting, third.steps) == (0, [2, 2])
+    assert {number: len(said) for number, said in queue.finish().items()} == dict(enumerate(lengths.tolist()))
+
+
+def test_no_more_wait_than_half_of_the_room(endless):
+    lengths = torch.tensor([3] * 8 + [9] * 4 + [2] * 8 + [9] * 4 + [1] * 6 + [9] * 2)
+    queue = Queue(Decoding(9), torch.zeros(32, 9), lambda rows, said: lengths[rows] <= said.shape[1])
+    waiting = []
+    for first, count in ((0, 12), (12, 12), (24, 8)):
+        queue.take(endless(count), range(first, first + count), room=16)
+        waiting.append(queue.waiting)
+    # The third two find no place, and take along all that they come by.
+    assert waiting == [4, 8, 0]
     assert {number: len(said) for number, said in queue.finish().items()} == dict(enumerate(lengths.tolist()))
 
 
