@@ -10,7 +10,6 @@ from reference import hidden_states, logits_at_each_step, patched_logits, writte
 
 from pscope import Decoding, LanguageModel, ModelError, Patchscope, Prompt, Write, Writes, capture, logit_lens
 from pscope.engine.queue import Queue
-from pscope.engine.selfcheck import PATHS
 from pscope.models.structure import check_structure
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -119,21 +118,24 @@ def assert_rows_agree(scope, layers):
 
 
 def assert_rows_that_wait_agree(scope):
-    """What is said by rows that wait for those of another pass, and go on with them, is what they say by themselves."""
+    """What is said by rows that wait for those of a longer target, and go on with them, is what they say alone."""
     states, layers = random_states(scope.model), range(scope.model.n_layers + 1)
-    alone = scope.generate(states, layers, Decoding(NEW_TOKENS))
-    rows, path = 1 + len(states), PATHS["staircase"](scope.model, scope.target)
-    # They end after one, two, three or four tokens: when half are left they are few.
+    longer = prompt([*scope.target.ids, *TOKENS[:2]], *scope.target.positions)
+    scopes = [scope, Patchscope(scope.model, longer, path="staircase")]
+    alone = [each.generate(states, layers, Decoding(NEW_TOKENS)) for each in scopes]
+    rows = 1 + len(states)
+    # They end after one, two, three or four tokens: when some have said three, the others come.
     lengths = 1 + torch.arange(2 * rows) % 4
     queue = Queue(
         Decoding(NEW_TOKENS), torch.zeros(2 * rows, NEW_TOKENS), lambda rows, said: lengths[rows] <= said.shape[1]
     )
-    for first in (0, rows):
-        queue.take(path.start(scope.writes(states, layers), NEW_TOKENS), range(first, first + rows), room=2 * rows)
-        assert 0 < queue.waiting <= rows // 2
+    for first, each in zip((0, rows), scopes, strict=True):
+        begun = each.start(states, layers, Decoding(NEW_TOKENS))
+        queue.take(begun, range(first, first + rows), len(each.target), 2 * rows, None if first else len(longer))
+        assert (queue.waiting > 0) == (first == 0)
     for number, said in queue.finish().items():
-        row = number % rows
-        own = alone.patched[row - 1] if row else alone.clean
+        which, row = divmod(number, rows)
+        own = alone[which].patched[row - 1] if row else alone[which].clean
         assert len(said) == lengths[number]
         assert said[: len(own)] == own[: len(said)]
 

@@ -246,7 +246,7 @@ def test_relations_whose_best_pairs_differ_speak_in_one_batch(tiny, asked, monke
         sweep, "generate_together", lambda asks, *how: asked_together.append(len(asks)) or together(asks, *how)
     )
     table = AttributeExtraction(tiny, [asked, other, third], best, Decoding(6)).table()
-    assert asked_together == [2, 1]
+    assert asked_together == [3]
     for name, rows in table[table["condition"].isin([PATCHED, RANDOM])].groupby("relation"):
         assert set(zip(rows["layer"], rows["target_layer"], strict=True)) == set(best[name].values())
     keys = ["relation", "subject", "context", "condition", "layer", "target_layer"]

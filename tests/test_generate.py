@@ -61,7 +61,7 @@ def test_ended_rows_leave_the_batch():
     rows, decoding = Scripted(), Decoding(4)
     ends = decoding.ends(frozenset({9}), tokenizer=None)
     queue = Queue(decoding, decoding.draws(4), ends)
-    queue.take(rows, range(4))
+    queue.take(rows, range(4), length=7)
     assert queue.finish() == {0: [5, 5, 5, 5], 1: [5, 9], 2: [9], 3: [5, 5, 9]}
     assert rows.sizes == [3, 2, 1]
 
@@ -119,15 +119,28 @@ def test_rows_wait_for_those_that_have_said_as_much(endless):
     lengths = torch.tensor([1, 1, 1, 1, 1, 1, 3, 9] * 3)
     queue = Queue(Decoding(9), torch.zeros(24, 9), lambda rows, said: lengths[rows] <= said.shape[1])
     first, second, third = endless(8), endless(8), endless(8)
-    queue.take(first, range(8), room=8)
+    queue.take(first, range(8), 5, room=8, following=5)
     assert (queue.waiting, first.steps) == (2, [])
-    # Two that wait already, and two more, are more than a quarter: they go on together till two are left.
-    queue.take(second, range(8, 16), room=8)
-    assert (queue.waiting, second.steps) == (2, [])
-    # In so little room nobody may wait: they go on alone until they have said as much as those that do.
-    queue.take(third, range(16, 24), room=0)
-    assert (queue.waiting, third.steps) == (0, [2, 2])
+    queue.take(second, range(8, 16), 5, room=8, following=5)
+    assert (queue.waiting, second.steps) == (4, [])
+    # Nobody follows: there is nothing to wait for.
+    queue.take(third, range(16, 24), 5)
+    assert (queue.waiting, third.steps) == (0, [])
     assert {number: len(said) for number, said in queue.finish().items()} == dict(enumerate(lengths.tolist()))
+
+
+def test_rows_of_shorter_prompts_wait_for_those_that_follow(endless):
+    queue = Queue(Decoding(5), torch.zeros(16, 5), lambda rows, said: torch.zeros(len(rows), dtype=torch.bool))
+    three, five, ten = endless(5), endless(6), endless(5)
+    queue.take(three, range(5), 3, room=16, following=5)
+    # A token each, and two more till they are as long as the next ones.
+    assert (queue.waiting, three.steps) == (5, [5, 5])
+    queue.take(five, range(5, 11), 5, room=16, following=10)
+    # Eleven go on together, until those that began first have said five tokens.
+    assert (queue.waiting, five.steps) == (0, [])
+    queue.take(ten, range(11, 16), 10, room=16)
+    assert queue.finish() == {number: [0] * 5 for number in range(16)}
+    assert ten.steps == [5, 5, 5, 5]
 
 
 def test_no_more_wait_than_half_of_the_room(endless):
@@ -135,7 +148,7 @@ def test_no_more_wait_than_half_of_the_room(endless):
     queue = Queue(Decoding(9), torch.zeros(32, 9), lambda rows, said: lengths[rows] <= said.shape[1])
     waiting = []
     for first, count in ((0, 12), (12, 12), (24, 8)):
-        queue.take(endless(count), range(first, first + count), room=16)
+        queue.take(endless(count), range(first, first + count), 5, room=16, following=5)
         waiting.append(queue.waiting)
     # The third two find no place, and take along all that they come by.
     assert waiting == [4, 8, 0]

@@ -5,6 +5,7 @@ from test_generate import ending
 from transformers import MambaConfig, MambaForCausalLM
 
 from pscope import Decoding, PromptError, PscopeError, RowError, continue_prompts
+from pscope.engine.generate import CachedRows
 
 TEXTS = ["one two three", "a", "The quick brown fox jumps", "four five six", "b", "seven eight nine"]
 
@@ -28,6 +29,32 @@ def test_prompts_of_any_length_against_a_plain_loop(tiny, path, memory):
     for index, prompt in enumerate(prompts):
         assert spoken[index] == greedy(tiny, prompt.ids, 8, end_tokens)
     assert len({len(tokens) for tokens in spoken.values()}) > 2
+
+
+def test_shorter_prompts_wait_for_longer_ones(tiny, monkeypatch):
+    texts = ["one", "two three", "four five", "six seven eight", "one two three four five six seven eight nine"]
+    prompts = [tiny.prompt(text) for text in texts]
+    by_length = {len(prompt) for prompt in prompts}
+    assert len(by_length) == 4
+    assert max(by_length) - min(by_length) > 6
+    widths, step = [], CachedRows.step
+
+    def spy(rows, tokens):
+        widths.append(len(tokens))
+        step(rows, tokens)
+
+    monkeypatch.setattr(CachedRows, "step", spy)
+    alone = [greedy(tiny, prompt.ids, 6) for prompt in prompts]
+    assert dict(continue_prompts(tiny, prompts, Decoding(6), path="staircase")) == dict(enumerate(alone))
+    # The longest one comes when all others have ended.
+    assert max(widths) == 4
+    assert sum(widths) == 5 * len(prompts)
+    # A stop string is looked for in what each has said itself, however much others of its batch have.
+    stop = tiny.tokenizer.decode([alone[1][1]])
+    decoding = Decoding(6, stop=(stop,))
+    apart = {index: dict(continue_prompts(tiny, [prompt], decoding))[0] for index, prompt in enumerate(prompts)}
+    assert dict(continue_prompts(tiny, prompts, decoding)) == apart
+    assert len({len(tokens) for tokens in apart.values()}) > 1
 
 
 def test_the_default_model_says_what_generate_says(smollm2):

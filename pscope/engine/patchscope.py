@@ -170,10 +170,14 @@ class Patchscope:
             while start < len(writes):
                 path, most = self._now()[0], self.rows_speaking(decoding)
                 part = range(start, min(start + max(1, most - queue.waiting), len(writes)))
-                rows = path.start(writes[part.start : part.stop], decoding.new_tokens)
-                # On other paths caches may hold more than the keys and values of each token.
-                queue.take(rows, [0, *(1 + row for row in part)], most if isinstance(path, Staircase) else 0)
                 start = part.stop
+                following = len(self.target) if start < len(writes) else None
+                if not isinstance(path, Staircase):
+                    # Its caches may hold more than the keys and values of each token: nobody waits to join them.
+                    queue.finish()
+                    following = None
+                rows = path.start(writes[part.start : part.stop], decoding.new_tokens)
+                queue.take(rows, [0, *(1 + row for row in part)], len(self.target), most, following)
             said = queue.finish()
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error

@@ -1,8 +1,8 @@
 """Rows that speak, pass after pass: those that are left of one wait for those of the next, and go on with them.
 
-Rows end one by one, and a step costs nearly the same for few as for many, above all on a GPU. Rows that have said
-equally many tokens after prompts of one length keep keys and values for equally many, so that they can go on in one
-batch, whenever they began.
+Rows end one by one, and a step costs nearly the same for few as for many, above all on a GPU. Rows of which prompt and
+said tokens are equally many together keep keys and values for equally many, so that they can go on in one batch,
+whenever they began, and whatever their prompts are.
 """
 
 from __future__ import annotations
@@ -12,21 +12,30 @@ from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from pscope.engine.generate import CachedRows, Decoding, Ends, Rows, check_finite
 
 
 class _Batch(NamedTuple):
-    """Rows, by number, (rows,), and what they have said, (rows, tokens), of which the last token is yet to be run."""
+    """Rows of one length: of the prompt and what has been said, of which the last token is yet to be run."""
 
+    length: int
     rows: Rows
     numbers: Tensor
+    """(rows,)"""
     said: Tensor
+    """(rows, tokens): what was said, on the right; what stands left of it, where others have said more, is nothing."""
+    counts: Tensor
+    """(rows,): how many tokens that is."""
 
     @classmethod
     def joined(cls, one: _Batch, other: _Batch) -> _Batch:
         rows = CachedRows.joined(cast(Sequence[CachedRows], [one.rows, other.rows]))
-        return cls(rows, torch.cat([one.numbers, other.numbers]), torch.cat([one.said, other.said]))
+        most = max(one.said.shape[1], other.said.shape[1])
+        said = [pad(each.said, (most - each.said.shape[1], 0)) for each in (one, other)]
+        numbers, counts = torch.cat([one.numbers, other.numbers]), torch.cat([one.counts, other.counts])
+        return cls(one.length, rows, numbers, torch.cat(said), counts)
 
 
 class Queue:
@@ -45,48 +54,60 @@ class Queue:
         """How many rows wait for others."""
         return sum(len(batch.numbers) for batch in self._waiting.values())
 
-    def take(self, rows: Rows, numbers: Sequence[int], room: int = 0) -> None:
-        """Let rows speak that have their prompt behind them, until all have ended or, where there is room, some wait.
+    def take(
+        self, rows: Rows, numbers: Sequence[int], length: int, room: int = 0, following: int | None = None
+    ) -> None:
+        """Let rows speak that have their prompt of `length` tokens behind them, till all have ended, or some wait.
 
-        With `room` for so many rows in all, they keep a cache, after prompts of one length. A quarter of it is few, and
-        at most half of it waits. Raises RowError, with its number, if the logits of a row are not finite.
+        They wait for those that follow, whose prompts have `following` tokens: where there is room for so many rows in
+        all, at most half of it waits, those that meet them as they begin, or, later, the last few, a quarter. Rows that
+        may wait keep a cache. Raises RowError, with its number, if the logits of a row are not finite.
         """
-        nothing = torch.empty(len(numbers), 0, dtype=torch.long)
-        self._go_on(self._choose(_Batch(rows, torch.tensor(numbers), nothing)), room)
+        nothing, counts = torch.empty(len(numbers), 0, dtype=torch.long), torch.zeros(len(numbers), dtype=torch.long)
+        batch = self._choose(_Batch(length, rows, torch.tensor(numbers), nothing, counts))
+        self._go_on(batch, room, following)
 
     def finish(self) -> dict[int, list[int]]:
         """What each row has said, by its number, once those that wait have ended too. Raises RowError as `take`."""
         while self._waiting:
-            self._go_on(self._waiting.pop(min(self._waiting)), 0)
+            self._go_on(self._waiting.pop(min(self._waiting)))
         return self._said
 
     @torch.no_grad()
-    def _go_on(self, batch: _Batch | None, room: int) -> None:
+    def _go_on(self, batch: _Batch | None, room: int = 0, following: int | None = None) -> None:
         while batch is not None:
-            tokens = batch.said.shape[1]
-            if tokens in self._waiting:
-                batch = _Batch.joined(self._waiting.pop(tokens), batch)
-            if len(batch.numbers) <= room // 4 and len(batch.numbers) + self.waiting <= room // 2:
-                self._waiting[tokens] = batch
-                return
+            if batch.length in self._waiting:
+                batch = _Batch.joined(self._waiting.pop(batch.length), batch)
+            # Those that follow come by when they have said a token.
+            if following is not None and batch.length > following:
+                few = room // 2 if batch.length == following + 1 else room // 4
+                if len(batch.numbers) <= min(few, room // 2 - self.waiting):
+                    self._waiting[batch.length] = batch
+                    return
             batch.rows.step(batch.said[:, -1])
             batch = self._choose(batch)
 
     def _choose(self, batch: _Batch) -> _Batch | None:
         """The rows that have not ended by the next token, which is chosen here; None if all have."""
-        rows, numbers, said = batch
+        length, rows, numbers, said, counts = batch
         check_finite(rows.logits, numbers)
-        step, last = said.shape[1], self._decoding.new_tokens - 1
-        tokens = self._decoding.choose(rows.logits, self._draws[numbers, step])
-        said = torch.cat([said, tokens[:, None].cpu()], dim=1)
-        ended = self._ends(numbers, said) if step < last else torch.ones(len(said), dtype=torch.bool)
-        for number, own in zip(numbers[ended].tolist(), said[ended].tolist(), strict=True):
+        tokens = self._decoding.choose(rows.logits, self._draws[numbers, counts])
+        said, counts = torch.cat([said, tokens[:, None].cpu()], dim=1), counts + 1
+        ended = self._have_ended(numbers, said, counts)
+        for row in ended.nonzero().squeeze(1).tolist():
             # The clean row comes with every pass, and says the same.
-            self._said.setdefault(number, own)
+            self._said.setdefault(int(numbers[row]), said[row, -int(counts[row]) :].tolist())
         if ended.all():
             return None
         if ended.any():
             left = ~ended
-            numbers, said = numbers[left], said[left]
+            numbers, said, counts = numbers[left], said[left], counts[left]
             rows.keep(left.nonzero().squeeze(1).to(rows.logits.device))
-        return _Batch(rows, numbers, said)
+        return _Batch(length + 1, rows, numbers, said, counts)
+
+    def _have_ended(self, numbers: Tensor, said: Tensor, counts: Tensor) -> Tensor:
+        ended = counts == self._decoding.new_tokens
+        for count in counts[~ended].unique().tolist():
+            alike = counts == count
+            ended[alike] = self._ends(numbers[alike], said[alike, -count:])
+        return ended

@@ -1,14 +1,14 @@
 """Rows of several targets that speak in one batch: where each has few, a batch of its own is hardly worth a pass.
 
-Targets of one length can share one: on the staircase their rows keep keys and values for equally many tokens, and each
-goes on from its own.
+On the staircase rows of targets of one length keep keys and values for equally many tokens, and each goes on from its
+own. Those of a shorter target join them when they have said what it lacks.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import count, groupby, islice
+from itertools import accumulate, count, groupby, islice
 from typing import NamedTuple, cast
 
 import torch
@@ -27,6 +27,11 @@ class Request(NamedTuple):
     states: Tensor
     target_layers: Sequence[int]
 
+    @property
+    def length(self) -> int:
+        """How many tokens its target has."""
+        return len(self.scope.target)
+
 
 def generate_together(
     requests: Sequence[Request], decoding: Decoding, settled: Settled | None = None
@@ -39,8 +44,7 @@ def generate_together(
     numbered = 0
     # Neighbours that can share a batch; one that cannot is a group of its own.
     for _, neighbours in groupby(
-        enumerate(requests),
-        key=lambda item: (len(item[1].scope.target), item[1].scope.path == "staircase" or item[0]),
+        enumerate(requests), key=lambda each: -1 if each[1].scope.path == "staircase" else each[0]
     ):
         group = [request for _, request in neighbours]
         continuations += _generate(group, decoding, settled, numbered)
@@ -59,16 +63,18 @@ def _generate(group: list[Request], decoding: Decoding, settled: Settled | None,
     # The clean row of each target, which has no number, comes before its patched ones.
     counter = count(first)
     numbers = [number for each in group for number in (-1, *islice(counter, len(each.states)))]
-    model, most = group[0].scope.model, group[0].scope.rows_speaking(decoding)
+    longest = max((each.scope for each in group), key=lambda scope: len(scope.target))
+    model, most = longest.model, longest.rows_speaking(decoding)
     draws = torch.cat([decoding.draws(1 + len(each.states)) for each in group])
     ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, numbers))
     queue = Queue(decoding, draws, ends)
     try:
-        for pieces in _batches(group, queue, most):
+        for pieces, following in _batches(group, queue, most):
             parts = [each.scope.start(each.states, each.target_layers, decoding) for each, _ in pieces]
             # As all rows are on the staircase.
             rows = CachedRows.joined(cast(list[CachedRows], parts))
-            queue.take(rows, [place for _, places in pieces for place in places], most)
+            places = [place for _, own in pieces for place in own]
+            queue.take(rows, places, pieces[0][0].length, most, following)
         said = queue.finish()
     except RowError as error:
         raise RowError(numbers[error.row], error.reason) from error
@@ -85,23 +91,24 @@ Piece = tuple[Request, list[int]]
 """Some rows of a request, and the places of them all, the clean one's first, among those of its group."""
 
 
-def _batches(group: Sequence[Request], queue: Queue, most: int) -> Iterator[list[Piece]]:
-    """The rows of a group in batches of as many as fit beside those that wait by then, of `most` in all.
+def _batches(group: Sequence[Request], queue: Queue, most: int) -> Iterator[tuple[list[Piece], int | None]]:
+    """The rows of a group by the length of their targets, in batches of as many as fit beside those that wait by then.
 
-    A request is cut where a batch of its own would be too large.
+    `most` fit in all; a request is cut where a batch of its own would be too large. With a batch comes the length of
+    the targets that follow.
     """
+    firsts = accumulate((1 + len(each.states) for each in group), initial=0)
     batch: list[Piece] = []
-    room, clean = most, 0
-    for scope, states, layers in group:
+    room = most
+    for clean, (scope, states, layers) in sorted(zip(firsts, group, strict=False), key=lambda item: item[1].length):
         start = 0
         while start < len(states):
-            if batch and 1 + len(states) - start > room:
-                yield batch
+            if batch and (1 + len(states) - start > room or len(scope.target) != batch[0][0].length):
+                yield batch, len(scope.target)
                 batch, room = [], most - queue.waiting
             own = slice(start, start + max(1, room - 1))
             places = [clean, *range(clean + 1, clean + 1 + len(states))[own]]
             batch.append((Request(scope, states[own], layers[own]), places))
             start += len(places) - 1
             room -= len(places)
-        clean += 1 + len(states)
-    yield batch
+    yield batch, None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import groupby
 from typing import Literal
 
 import torch
@@ -37,12 +36,13 @@ def continue_prompts(
     memory: int = MEMORY,
     path: PathName | Literal["auto"] = "auto",
 ) -> Iterator[tuple[int, list[int]]]:
-    """Continue every prompt; yields its index and its new token ids, length by length, the shortest prompts first.
+    """Continue every prompt; yields its index and its new token ids, those first that end first.
 
-    A prompt of which `settled(index, text)` says so need not go on. Prompts of one length share a batch, so that none
-    is padded, in about `memory` bytes beside the model. `path` is that of a Patchscope's self-check, which says which
-    kind of cache can be relied on, if any; by default the longest prompt is checked. While others have hooks on the
-    model that may have to see whole prompts, these are run for every token, whatever path is named.
+    A prompt of which `settled(index, text)` says so need not go on. Prompts share a batch, without padding, once the
+    shorter ones have said what they lack, in about `memory` bytes beside the model. `path` is that of a Patchscope's
+    self-check, which says which kind of cache can be relied on, if any; by default the longest prompt is checked. While
+    others have hooks on the model that may have to see whole prompts, these are run for every token, whatever path is
+    named.
 
     Raises PscopeError for what is no list of prompts, for an empty one, and for a `path` that there is none of,
     PromptError for a prompt that leaves no room in the window, RowError if the logits of a row are not finite.
@@ -57,20 +57,25 @@ def continue_prompts(
         path = choose_path(model, max(prompts, key=len))[1].path
     draws = decoding.draws(len(prompts))
     ends = decoding.ends(model.end_tokens, model.tokenizer, settled)
-    by_length = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    for length, same_length in groupby(by_length, key=lambda index: len(prompts[index])):
-        indices = list(same_length)
-        tokens = length + decoding.new_tokens
-        row_bytes = model.cache_bytes(tokens) + model.activation_bytes(tokens)
-        row_bytes += decoding.choosing_bytes(model.config.vocab_size)
-        most, first = max(1, memory // row_bytes), 0
-        queue = Queue(decoding, draws, ends)
-        while first < len(indices):
-            batch = indices[first : first + most - queue.waiting]
-            ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)
-            queue.take(_start(model, ids, path), batch, most if path == "staircase" else 0)
-            first += len(batch)
-        yield from queue.finish().items()
+    queue = Queue(decoding, draws, ends)
+    # The shortest first: they have said what they lack when longer ones come.
+    order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
+    most, start = max(1, memory // _row_bytes(model, len(prompts[order[-1]]), decoding)), 0
+    while start < len(order):
+        length = len(prompts[order[start]])
+        batch = [index for index in order[start : start + most - queue.waiting] if len(prompts[index]) == length]
+        start += len(batch)
+        following = len(prompts[order[start]]) if start < len(order) and path == "staircase" else None
+        ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)
+        queue.take(_start(model, ids, path), batch, length, most, following)
+    yield from queue.finish().items()
+
+
+def _row_bytes(model: LanguageModel, length: int, decoding: Decoding) -> int:
+    """About how much memory a row takes that goes on from a prompt of this length."""
+    tokens = length + decoding.new_tokens
+    choosing = decoding.choosing_bytes(model.config.vocab_size)
+    return model.cache_bytes(tokens) + model.activation_bytes(tokens) + choosing
 
 
 def _start(model: LanguageModel, ids: Tensor, path: PathName) -> Rows:

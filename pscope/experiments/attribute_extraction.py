@@ -304,7 +304,7 @@ class AttributeExtraction(_Attributes[Source]):
         self._pairs = pairs if isinstance(pairs, Mapping) else as_pairs(model, model, pairs)
         self._decoding = decoding
         super().__init__(model, questions, seed, memory)
-        # Those of targets of one length, which can speak in one batch, side by side.
+        # Those of targets of one length, which can begin to speak in one batch, side by side.
         self.units = sorted(self.units, key=lambda unit: len(unit.target))
 
     def _units(self, question: Question) -> Iterator[Source]:

@@ -67,8 +67,8 @@ class Source(Unit):
 
     @property
     def shares(self) -> object:
-        """Rows of several targets of one length can speak in one batch."""
-        return len(self.target)
+        """Rows of several targets can speak in one batch."""
+        return PATCHED
 
     @property
     def conditions(self) -> list[str]:
@@ -134,7 +134,7 @@ def sweep(
     seed: int,
     through: Through | None = None,
 ) -> Iterator[dict[str, object]]:
-    """The rows of the table, by their columns, for sources of targets of one length, and what they say.
+    """The rows of the table, by their columns, for sources, and what they say.
 
     A row is one source × pair × condition: what the source is `about`, the columns of `TYPES`. `position` and `token`
     are where a state was read; `found` is whether an answer stands in the continuation. The clean row has no layers.

@@ -12,6 +12,7 @@ from typing import Any, cast
 
 import torch
 from torch import LongTensor, Tensor
+from torch.nn.functional import pad
 from transformers import Cache, DynamicLayer
 
 
@@ -28,17 +29,25 @@ def other_kinds(cache: Cache) -> list[str]:
 
 
 def joined(caches: Sequence[Cache]) -> Cache:
-    """The first of several caches, which have equally many tokens, with the rows of all. The others are emptied."""
+    """The first of several caches, which have equally many tokens, with the rows of all. The others are emptied.
+
+    Those that keep a buffer may have room for different numbers of tokens to come.
+    """
     first = caches[0]
     for own, *others in zip(*(cache.layers for cache in caches), strict=True):
         # A layer that no module uses has none.
         if own.keys is not None:
-            own.keys = torch.cat([own.keys, *(layer.keys for layer in others)])
-            own.values = torch.cat([own.values, *(layer.values for layer in others)])
+            own.keys = _stacked([own.keys, *(layer.keys for layer in others)])
+            own.values = _stacked([own.values, *(layer.values for layer in others)])
         for layer in others:
             # So that little is held twice at once.
             layer.keys = layer.values = None
     return first
+
+
+def _stacked(tensors: Sequence[Tensor]) -> Tensor:
+    most = max(tensor.shape[2] for tensor in tensors)
+    return torch.cat([pad(each, (0, 0, 0, most - each.shape[2])) if each.shape[2] < most else each for each in tensors])
 
 
 def keep(cache: Cache, rows: Tensor) -> None:
