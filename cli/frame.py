@@ -210,8 +210,10 @@ class Frame(Loader):
         from pscope.memory import spare
 
         asked = parse_memory(self._run_options.memory)
+        if asked is not None or self._run_options.dry_run:
+            return asked or MEMORY
         # Those who hold one model together must agree on it.
-        return self.processes.from_main(spare(self._devices) or MEMORY) if asked is None else asked
+        return self.processes.least(spare(self._devices) or MEMORY)
 
     def read(self, data: Iterable[str]) -> None:
         """Note what the run reads, beside its options: it must be the same where it is gone on with."""

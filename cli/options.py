@@ -105,7 +105,7 @@ class RunOptions:
     ] = None
 
     def __post_init__(self) -> None:
-        _ = parse_memory(self.memory)
+        parse_memory(self.memory)
         parse_shard(self.shard)
         if self.rate is not None and not (self.dry_run and 0 < self.rate < 1e6):
             raise PscopeError(f"--rate {self.rate:g}: a positive number of TFLOP/s is needed, beside --dry-run")

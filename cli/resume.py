@@ -19,7 +19,7 @@ def resume(
         bool, typer.Option("--force", help="Go on although the model, the data or a version has changed; it is noted.")
     ] = False,
     memory: Annotated[
-        float | None, typer.Option(help="Memory for the rows of one pass, in GiB.", show_default="as before")
+        float | None, typer.Option(help="Memory for the rows of one pass, in GiB.", show_default="as the run was begun")
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1 …", show_default="as before")] = None,
 ) -> None:

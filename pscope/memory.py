@@ -12,7 +12,11 @@ _SIGNS = ("out of memory", "DefaultCPUAllocator", "CUBLAS_STATUS_ALLOC_FAILED", 
 
 def spare(devices: Iterable[torch.device]) -> int | None:
     """Half of what is free on the GPU that has least of it, in bytes; None where none of the devices is one."""
-    return min((torch.cuda.mem_get_info(gpu)[0] // 2 for gpu in devices if gpu.type == "cuda"), default=None)
+    gpus = [device for device in devices if device.type == "cuda"]
+    if gpus:
+        # What torch keeps for later counts as taken.
+        torch.cuda.empty_cache()
+    return min((torch.cuda.mem_get_info(gpu)[0] // 2 for gpu in gpus), default=None)
 
 
 def out_of_memory(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ from accelerate import PartialState
 
 import pscope
 from pscope.models.fingerprint import fingerprint
+from pscope.runs.processes import Processes
 
 
 def said(model: pscope.LanguageModel) -> dict[str, object]:
@@ -25,6 +26,7 @@ def said_together(*folders_and_file: str) -> None:
     """Run by several processes that hold each model together: what it says, into a file, by the models' folders."""
     state = PartialState(cpu=True)
     *folders, file = folders_and_file
+    assert Processes("cpu").least(5 + state.process_index) == Processes("cpu").least(7 - state.process_index) - 1 == 5
     found = {folder: said(pscope.load(folder, device="cpu", tensor_parallel=True)) for folder in folders}
     if state.is_main_process:
         torch.save(found, file)

@@ -76,7 +76,7 @@ def test_few_rows_wait_for_those_of_the_next_pass(tiny, monkeypatch):
         row[: next((n for n, token in enumerate(row, 1) if token in end_tokens), 12)] for row in endless.patched
     ]
     model = ending(tiny, end_tokens)
-    widths, most, step = [], 0, CachedRows.step
+    widths, step = [], CachedRows.step
 
     def spy(rows, tokens):
         widths.append(len(tokens))
@@ -107,6 +107,9 @@ class Endless:
 
     def keep(self, kept):
         self.logits = self.logits[kept]
+
+    def forget(self):
+        pass
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ def test_those_of_one_length_share_a_batch(tiny, monkeypatch):
     batches.clear()
     # No more than fit into the memory: two targets do, in a batch of twelve rows.
     few = requests[:2] + requests[3:]
-    row = few[0].scope._now()[0].row_bytes(3)
+    row = max(each.scope._now()[0].row_bytes(3) for each in few)
     for each in few:
         each.scope.memory = 13 * row
     generate_together(few, Decoding(3))

@@ -195,15 +195,15 @@ class CachedRows:
         return cls(parts[0]._model, cache, torch.cat([part.logits for part in parts]))
 
     def step(self, tokens: Tensor) -> None:
-        self._forget()
+        self.forget()
         self.logits = self._model.next_token_logits(tokens[:, None].to(self._model.device), self._cache)
 
     def keep(self, indices: Tensor) -> None:
-        self._forget()
+        self.forget()
         keep(self._cache, indices)
 
-    def _forget(self) -> None:
-        # So that those of two steps are never there at once.
+    def forget(self) -> None:
+        """Let go of the logits, so that those of two steps are never there at once."""
         self.logits = self.logits.new_empty(0, self.logits.shape[1])
 
 
@@ -212,6 +212,8 @@ class UncachedRows:
 
     `within(rows)`, the numbers of the rows that are left, gives a block to run them in.
     """
+
+    logits: Tensor
 
     def __init__(
         self, model: LanguageModel, ids: Tensor, within: Callable[[Tensor], AbstractContextManager[None]] | None = None
@@ -225,6 +227,7 @@ class UncachedRows:
         self._run()
 
     def keep(self, indices: Tensor) -> None:
+        self.logits = self.logits[:0]
         self._ids, self._rows = self._ids[indices], self._rows[indices.cpu()]
 
     def _run(self) -> None:

@@ -176,8 +176,14 @@ class Patchscope:
                     # Its caches may hold more than the keys and values of each token: nobody waits to join them.
                     queue.finish()
                     following = None
-                rows = path.start(writes[part.start : part.stop], decoding.new_tokens)
-                queue.take(rows, [0, *(1 + row for row in part)], len(self.target), most, following)
+                queue.take(
+                    # Under no name, so that they are gone before the next ones are made.
+                    path.start(writes[part.start : part.stop], decoding.new_tokens),
+                    [0, *(1 + row for row in part)],
+                    len(self.target),
+                    most,
+                    following,
+                )
             said = queue.finish()
         except RowError as error:
             raise RowError(numbers[error.row], error.reason) from error

@@ -31,7 +31,10 @@ class _Batch(NamedTuple):
 
     @classmethod
     def joined(cls, one: _Batch, other: _Batch) -> _Batch:
-        rows = CachedRows.joined(cast(Sequence[CachedRows], [one.rows, other.rows]))
+        parts = cast(Sequence[CachedRows], [one.rows, other.rows])
+        for each in parts:
+            each.forget()
+        rows = CachedRows.joined(parts)
         most = max(one.said.shape[1], other.said.shape[1])
         said = [pad(each.said, (most - each.said.shape[1], 0)) for each in (one, other)]
         numbers, counts = torch.cat([one.numbers, other.numbers]), torch.cat([one.counts, other.counts])

@@ -63,18 +63,14 @@ def _generate(group: list[Request], decoding: Decoding, settled: Settled | None,
     # The clean row of each target, which has no number, comes before its patched ones.
     counter = count(first)
     numbers = [number for each in group for number in (-1, *islice(counter, len(each.states)))]
-    longest = max((each.scope for each in group), key=lambda scope: len(scope.target))
-    model, most = longest.model, longest.rows_speaking(decoding)
+    model = group[0].scope.model
     draws = torch.cat([decoding.draws(1 + len(each.states)) for each in group])
     ends = decoding.ends(model.end_tokens, model.tokenizer, renumbered(settled, numbers))
     queue = Queue(decoding, draws, ends)
     try:
-        for pieces, following in _batches(group, queue, most):
-            parts = [each.scope.start(each.states, each.target_layers, decoding) for each, _ in pieces]
-            # As all rows are on the staircase.
-            rows = CachedRows.joined(cast(list[CachedRows], parts))
+        for pieces, most, following in _batches(group, queue, decoding):
             places = [place for _, own in pieces for place in own]
-            queue.take(rows, places, pieces[0][0].length, most, following)
+            queue.take(_begun(pieces, decoding), places, pieces[0][0].length, most, following)
         said = queue.finish()
     except RowError as error:
         raise RowError(numbers[error.row], error.reason) from error
@@ -91,24 +87,40 @@ Piece = tuple[Request, list[int]]
 """Some rows of a request, and the places of them all, the clean one's first, among those of its group."""
 
 
-def _batches(group: Sequence[Request], queue: Queue, most: int) -> Iterator[tuple[list[Piece], int | None]]:
+def _begun(pieces: Sequence[Piece], decoding: Decoding) -> CachedRows:
+    """The rows of some pieces, whose targets have one length, as one batch."""
+    parts = [each.scope.start(each.states, each.target_layers, decoding) for each, _ in pieces]
+    # As all rows are on the staircase.
+    return CachedRows.joined(cast(list[CachedRows], parts))
+
+
+def _batches(
+    group: Sequence[Request], queue: Queue, decoding: Decoding
+) -> Iterator[tuple[list[Piece], int, int | None]]:
     """The rows of a group by the length of their targets, in batches of as many as fit beside those that wait by then.
 
-    `most` fit in all; a request is cut where a batch of its own would be too large. With a batch comes the length of
-    the targets that follow.
+    A request is cut where a batch of its own would be too large. With a batch comes how many rows fit in all, and the
+    length of the targets that follow.
     """
     firsts = accumulate((1 + len(each.states) for each in group), initial=0)
+    by_length = sorted(zip(firsts, group, strict=False), key=lambda item: item[1].length)
     batch: list[Piece] = []
-    room = most
-    for clean, (scope, states, layers) in sorted(zip(firsts, group, strict=False), key=lambda item: item[1].length):
+    most: dict[int, int] = {}
+    for _, each in by_length:
+        # What a row takes depends on where its target is patched too.
+        fits = each.scope.rows_speaking(decoding)
+        most[each.length] = min(fits, most.get(each.length, fits))
+    length, room = by_length[0][1].length, most[by_length[0][1].length]
+    for clean, (scope, states, layers) in by_length:
         start = 0
         while start < len(states):
-            if batch and (1 + len(states) - start > room or len(scope.target) != batch[0][0].length):
-                yield batch, len(scope.target)
-                batch, room = [], most - queue.waiting
+            if batch and (1 + len(states) - start > room or len(scope.target) != length):
+                yield batch, most[length], len(scope.target)
+                batch, length = [], len(scope.target)
+                room = most[length] - queue.waiting
             own = slice(start, start + max(1, room - 1))
             places = [clean, *range(clean + 1, clean + 1 + len(states))[own]]
             batch.append((Request(scope, states[own], layers[own]), places))
             start += len(places) - 1
             room -= len(places)
-    yield batch, None
+    yield batch, most[length], None

@@ -36,7 +36,7 @@ def continue_prompts(
     memory: int = MEMORY,
     path: PathName | Literal["auto"] = "auto",
 ) -> Iterator[tuple[int, list[int]]]:
-    """Continue every prompt; yields its index and its new token ids, those first that end first.
+    """Continue every prompt; gives its index and its new token ids, once all have ended.
 
     A prompt of which `settled(index, text)` says so need not go on. Prompts share a batch, without padding, once the
     shorter ones have said what they lack, in about `memory` bytes beside the model. `path` is that of a Patchscope's
@@ -60,10 +60,13 @@ def continue_prompts(
     queue = Queue(decoding, draws, ends)
     # The shortest first: they have said what they lack when longer ones come.
     order = sorted(range(len(prompts)), key=lambda index: len(prompts[index]))
-    most, start = max(1, memory // _row_bytes(model, len(prompts[order[-1]]), decoding)), 0
+    start = 0
     while start < len(order):
         length = len(prompts[order[start]])
-        batch = [index for index in order[start : start + most - queue.waiting] if len(prompts[index]) == length]
+        # Those that wait are of shorter prompts, and take less.
+        most = max(1, memory // _row_bytes(model, length, decoding))
+        together = order[start : start + max(1, most - queue.waiting)]
+        batch = [index for index in together if len(prompts[index]) == length]
         start += len(batch)
         following = len(prompts[order[start]]) if start < len(order) and path == "staircase" else None
         ids = torch.tensor([prompts[index].ids for index in batch], device=model.device)

@@ -32,7 +32,7 @@ PASSES = 4
 """A part has no more than go in so many passes, of which the last rows of one can go on with those of the next."""
 
 MOST_PARTS = 16
-"""Into so many parts a run falls where a pass would hold more: what is lost with one is little, and many can share."""
+"""Into so many parts a run falls where passes would hold more: what is lost with one is little, and many can share."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class Unit:
 
     @property
     def shares(self) -> object:
-        """Units of which this is the same share passes."""
+        """Units of which this is the same can share passes, and parts."""
         return self.target
 
 

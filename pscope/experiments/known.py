@@ -37,7 +37,7 @@ class Plain(Unit):
 
 
 def by_length(units: Iterable[Plain]) -> list[Plain]:
-    """Units whose prompts have one length side by side: those share a pass."""
+    """Units whose prompts have one length side by side: those begin in one pass."""
     return sorted(units, key=lambda unit: len(unit.prompt))
 
 

@@ -53,6 +53,14 @@ class Processes:
         self._together(lambda: dist.broadcast_object_list(box, src=0, group=self._group))
         return box[0]
 
+    def least(self, value: int) -> int:
+        """The smallest of what the processes have, in all of them."""
+        if self.count == 1:
+            return value
+        smallest = torch.tensor(value)
+        self._together(lambda: dist.all_reduce(smallest, dist.ReduceOp.MIN, self._group))
+        return int(smallest)
+
     def wait(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Return once all processes are here; `meanwhile` is called twice a second. Raises RunError if one has died."""
         if self.count > 1:
