@@ -28,6 +28,7 @@ from benchmarks.half import half_compared
 from benchmarks.overhead import NO_HOOK, overheads, wide_llama
 from benchmarks.peers import PEERS, installed
 from benchmarks.scores import scores_compared
+from benchmarks.speaking import speaking_compared
 from benchmarks.sweep import STAIRCASE, continuations_compared, logits_compared, sweep_of
 from pscope.runs.provenance import versions
 
@@ -70,6 +71,8 @@ def main(
     _show(f"continuations of {new_tokens} tokens, per row", results["continuations"])
     results["scores"] = scores_compared(sweep, new_tokens, speaking, short)
     _show("scores, per row", results["scores"])
+    results["speaking"] = speaking_compared(lm, 2 if quick else 20, new_tokens, short)
+    _show("rows that wait for those of the next batch, per row", results["speaking"])
     results["floor"] = floors_compared(sweep, new_tokens, short)
     _show("against the bare matrix products", results["floor"])
     most_tokens = 64 * 512 if full else 32 if quick else 512

@@ -39,6 +39,8 @@ def test_a_quick_run_of_all(folder, tmp_path):
         else:
             assert row["equal"] == row["rows"]
     assert [row["difference"] < 1e-3 for row in told["scores"] if "hooks" in row["contestant"]] == [True]
+    assert [row["contestant"] for row in told["speaking"]] == ["waiting", "batch by batch"] * 2
+    assert all(row["equal"] == row["rows"] for row in told["speaking"])
     works = {"the model's own passes", "source passes", "sweep", "continuations"}
     assert {row["work"] for row in told["floor"]} == works
     assert {row["quantity"] for row in told["exponents"]} == {"samples", "target tokens", "new tokens", "layers"}
