@@ -211,7 +211,7 @@ class Frame(Loader):
 
         asked = parse_memory(self._run_options.memory)
         if asked is not None or self._run_options.dry_run:
-            return asked or MEMORY
+            return MEMORY if asked is None else asked
         # Those who hold one model together must agree on it.
         return self.processes.least(spare(self._devices) or MEMORY)
 

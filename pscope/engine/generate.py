@@ -227,7 +227,7 @@ class UncachedRows:
         self._run()
 
     def keep(self, indices: Tensor) -> None:
-        self.logits = self.logits[:0]
+        self.logits = self.logits.new_empty(0, self.logits.shape[1])
         self._ids, self._rows = self._ids[indices], self._rows[indices.cpu()]
 
     def _run(self) -> None:
