@@ -71,7 +71,7 @@ def main(
     _show(f"continuations of {new_tokens} tokens, per row", results["continuations"])
     results["scores"] = scores_compared(sweep, new_tokens, speaking, short)
     _show("scores, per row", results["scores"])
-    results["speaking"] = speaking_compared(lm, 2 if quick else 20, new_tokens, short)
+    results["speaking"] = speaking_compared(lm, 2 if quick else 10, new_tokens, short)
     _show("rows that wait for those of the next batch, per row", results["speaking"])
     results["floor"] = floors_compared(sweep, new_tokens, short)
     _show("against the bare matrix products", results["floor"])

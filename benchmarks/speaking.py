@@ -10,7 +10,7 @@ import pscope
 from benchmarks.timing import Contestant, against, in_turn
 from pscope.inputs.entities import shipped_entities
 
-MEMORY = 2**29
+MEMORY = 2**28
 
 
 def speaking_compared(model: pscope.LanguageModel, entities: int, new_tokens: int, seconds: float) -> pd.DataFrame:
