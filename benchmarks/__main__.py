@@ -43,7 +43,7 @@ def main(
     full: Annotated[bool, typer.Option("--full", help="Also passes of up to 64 × 512 tokens.")] = False,
     out: Annotated[Path, typer.Option(help="Folder for results.json and figure.png.")] = Path("benchmark-results"),
 ) -> None:
-    """What patching costs, and against whom: under ten minutes on two cores."""
+    """What patching costs, and against whom: about ten minutes on two cores, twice that on slow ones."""
     if (out / "results.json").exists():
         raise typer.BadParameter(f"{out} holds results already; name another folder with --out")
     transformers.utils.logging.disable_progress_bar()
