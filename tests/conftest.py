@@ -16,8 +16,10 @@ import pytest
 import torch
 from huggingface_hub import constants
 from matplotlib.figure import Figure
+from pscope.cli.app import app
 from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from typer.testing import CliRunner, Result
 
 import pscope
 
@@ -26,8 +28,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 LONG = {
-    *("test_adding", "test_architectures", "test_benchmarks", "test_cli", "test_lens_commands", "test_processes"),
-    *("test_readme", "test_recipes", "test_resume", "test_tour"),
+    *("test_adding", "test_architectures", "test_bad_input", "test_benchmarks", "test_cli", "test_experiment_commands"),
+    *("test_lens_commands", "test_processes", "test_readme", "test_recipes", "test_resume", "test_tour"),
 }
 """The files that take whole commands, processes or pages of the documentation, or every architecture."""
 
@@ -222,6 +224,27 @@ def relations(tmp_path) -> Path:
     return folder
 
 
+TEXTS = [
+    "The lighthouse keeper counted eleven ships before the fog came in over the bay.",
+    "Water boils at a lower temperature on a mountain than it does beside the sea.",
+    "She had promised to return the ladder on Monday, and on Friday it was still leaning on her wall.",
+]
+
+
+@pytest.fixture
+def texts(tmp_path) -> Path:
+    path = tmp_path / "texts.txt"
+    path.write_text("\n".join(TEXTS), "utf-8")
+    return path
+
+
+@pytest.fixture
+def in_a_folder_of_its_own(tmp_path, monkeypatch) -> None:
+    (tmp_path / "work").mkdir()
+    monkeypatch.chdir(tmp_path / "work")
+    monkeypatch.setenv("COLUMNS", "80")
+
+
 @contextmanager
 def without_a_number(model: pscope.LanguageModel, token: int) -> Iterator[None]:
     """Within the block, the model embeds one token as NaN."""
@@ -261,3 +284,8 @@ def rows_for_every_layer(model, seed=0, per_layer=2):
     order = torch.randperm(len(layers)).tolist()
     spread = pscope.capture(model, [model.prompt("the size of a state")])[0].std()
     return torch.randn(len(layers), model.hidden_size) * spread, [layers[i] for i in order]
+
+
+def run(*arguments) -> Result:
+    """What comes of a command as a user types it, in this process."""
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])

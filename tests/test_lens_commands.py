@@ -9,9 +9,8 @@ from pathlib import Path
 import pandas as pd
 import pytest
 import torch
-from pscope.cli.app import app
+from conftest import run
 from safetensors import safe_open
-from typer.testing import CliRunner
 
 import pscope
 from pscope.inputs.texts import shipped_texts
@@ -22,10 +21,6 @@ from pscope.models.states import Label
 SOME = shipped_texts()[::20]
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
-
-
 def done(*arguments):
     result = run(*arguments)
     assert result.exit_code == 0, result.output
@@ -33,10 +28,8 @@ def done(*arguments):
 
 
 @pytest.fixture(autouse=True)
-def work(tmp_path, monkeypatch, loaded_once):
+def work(in_a_folder_of_its_own, tmp_path, monkeypatch, loaded_once):
     """A folder and a cache of one's own, and fewer texts to fit on."""
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
     monkeypatch.setenv("PSCOPE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("pscope.inputs.texts.shipped_texts", lambda: SOME)
     return tmp_path / "work"

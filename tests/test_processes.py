@@ -11,8 +11,7 @@ import forked
 import pandas as pd
 import pytest
 import torch
-from conftest import random_model
-from pscope.cli.app import app
+from conftest import random_model, run
 from split import said, said_together
 from transformers import (
     LlamaConfig,
@@ -22,13 +21,12 @@ from transformers import (
     Qwen3Config,
     Qwen3ForCausalLM,
 )
-from typer.testing import CliRunner
 
 import pscope
 
 
 def alone(*arguments) -> None:
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
 
 

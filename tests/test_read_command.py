@@ -7,11 +7,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import run
 from peft import LoraConfig, get_peft_model
-from pscope.cli.app import app
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import pscope
 from pscope.experiments.sweep import CLEAN, PATCHED
@@ -22,18 +21,16 @@ QUICK = ["--new-tokens", "4", "--json"]
 
 
 @pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
+def wide(in_a_folder_of_its_own, monkeypatch):
     monkeypatch.setenv("COLUMNS", "100")
 
 
-def run(*arguments):
-    return CliRunner().invoke(app, ["read", *map(str, arguments)])
+def read(*arguments):
+    return run("read", *arguments)
 
 
 def rows(*arguments):
-    result = run(*arguments, *QUICK)
+    result = read(*arguments, *QUICK)
     assert result.exit_code == 0, result.output
     return pd.DataFrame(json.loads(result.stdout))
 
@@ -149,7 +146,7 @@ def test_an_adapter_on_the_target_alone(tiny, tiny_folder, tmp_path):
     model = pscope.load(adapted.eval(), tiny.tokenizer)
     assert_reads(table, model, states, model.prompt("say x"))
     assert table["continuation"].tolist() != reads(tiny, states, tiny.prompt("say x"))["continuation"].tolist()[:2]
-    result = run("--model", tiny_folder, "--target-adapter", tmp_path, "--text", "a")
+    result = read("--model", tiny_folder, "--target-adapter", tmp_path, "--text", "a")
     assert result.exit_code == 2
     assert "is no adapter of peft's: it has no adapter_config.json and no" in " ".join(result.output.split())
 
@@ -175,12 +172,12 @@ def test_shares_of_a_chat_are_joined_from_elsewhere(smollm2, tiny_folder, tmp_pa
     (tmp_path / "work" / "chat.json").write_text('[{"role": "user", "content": "one two"}]')
     base = ["--model", tiny_folder, "--chat", "chat.json", "--at", "one", "--layers", "0,1,2", "--target", "say x"]
     base += ["--temperature", "1.5", "--times", "2", "--new-tokens", "4", "--no-assistant-turn"]
-    whole = run(*base, "--out", tmp_path / "whole")
+    whole = read(*base, "--out", tmp_path / "whole")
     assert whole.exit_code == 0, whole.output
     for share in ("1/2", "2/2"):
-        assert run(*base, "--out", tmp_path / "shares", "--shard", share).exit_code == 0
+        assert read(*base, "--out", tmp_path / "shares", "--shard", share).exit_code == 0
     monkeypatch.chdir(tmp_path)
-    joined = CliRunner().invoke(app, ["resume", str(tmp_path / "shares")])
+    joined = run("resume", tmp_path / "shares")
     assert joined.exit_code == 0, joined.output
     assert "damaged" not in joined.output
     tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("whole", "shares")]
@@ -190,36 +187,36 @@ def test_shares_of_a_chat_are_joined_from_elsewhere(smollm2, tiny_folder, tmp_pa
 
 
 def test_what_is_told_on_a_terminal_and_kept(tiny_folder):
-    result = run("--model", tiny_folder, "--text", "one two", "--layers", "1", "--relevance", "--out", "kept")
+    result = read("--model", tiny_folder, "--text", "one two", "--layers", "1", "--relevance", "--out", "kept")
     assert result.exit_code == 0, result.output
     for piece in ("'one two' at 1:' two'", "a random vector says", "nothing patched", "text only: one two"):
         assert piece in result.stdout
     table = pd.read_parquet("kept/table.parquet")
     assert table["condition"].tolist() == [PATCHED, "random vector", CLEAN, "text only"]
-    again = CliRunner().invoke(app, ["resume", "kept"])
+    again = run("resume", "kept")
     assert again.exit_code == 0, again.output
     assert again.stdout == result.stdout
 
 
 def test_a_dry_run_needs_no_states(tiny_folder):
-    result = run("--model", tiny_folder, "--text", "one two", "--mean", "--minus", "three", "--dry-run", "--rate", "1")
+    result = read("--model", tiny_folder, "--text", "one two", "--mean", "--minus", "three", "--dry-run", "--rate", "1")
     assert result.exit_code == 0, result.output
     assert "7 in 2 parts" in result.stdout
 
 
 def test_attention_sinks_are_told(tiny_folder):
-    read = run("--model", tiny_folder, "--text", "one two", "--layers", "1", "--at", "0", *QUICK)
-    assert "whose state says nothing of it" in " ".join(read.stderr.split())
-    patched = run("--model", tiny_folder, "--text", "one two", "--layers", "1", "--target", "x is", "--target-at", "x")
+    told = read("--model", tiny_folder, "--text", "one two", "--layers", "1", "--at", "0", *QUICK)
+    assert "whose state says nothing of it" in " ".join(told.stderr.split())
+    patched = read("--model", tiny_folder, "--text", "one two", "--layers", "1", "--target", "x is", "--target-at", "x")
     assert "what is patched over it may derail them" in " ".join(patched.stderr.split())
-    assert (read.exit_code, patched.exit_code) == (0, 0)
+    assert (told.exit_code, patched.exit_code) == (0, 0)
 
 
 def test_targets_are_listed_and_marked(smollm2):
-    result = CliRunner().invoke(app, ["targets", "--json"])
+    result = run("targets", "--json")
     listed = json.loads(result.stdout)
     assert {"token-identity", "entity-description", "summary", "meaning", "words", "country-capital"} <= listed.keys()
-    assert CliRunner().invoke(app, ["targets"]).stdout.count("table2") == 15
+    assert run("targets").stdout.count("table2") == 15
     from pscope.cli.prompts import TargetOptions
 
     for name, target in shipped_targets().items():
@@ -281,7 +278,7 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, told, tiny_folder, tmp
     shutil.copytree(tiny_folder, "starting")
     bos_eos_tokenizer.save_pretrained("starting")
     arguments = [other_folder if argument == "other" else argument for argument in arguments]
-    result = run("--model", tiny_folder, *arguments)
+    result = read("--model", tiny_folder, *arguments)
     assert result.exit_code == 2
     assert told in " ".join(result.stderr.split())
     assert result.stderr.strip().startswith("pscope: ")

@@ -13,12 +13,10 @@ import datasets
 import gradio
 import pytest
 import torch
-from conftest import CAPITALS, random_model
-from pscope.cli.app import app
+from conftest import CAPITALS, random_model, run
 from pscope.cli.frame import Frame
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
-from typer.testing import CliRunner
 
 from pscope.inputs.entities import read_entities, shipped_entities
 from pscope.inputs.queries import read_queries
@@ -111,10 +109,7 @@ def run_shown(deep_folders, tmp_path, tmp_path_factory, monkeypatch, loaded_once
     monkeypatch.setattr(datasets, "load_dataset", lambda name, config, **how: streamed)
     monkeypatch.setattr(gradio.Blocks, "launch", interrupted)
 
-    def run(command, *arguments):
-        return CliRunner().invoke(app, [command, *arguments, *LESS.get(command, ())])
-
-    return run
+    return lambda command, *arguments: run(command, *arguments, *LESS.get(command, ()))
 
 
 def hoped_for(asked):

@@ -10,17 +10,14 @@ import forked
 import pandas as pd
 import pytest
 import torch
+from conftest import run
 from pscope.cli import console, progress
-from pscope.cli.app import app
 from pscope.cli.frame import _plain
 from transformers import AutoConfig
-from typer.testing import CliRunner
 
 from pscope.runs.parts import Parts
 
-
-def run(*arguments):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+pytestmark = pytest.mark.usefixtures("in_a_folder_of_its_own", "loaded_once", "unpainted")
 
 
 def done(*arguments) -> pd.DataFrame:
@@ -28,12 +25,6 @@ def done(*arguments) -> pd.DataFrame:
     result = run(*arguments)
     assert result.exit_code == 0, result.output
     return pd.read_parquet(Path(arguments[-1]) / "table.parquet")
-
-
-@pytest.fixture(autouse=True)
-def in_a_folder_of_its_own(tmp_path, monkeypatch, loaded_once, unpainted):
-    (tmp_path / "work").mkdir()
-    monkeypatch.chdir(tmp_path / "work")
 
 
 @pytest.fixture

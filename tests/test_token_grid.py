@@ -5,10 +5,9 @@ from html.parser import HTMLParser
 import pandas as pd
 import pytest
 import torch
-from pscope.cli.app import app
+from conftest import run
 from reference import hidden_states, patched_continuation, patched_logits
 from test_unpatched import greedy
-from typer.testing import CliRunner
 
 import pscope
 from pscope import Affine, DataError, Decoding, MappingSet, PscopeError
@@ -165,7 +164,7 @@ def test_the_command_leaves_a_page(tiny_folder, tmp_path, monkeypatch):
         "--out",
         "run",
     ]
-    result = CliRunner().invoke(app, arguments)
+    result = run(*arguments)
     assert result.exit_code == 0, result.output
     assert "page: run/page.html" in result.stderr
     data = data_of((tmp_path / "run" / "page.html").read_text("utf-8"))
@@ -173,19 +172,19 @@ def test_the_command_leaves_a_page(tiny_folder, tmp_path, monkeypatch):
     assert data["layers"] == [0, 2, 4]
     assert [lens["name"] for lens in data["lenses"]] == ["logit lens", "token identity", "entity description"]
     (tmp_path / "run" / "page.html").unlink()
-    assert CliRunner().invoke(app, ["resume", "run"]).exit_code == 0
+    assert run("resume", "run").exit_code == 0
     assert (tmp_path / "run" / "page.html").exists()
-    dry = CliRunner().invoke(app, [*arguments[:-1], "dry", "--dry-run", "--rate", "1"])
+    dry = run(*arguments[:-1], "dry", "--dry-run", "--rate", "1")
     assert (dry.exit_code, (tmp_path / "dry").exists()) == (0, False), dry.output
     for share in ("1/2", "2/2"):
-        assert CliRunner().invoke(app, [*arguments[:-1], "shares", "--shard", share]).exit_code == 0
-    joined = CliRunner().invoke(app, ["resume", "shares"])
+        assert run(*arguments[:-1], "shares", "--shard", share).exit_code == 0
+    joined = run("resume", "shares")
     assert joined.exit_code == 0, joined.output
     tables = [pd.read_parquet(tmp_path / name / "table.parquet") for name in ("run", "shares")]
     pd.testing.assert_frame_equal(*tables, atol=1e-5)
-    quick = CliRunner().invoke(app, [*arguments[:-1], "json", "--no-describe", "--json"])
+    quick = run(*arguments[:-1], "json", "--no-describe", "--json")
     assert {row["lens"] for row in json.loads(quick.stdout)} == {"logit lens", "token identity"}
-    refused = CliRunner().invoke(app, ["lens", "", "--model", str(tiny_folder)])
+    refused = run("lens", "", "--model", str(tiny_folder))
     assert (refused.exit_code, refused.stderr.count("\n")) == (2, 1)
 
 
