@@ -7,33 +7,21 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from pscope.cli.app import app
-from typer.testing import CliRunner
+from conftest import run
 
 import pscope
 from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM
 
 RECIPES = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text("utf-8")
-WORDS = [
-    "an apple",
-    "a chair",
-    "the river",
-    "music",
-    "a laptop",
-    "happiness",
-    "winter",
-    "an engine",
-    "paper",
-    "a doctor",
-]
-WORDS += ["a garden", "bread", "a window", "a number", "a school", "a horse", "metal", "clouds", "a bottle", "a story"]
+WORDS = re.search(r"these 20 here: (.*?)\.", RECIPES, re.DOTALL)[1].replace("\n", " ").split(", ")
 
 
 @pytest.fixture(autouse=True)
 def in_a_folder_of_its_own(tmp_path, monkeypatch, loaded_once):
     monkeypatch.chdir(tmp_path)
+    assert len(WORDS) == 20
     Path("words.txt").write_text("\n".join(WORDS))
-    Path("ask.json").write_text('[{"role": "user", "content": "I put a thought into your mind. Which word is it?"}]')
+    Path("ask.json").write_text(*code("A concept", "json"))
 
 
 def code(title, language):
@@ -49,7 +37,7 @@ def lines(block):
 def said(command):
     """What each row of a command says, by condition."""
     _, *arguments = shlex.split(command)
-    result = CliRunner().invoke(app, [*arguments, "--json"])
+    result = run(*arguments, "--json")
     assert result.exit_code == 0, result.output
     return pd.DataFrame(json.loads(result.stdout))
 
