@@ -27,6 +27,9 @@ if TYPE_CHECKING:
 
 CHECKPOINT = ".checkpoint.safetensors"
 
+STEPS = 250
+"""Of the tuned lens."""
+
 MOST_TEXTS = 10_000
 """Of a dataset, which may have no end; as many as the paper fits on."""
 
@@ -64,10 +67,12 @@ def fit(
         bool, typer.Option("--tuned", help="Go on from there to the tuned lens: least KL to what the model says.")
     ] = False,
     optimiser: Annotated[
-        Literal["adam", "published"],
-        typer.Option(help="How the tuned lens is trained: by Adam, or as published, from the same start."),
-    ] = "adam",
-    steps: Annotated[int, typer.Option(min=1, help="Steps of the tuned lens.")] = 250,
+        Literal["adam", "published"] | None,
+        typer.Option(
+            help="How the tuned lens is trained: by Adam, or as published, from the same start.", show_default="adam"
+        ),
+    ] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the tuned lens.", show_default=str(STEPS))] = None,
     jacobian: Annotated[
         bool,
         typer.Option("--jacobian", help="The Jacobian lens instead: how the last layer answers to small changes."),
@@ -91,6 +96,8 @@ def fit(
     if to not in ("last", "same", "prompt") and not to.isdecimal():
         raise PscopeError(f"--to {to}: last, same, prompt, or the number of a layer is meant")
     _refuse_mixed(to, target.target, across=target_model.differs, tuned=tuned, jacobian=jacobian)
+    if not tuned and (optimiser is not None or steps is not None):
+        raise PscopeError("--optimiser and --steps are how the tuned lens is trained; give --tuned beside them")
     passages = texts.read(most or MOST_TEXTS)[:most]
     model = frame.load()
     if frame.processes.count > 1 and not frame.processes.tensor_parallel:
@@ -114,8 +121,8 @@ def fit(
         else:
             mappings = _affine(_fit_of(model, other, to, layer_numbers, target, penalty), passages, positions, seed)
         if tuned:
-            recipe = replace(ADAM if optimiser == "adam" else PUBLISHED, steps=steps)
-            with progress(steps, what="steps") as meter:
+            recipe = replace(PUBLISHED if optimiser == "published" else ADAM, steps=STEPS if steps is None else steps)
+            with progress(recipe.steps, what="steps") as meter:
                 mappings, kl = fit_tuned(
                     model, passages, mappings, recipe, seed=seed, checkpoint=checkpoint, progress=meter
                 )
