@@ -32,7 +32,7 @@ from pscope.experiments.sweep import CLEAN, PATCHED, RANDOM, Source
 from pscope.inputs.relations import Marked, Relation, Sample
 from pscope.metrics import answer_found
 from pscope.models.prompts import Nearest
-from pscope.show.attribute_extraction import accuracy_figure, accuracy_heatmaps
+from pscope.show.attribute_extraction import accuracy_figure, accuracy_heatmaps, accuracy_table
 
 PAIRS = [(0, 0), (0, 3), (3, 1), (4, 4)]
 SUBJECTS = ["Japan", "Peru", "Chile", "Egypt", "Kenya"]
@@ -502,6 +502,11 @@ def summarise_least(subjects, relations):
     return summarise(pd.DataFrame(rows))["least_p"].iloc[0]
 
 
+def test_the_smallest_p_is_told():
+    for shown, told in (([0.25, 0.25], "give is 0.25, blank"), ([0.25, 0.5], "give is 0.25 to 0.5, blank")):
+        assert told in accuracy_table(summarise(planted()).iloc[:2].assign(least_p=shown)).caption
+
+
 def test_p_against_all_flips_of_sign():
     own, probe = [1, 1, 1, 1, 0, 1, 1, 1, 0], [0, 0, 0, 0, 1, 0, 0, 1, 0]
     differences = np.subtract(own, probe)
@@ -536,6 +541,9 @@ def test_p_is_missing_where_nothing_could_be_shown():
 
 def test_a_planted_cell_proves_the_axes_of_the_heatmap():
     first, second = accuracy_heatmaps(planted(), "title").axes[:2]
+    assert first.figure.get_suptitle() == "Accuracy, at pairs of layers\ntitle"
+    whole = accuracy_heatmaps(planted().replace({"layer": {3: 2}, "target_layer": {2: 1}})).get_suptitle()
+    assert whole == "Accuracy, at every pair of layers"
     assert (first.get_xlabel(), first.get_ylabel()) == ("Source layer", "Target layer")
     assert [label.get_text() for label in first.get_xticklabels()] == ["1", "3"]
     assert [label.get_text() for label in first.get_yticklabels()] == ["2", "0"]

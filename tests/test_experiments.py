@@ -229,6 +229,17 @@ def test_the_figure_shows_the_summary(finding):
     assert figure.get_suptitle().endswith("\ntitle")
 
 
+def test_a_lens_looks_alike_beside_whatever_others(finding):
+    summary = summarise(finding)
+    mine = summary[summary["lens"] == "logit lens"].assign(lens="mine")
+    drawn = []
+    for order in ([summary], [mine, summary]):
+        axes = next_token_figure(pd.concat(order)).axes[0]
+        drawn.append({line.get_label(): (line.get_color(), line.get_marker()) for line in axes.get_lines()})
+    assert {name: drawn[1][name] for name in drawn[0]} == drawn[0]
+    assert len({*drawn[1].values()}) == 3
+
+
 def test_layer_readout_against_one_row_passes(tiny):
     source = tiny.prompt("Amazon's former CEO attended the Oscars", "CEO")
     target = tiny.prompt(TOKEN_IDENTITY)

@@ -92,7 +92,5 @@ def accuracy_table(summary: pd.DataFrame) -> Table:
 
 def _smallest_p(summary: pd.DataFrame) -> str:
     """What is said of the p that the numbers of subjects allow."""
-    least = summary["least_p"]
-    return (
-        f"the smallest that so many can give is {least.min():.2g} to {least.max():.2g}, blank where that is above .05"
-    )
+    least = " to ".join(dict.fromkeys(f"{bound:.2g}" for bound in (summary["least_p"].min(), summary["least_p"].max())))
+    return f"the smallest that so many can give is {least}, blank where that is above .05"

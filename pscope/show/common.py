@@ -28,6 +28,7 @@ def layer_heatmaps(table: pd.DataFrame, by: str, value: str, label: str, on: str
     highest = max(grid.max().max() for grid in grids.values())
     side = min(2.4, PAGE / columns)
     first, *others = grids.values()
+    every = all(len(axis) == axis.max() - axis.min() + 1 for grid in grids.values() for axis in grid.axes)
     alike = all(all(map(pd.Index.equals, grid.axes, first.axes)) for grid in others)
     with drawing(0.7 + side * columns, 0.7 + side * rows, "white") as figure:
         panels = figure.subplots(rows, columns, squeeze=False).flatten()
@@ -40,7 +41,7 @@ def layer_heatmaps(table: pd.DataFrame, by: str, value: str, label: str, on: str
         for axes in panels[len(grids) :]:
             axes.remove()
         figure.colorbar(panels[0].collections[0], ax=panels[: len(grids)].tolist(), label=label, aspect=40, shrink=0.8)
-        figure.suptitle(titled(f"{label}, at every pair of layers", on))
+        figure.suptitle(titled(f"{label}, at {'every pair' if every else 'pairs'} of layers", on))
     return figure
 
 

@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 from rich.table import Table
 
+from pscope.experiments.next_token import LOGIT_LENS, TOKEN_IDENTITY
 from pscope.show.common import MEASURES, drawable, titled
 from pscope.show.tables import literal, narrow_table, with_band
 from pscope.show.theme import (
@@ -29,10 +30,11 @@ from pscope.show.theme import (
 BANDED = 3
 """So many lenses have room for their bands in 80 columns."""
 
-_LOOKS = [
-    Look(VERMILION, "--", "v"),
+_LOOKS = {LOGIT_LENS: Look(VERMILION, "--", "v"), TOKEN_IDENTITY: Look(BLUE, "-", "o")}
+"""Of the lenses that every figure has: the same in all."""
+
+_OTHER_LOOKS = [
     Look(GREEN, "-.", "D"),
-    Look(BLUE, "-", "o"),
     Look(ORANGE, "-", "s"),
     Look(PINK, "--", "^"),
     Look(BROWN, "-.", "P"),
@@ -42,12 +44,13 @@ _LOOKS = [
 
 def next_token_figure(summary: pd.DataFrame, on: str = "") -> Figure:
     """Figure 2 from `next_token.summarise`: precision@1 and surprisal over the layers, one line and band per lens."""
-    lenses = summary.groupby("lens", sort=False)
+    lenses, others = summary.groupby("lens", sort=False), cycle(_OTHER_LOOKS)
+    looks = {lens: _LOOKS.get(lens) or next(others) for lens in dict.fromkeys(summary["lens"])}
     with drawing(PAGE, 2.6 + 0.14 * (len(lenses) // 4)) as figure:
         for axes, (measure, label) in zip(figure.subplots(1, 2), MEASURES.items(), strict=True):
-            for (lens, rows), look in zip(lenses, cycle(_LOOKS), strict=False):
-                plot(axes, rows["layer"], rows[measure], look, drawable(lens))
-                fill(axes, rows["layer"], rows[f"{measure}_low"], rows[f"{measure}_high"], look)
+            for lens, rows in lenses:
+                plot(axes, rows["layer"], rows[measure], looks[lens], drawable(lens))
+                fill(axes, rows["layer"], rows[f"{measure}_low"], rows[f"{measure}_high"], looks[lens])
             axes.set(ylabel=label, ylim=(0, None))
             label_layers(axes, "Layer of the hidden state")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=4)
