@@ -25,7 +25,9 @@ if TYPE_CHECKING:
 LensOption = Annotated[
     str | None,
     typer.Option(
-        metavar="FOLDER|ID", help="Maps to --target-model, of `pscope fit`.", show_default="fitted on the shipped texts"
+        metavar="FILE|FOLDER|ID",
+        help="Maps to --target-model, of `pscope fit`.",
+        show_default="fitted on the shipped texts",
     ),
 ]
 

@@ -9,7 +9,7 @@ from pscope.cli.console import print_json, tell
 from pscope.cli.frame import Frame, command
 from pscope.cli.options import JsonOption, NewTokensOption, layers_option, parse_layers
 
-LENS = typer.Option("--lens", metavar="FOLDER|ID", help="A tuned lens or other maps, as a lens of its own.")
+LENS = typer.Option("--lens", metavar="FILE|FOLDER|ID", help="A tuned lens or other maps, as a lens of its own.")
 
 
 @command

@@ -76,7 +76,7 @@ def read(
     target_model: TargetModelOptions,
     lens: Annotated[
         str | None,
-        typer.Option(metavar="FOLDER|ID", help="Maps that states go through, of `pscope fit`, or another lens."),
+        typer.Option(metavar="FILE|FOLDER|ID", help="Maps that states go through, of `pscope fit`, or another lens."),
     ] = None,
     new_tokens: NewTokensOption = 20,
     top_k: Annotated[int, option_of(SAID, min=1, help="Next tokens to show.")] = 1,

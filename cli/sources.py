@@ -249,7 +249,9 @@ def _refuse_nothing(states: States) -> None:
         return
     zero = [label for label, vector in zip(states.labels, states.vectors, strict=True) if not vector.any()]
     if len(zero) == len(states):
-        raise PscopeError("what is subtracted is what it is subtracted from: nothing is left to read")
+        raise PscopeError(
+            "all vectors are 0, or what is subtracted is what it is subtracted from: nothing is left to read"
+        )
     if zero:
         layers = sorted({label.layer for label in zero if label.layer is not None})
         tell(f"{len(zero)} of {len(states)} vectors are 0{f', at layers {layers}' if layers else ''}: they say nothing")

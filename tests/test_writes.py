@@ -150,6 +150,8 @@ def test_what_cannot_be_written_is_told(tiny, vectors, scope):
         scope.writes(vectors, 1, hold=[9])
     with pytest.raises(PscopeError, match="need a mapping"):
         scope.writes(vectors[:, :7], 1)
+    with pytest.raises(PscopeError, match=r"which take \(rows, 32\) or .*, 32\)$"):
+        scope.writes(vectors[0], 1)
 
 
 def test_numbers_of_layers_and_positions_of_any_whole_type(tiny, scope, vectors):

@@ -53,7 +53,7 @@ class Decoding:
     def __post_init__(self) -> None:
         stop, temperature = as_python(self.stop), as_python(self.temperature)
         if not isinstance(stop, (list, tuple)) or not all(isinstance(each, str) and each for each in stop):
-            raise PscopeError(f"stop is {excerpt(stop)}; it is a tuple of strings, none of them empty")
+            raise PscopeError(f"stop is {excerpt(stop)}; strings are needed, none of them empty")
         if not is_number(temperature) or not 0 <= temperature < math.inf:
             raise PscopeError(f"temperature is {excerpt(temperature)}; 0 is greedy, a number above 0 samples")
         new_tokens, seed = as_int(self.new_tokens, "new_tokens"), as_seed(self.seed)

@@ -350,10 +350,11 @@ class Patchscope:
             raise PscopeError("each state has a target layer; give one for all, or a list of one for each")
         positions, hidden = len(self.target.positions), self.model.hidden_size
         if states.shape[1:] not in [(hidden,), (positions, hidden)]:
+            width_fits = states.shape[-1:] == (hidden,)
+            hint = "" if width_fits else "; those of another width need a mapping, as `pscope fit --target-model` makes"
             raise PscopeError(
                 f"states of shape {tuple(states.shape)} do not fit {self.model.name} at {positions} position(s), which "
-                f"take (rows, {hidden}) or (rows, {positions}, {hidden}); those of another width need a mapping, as "
-                "`pscope fit --target-model` makes"
+                f"take (rows, {hidden}) or (rows, {positions}, {hidden}){hint}"
             )
         if len(states) == 0:
             raise PscopeError("there is no state to patch")

@@ -54,7 +54,9 @@ def plain_hops(queries: Sequence[Query]) -> list[Inquiry]:
     """
     for query in queries:
         if not query.bridge:
-            raise PscopeError(f'{query.text!r} has no "bridge", so its hops cannot be asked alone; keep all queries')
+            raise PscopeError(
+                f'{query.text!r} has no "bridge", so its hops cannot be asked alone; keep all (--keep all)'
+            )
     hops = ((query.hop_one, query.bridge) for query in queries), ((query.hop_two, query.answers) for query in queries)
     return [hop for each in hops for hop in each]
 

@@ -147,7 +147,7 @@ def tokenize(tokenizer: PreTrainedTokenizerBase, text: str, at: At = -1) -> Prom
     or cannot be resolved.
     """
     if not isinstance(text, str):
-        raise PromptError(f"a prompt is one text, and {excerpt(text)} is a {type(text).__name__}")
+        raise PromptError(f"a prompt is one text, not {excerpt(text)}")
     if not text.strip():
         raise PromptError("the prompt is empty; give some text")
     if has_surrogates(text):

@@ -65,8 +65,9 @@ def editing(model: LanguageModel, edits: Mapping[int, Edit]) -> Iterator[None]:
     any path; for others it runs whole prompts.
 
     Blocks may be nested: the inner one sees what the outer one wrote. However the block is left, its hooks are gone
-    and nobody else's are touched. An edit may return a stream with another batch size, which the layers above then
-    work on. Other threads that use the model wait until the block is left, which the thread does that entered it.
+    and nobody else's are touched. An edit that returns None changes nothing; it may return a stream with another batch
+    size, which the layers above then work on. Other threads that use the model wait until the block is left, which the
+    thread does that entered it.
     Raises PscopeError for a layer outside 0..L and for what is no function, before anything is registered, and in the
     pass for what is no stream.
     """
