@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from pscope.models.residual import Pair
 
 _INDEX = r"\s*-?\d{1,9}\s*"
+_NAME = r"[a-z]+(-[a-z]+)*"
 _FILES = (".txt", ".md", ".json", ".jsonl", ".csv", ".tsv", ".npy", ".pt", ".pth", ".safetensors")
 
 AtIndexOption = Annotated[
@@ -74,12 +75,14 @@ class TargetOptions:
 
             return read_text(Path(self.target)).rstrip("\r\n")
         refuse_lost_file(self.target, "--target")
+        if re.fullmatch(_NAME, self.target):
+            tell(f"--target {self.target} is patched as a text; no target of `pscope targets` has that name")
         return self.target
 
     @cached_property
     def named(self) -> Target | None:
         """The target that `--target` names, if it does."""
-        if self.target is None or not re.fullmatch(r"[a-z]+(-[a-z]+)*", self.target) or os.path.isfile(self.target):
+        if self.target is None or not re.fullmatch(_NAME, self.target) or os.path.isfile(self.target):
             return None
         from pscope.inputs.targets import named_target
 

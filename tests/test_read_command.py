@@ -204,6 +204,14 @@ def test_a_dry_run_needs_no_states(tiny_folder):
     assert "7 in 2 parts" in result.stdout
 
 
+def test_a_name_that_no_target_has_is_told(tiny_folder):
+    command = ("--model", tiny_folder, "--text", "one two", "--layers", "1", *QUICK)
+    for target, told in (("nosuchname", True), ("words", False), ("One word", False)):
+        result = read(*command, "--target", target)
+        assert result.exit_code == 0, result.output
+        assert (f"--target {target} is patched as a text" in " ".join(result.stderr.split())) == told
+
+
 def test_attention_sinks_are_told(tiny_folder):
     told = read("--model", tiny_folder, "--text", "one two", "--layers", "1", "--at", "0", *QUICK)
     assert "whose state says nothing of it" in " ".join(told.stderr.split())
