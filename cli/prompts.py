@@ -69,8 +69,8 @@ class TargetOptions:
             return None
         if self.named is not None:
             return self.named.text
-        # Also a folder, or what else is no regular file, which is then refused by that name.
-        if os.path.exists(self.target):
+        # Also what is no regular file, which is then refused by that name.
+        if os.path.exists(self.target) and not os.path.isdir(self.target):
             from pscope.inputs.records import read_text
 
             return read_text(Path(self.target)).rstrip("\r\n")

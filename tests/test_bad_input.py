@@ -90,7 +90,6 @@ NOT_UTF_8 = os.fsdecode(b"caf\xe9")
         (["table3", "A", "--model", "TINY", "--at", "B"], "'B' stands nowhere in the prompt"),
         (["table3", "A", "--target", "latin.txt"], "latin.txt is not UTF-8 (line 1)"),
         (["table3", "A", "--model", "TINY", "--target", "empty.txt"], "the prompt is empty"),
-        (["table3", "A", "--model", "TINY", "--target", "full"], "full is no regular file"),
         (["fit", "--model", "TINY", "--steps", "3"], "--optimiser and --steps are how the tuned lens is trained"),
         (["fit", "--model", "TINY", "--optimiser", "adam", "--jacobian"], "give --tuned beside them"),
         (["table3", "long " * 300, "--model", "TINY"], "more than the window"),

@@ -229,7 +229,7 @@ def test_whether_the_first_token_is_marked(tokenizer, bos_eos_tokenizer):
 
 
 def test_one_text_is_needed(tokenizer):
-    with pytest.raises(PromptError, match=r"a prompt is one text, and \['a', 'b'\] is a list"):
+    with pytest.raises(PromptError, match=r"a prompt is one text, not \['a', 'b'\]"):
         tokenize(tokenizer, ["a", "b"])
 
 

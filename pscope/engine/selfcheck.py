@@ -88,7 +88,7 @@ def choose_path(model: LanguageModel, target: Prompt) -> tuple[Staircase | Plain
 
     staircase, gap, fault = _try_path("staircase", trial, expected, tolerances)
     if staircase is not None:
-        return staircase, SelfCheck("staircase", f"{gap.difference:.1e} from whole-prompt passes at most", *gap)
+        return staircase, SelfCheck("staircase", f"within {gap.difference:.1e} of whole-prompt passes", *gap)
     reason = f"on {type(model.hf).__name__} the staircase {fault}"
     plain, _, cache_fault = _try_path("plain", trial, expected, tolerances)
     if plain is not None:
