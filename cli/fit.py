@@ -27,9 +27,6 @@ if TYPE_CHECKING:
 
 CHECKPOINT = ".checkpoint.safetensors"
 
-STEPS = 250
-"""Of the tuned lens."""
-
 MOST_TEXTS = 10_000
 """Of a dataset, which may have no end; as many as the paper fits on."""
 
@@ -72,7 +69,7 @@ def fit(
             help="How the tuned lens is trained: by Adam, or as published, from the same start.", show_default="adam"
         ),
     ] = None,
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the tuned lens.", show_default=str(STEPS))] = None,
+    steps: Annotated[int | None, typer.Option(min=1, help="Steps of the tuned lens.", show_default="250")] = None,
     jacobian: Annotated[
         bool,
         typer.Option("--jacobian", help="The Jacobian lens instead: how the last layer answers to small changes."),
@@ -121,7 +118,8 @@ def fit(
         else:
             mappings = _affine(_fit_of(model, other, to, layer_numbers, target, penalty), passages, positions, seed)
         if tuned:
-            recipe = replace(PUBLISHED if optimiser == "published" else ADAM, steps=STEPS if steps is None else steps)
+            recipe = PUBLISHED if optimiser == "published" else ADAM
+            recipe = replace(recipe, steps=steps or recipe.steps)
             with progress(recipe.steps, what="steps") as meter:
                 mappings, kl = fit_tuned(
                     model, passages, mappings, recipe, seed=seed, checkpoint=checkpoint, progress=meter
